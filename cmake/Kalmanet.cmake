@@ -1,0 +1,44 @@
+# Compile settings shared by every room, and the function that makes one.
+
+set(CMAKE_CXX_STANDARD 20)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_VISIBILITY_INLINES_HIDDEN ON)
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE Release)
+endif()
+
+add_library(kalmanet_options INTERFACE)
+target_compile_options(kalmanet_options INTERFACE -Wall -Wextra -Wshadow)
+if(KALMANET_WERROR)
+  target_compile_options(kalmanet_options INTERFACE -Werror)
+endif()
+if(KALMANET_SANITIZE)
+  # Without recovery: a finding ends the test that made it.
+  target_compile_options(kalmanet_options INTERFACE
+    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(kalmanet_options INTERFACE -fsanitize=address,undefined)
+endif()
+
+# kalmanet_room(name SOURCES... [DEPENDS targets...]): one static library a room. Headers are
+# included by their path under src/ ("core/problem.hpp"), public ones as "kalmanet/...".
+function(kalmanet_room name)
+  cmake_parse_arguments(ROOM "" "" "SOURCES;DEPENDS" ${ARGN})
+  add_library(kalmanet_${name} STATIC ${ROOM_SOURCES})
+  add_library(kalmanet::${name} ALIAS kalmanet_${name})
+  target_include_directories(kalmanet_${name} PUBLIC
+    ${PROJECT_SOURCE_DIR}/include ${PROJECT_SOURCE_DIR}/src)
+  target_link_libraries(kalmanet_${name} PRIVATE kalmanet_options PUBLIC ${ROOM_DEPENDS})
+endfunction()
+
+# kalmanet_test(name SOURCES... DEPENDS targets... [LABELS labels...]): one GoogleTest program.
+function(kalmanet_test name)
+  cmake_parse_arguments(TEST "" "" "SOURCES;DEPENDS;LABELS" ${ARGN})
+  add_executable(${name} ${TEST_SOURCES})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/tests)
+  target_link_libraries(${name} PRIVATE kalmanet_options ${TEST_DEPENDS} GTest::gtest_main GTest::gmock)
+  gtest_discover_tests(${name} DISCOVERY_TIMEOUT 120 PROPERTIES LABELS "${TEST_LABELS}")
+endfunction()

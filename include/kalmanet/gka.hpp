@@ -1,0 +1,128 @@
+// Gated KalmaNet: forward, backward and decode over whole sequences, packed sequences or a few tokens.
+//
+// Per batch element and head (docs/math.md derives every formula):
+//
+//   H_t = e^{gk_t} H_{t-1} + k_t k_t^T        f_t = |H_t|_F        lambda_t = a_t f_t
+//   U_t = e^{g_t}  U_{t-1} + k_t v_t^T        x_t = (H_t + lambda_t I)^{-1} q_t
+//   o_t = scale * U_t^T (q_t + alpha_t (x_t - q_t))
+//
+// with k_t and v_t already multiplied by beta_t where beta is given. Where f_t <= 2^-60, x_t = 0.
+//
+// Letters: B batch, T tokens, H heads, K key head dim, V value head dim, N sequences (B, or the
+// number of packed ones). q, k and v may have fewer heads than H: head h reads head
+// h / (H / their heads), and nothing is expanded in memory.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "kalmanet/backend.hpp"
+#include "kalmanet/executor.hpp"
+#include "kalmanet/export.hpp"
+#include "kalmanet/tensor.hpp"
+
+namespace kalmanet {
+
+inline constexpr int64_t kMaxHeadDim = 256;        // K and V are 1..256
+inline constexpr int kAutoNumIter = 0;             // num_iter = "auto"
+inline constexpr double kVanishedNorm = 0x1p-60;   // f_t at or below this counts as zero: x_t = 0
+
+enum class Solver {
+  chebyshev,  // num_iter steps of the Chebyshev iteration: the published solver
+  direct,     // exact (on `reference`: a Cholesky factorisation a token)
+  cg,         // num_iter steps of conjugate gradients, for comparison
+};
+KALMANET_API const char* name(Solver solver) noexcept;
+
+struct GkaInputs {
+  ConstView q;  // [B,T,Hq,K]
+  ConstView k;  // [B,T,Hk,K]
+  ConstView v;  // [B,T,Hv,V]
+  // [B,T,H], each optional.
+  ConstView g;            // log decay of U, <= 0; absent: 0
+  ConstView gk;           // log decay of H, <= 0; absent: 0
+  ConstView alpha;        // absent: 1
+  ConstView beta;         // multiplies k and v; absent: 1
+  ConstView ridge_ratio;  // a_t > 0; absent: GkaOptions::ridge_ratio
+  // The states before the first token, [N,H,K,K] and [N,H,K,V], float32 or float64; absent: zero.
+  ConstView h0;
+  ConstView u0;
+  // Packed sequences: N+1 offsets into T, from 0 to T, not decreasing (empty sequences are
+  // allowed); needs B = 1. Empty: the batch is N = B sequences of T tokens. Host memory.
+  std::span<const int64_t> cu_seqlens;
+};
+
+struct GkaOutputs {
+  View o;  // [B,T,H,V], required: its third size is what says H
+  // The states after the last token, [N,H,K,K] and [N,H,K,V]; optional. May be the very memory of
+  // h0 and u0 (an update in place).
+  View h_final;
+  View u_final;
+  View x;         // [B,T,H,K] optional: x_t, which spares the backward one solve
+  View residual;  // [B,T,H] optional: |(H_t + lambda_t I) x_t - q_t| / |q_t| (0 where q_t or f_t is 0)
+};
+
+struct GkaOptions {
+  std::optional<double> scale;  // absent: K^-1/2
+  double ridge_ratio = 0.02;    // where GkaInputs::ridge_ratio is absent; > 0
+  Solver solver = Solver::chebyshev;
+  int num_iter = 30;        // >= 1, or kAutoNumIter: from the smallest a_t of each chunk and head
+  double tolerance = 1e-5;  // relative error of x_t that kAutoNumIter aims at; > 0
+  bool bp_lambda = true;    // false: f_t is a constant to the gradient (da_t stays)
+  int64_t chunk_size = 0;   // 0: the backend's choice; else 1..256. Never changes the answer's meaning
+  Backend backend = Backend::automatic;
+  Executor* executor = nullptr;  // null: default_executor()
+};
+
+// Gradients of the loss with respect to the outputs. d_o is required.
+struct GkaOutputGrads {
+  ConstView d_o;        // [B,T,H,V]
+  ConstView d_h_final;  // [N,H,K,K] optional
+  ConstView d_u_final;  // [N,H,K,V] optional
+};
+
+// Gradients to compute; an absent view is not computed. Shapes are those of the inputs; every
+// per-token scalar is [B,T,H].
+struct GkaInputGrads {
+  View dq, dk, dv;
+  View dg, dgk, dalpha, dbeta;
+  View d_ridge_ratio;  // per token, also where the ridge ratio is one scalar (then: their sum)
+  View d_h0, d_u0;
+};
+
+// What ran.
+struct GkaReport {
+  Backend backend = Backend::cpu;
+  InstructionSet instruction_set = InstructionSet::baseline;
+  int64_t chunk_size = 0;
+  int min_iterations = 0;  // solver steps, smallest and largest over chunks and heads
+  int max_iterations = 0;
+};
+
+// Whole sequences, chunk by chunk (DESIGN: chunked form). Linear time, constant memory a sequence.
+// dtypes: all of q, k, v, gates, o, x and residual share one: float32 (cpu), float32 or float64
+// (reference). States are float32 or float64 likewise.
+// Throws Error (see error.hpp) on anything that does not fit; nothing is written then.
+KALMANET_API GkaReport gka_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
+                                   const GkaOptions& options = {});
+
+// Gradients by implicit differentiation: x_t is treated as the exact solution. `saved_x` is
+// GkaOutputs::x of the forward, or absent (x is then solved for again).
+KALMANET_API GkaReport gka_backward(const GkaInputs& inputs, ConstView saved_x,
+                                    const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
+                                    const GkaOptions& options = {});
+
+// Decode: the same answer as gka_forward, token by token, for one or a few new tokens a sequence.
+// The update in place (h_final = h0, u_final = u0) touches each state once a token.
+KALMANET_API GkaReport gka_step(const GkaInputs& inputs, const GkaOutputs& outputs,
+                                const GkaOptions& options = {});
+
+// Steps that Chebyshev needs for a relative error `tolerance` at ridge ratio `ridge_ratio`:
+// the smallest r with 2 R^r <= tolerance, R = (sqrt(kappa)-1)/(sqrt(kappa)+1), kappa = (1+a)/a.
+KALMANET_API int chebyshev_num_iter(double ridge_ratio, double tolerance);
+
+// Bytes of the two float32 states of one sequence, H heads together.
+KALMANET_API int64_t gka_state_bytes(int64_t num_heads, int64_t key_dim, int64_t value_dim);
+
+}  // namespace kalmanet
