@@ -19,17 +19,30 @@ struct Sequence {
   int64_t length() const noexcept { return end - begin; }
 };
 
+inline constexpr int64_t kMaxChunkSize = 256;
+
+// What validation has made sure of: every tensor has the shape and dtype that gka.hpp says, memory
+// wherever it has elements, and strides inside the address space; what is written has no two
+// elements in one place; K and V are 1..256; head counts divide H >= 1; every ridge ratio, also
+// inside a tensor, is > 0 and finite; a gradient is asked for only where its input is present
+// (d_ridge_ratio always may be). B, T, N and single sequences may be empty. Values inside q, k, v,
+// the gates and the states are not looked at.
 struct GkaProblem {
   int64_t B = 0, T = 0, H = 0, K = 0, V = 0;
-  int64_t N = 0;                       // sequences
+  int64_t N = 0;                                  // sequences
   int64_t q_group = 1, k_group = 1, v_group = 1;  // head h reads q head h / q_group, ...
-  double scale = 1.0;                  // resolved
-  DType dtype = DType::float32;        // of q, k, v, gates, o
-  std::vector<Sequence> sequences;     // N of them, empty ones included
+  double scale = 1.0;                             // resolved
+  DType dtype = DType::float32;                   // of q, k, v, gates, o
+  std::vector<Sequence> sequences;                // N of them, empty ones included
   GkaInputs inputs;
   GkaOptions options;
-  Executor* executor = nullptr;        // resolved, never null
+  Executor* executor = nullptr;  // resolved, never null
 };
+
+// Of every state and state gradient.
+inline DType state_dtype(const GkaProblem& problem) {
+  return problem.dtype == DType::float64 ? DType::float64 : DType::float32;
+}
 
 // Throw Error naming the argument, what came and what is allowed. (validate.cpp)
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& outputs,

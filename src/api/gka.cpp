@@ -1,0 +1,28 @@
+// Gated KalmaNet's public entry points: validate, choose a backend, run.
+#include "kalmanet/gka.hpp"
+
+#include "api/backends.hpp"
+#include "core/problem.hpp"
+
+namespace kalmanet {
+
+GkaReport gka_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
+                      const GkaOptions& options) {
+  const core::GkaProblem problem = core::validate_forward(inputs, outputs, options);
+  return api::choose_backend(problem).forward(problem, outputs);
+}
+
+GkaReport gka_backward(const GkaInputs& inputs, ConstView saved_x,
+                       const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
+                       const GkaOptions& options) {
+  const core::GkaProblem problem =
+      core::validate_backward(inputs, saved_x, output_grads, grads, options);
+  return api::choose_backend(problem).backward(problem, saved_x, output_grads, grads);
+}
+
+GkaReport gka_step(const GkaInputs& inputs, const GkaOutputs& outputs, const GkaOptions& options) {
+  const core::GkaProblem problem = core::validate_forward(inputs, outputs, options);
+  return api::choose_backend(problem).step(problem, outputs);
+}
+
+}  // namespace kalmanet

@@ -1,0 +1,48 @@
+// Public entry points of the causal convolution and the gated RMS norm.
+#include "core/validate_layer.hpp"
+#include "cpu/conv.hpp"
+#include "cpu/norm.hpp"
+#include "kalmanet/conv.hpp"
+#include "kalmanet/norm.hpp"
+
+namespace kalmanet {
+namespace {
+
+Executor& resolve(Executor* executor) {
+  return executor ? *executor : default_executor();
+}
+
+}  // namespace
+
+void causal_conv_forward(const ConvInputs& inputs, View y, View final_state, bool silu,
+                         Executor* executor) {
+  const auto sequences = core::validate_conv_forward(inputs, y, final_state);
+  cpu::causal_conv_forward(inputs, sequences, y, final_state, silu, resolve(executor));
+}
+
+void causal_conv_backward(const ConvInputs& inputs, ConstView dy, ConstView d_final_state, View dx,
+                          View dweight, View dstate, bool silu, Executor* executor) {
+  const auto sequences =
+      core::validate_conv_backward(inputs, dy, d_final_state, dx, dweight, dstate);
+  cpu::causal_conv_backward(inputs, sequences, dy, d_final_state, dx, dweight, dstate, silu,
+                            resolve(executor));
+}
+
+void causal_conv_step(ConstView x, ConstView weight, View state, View y, bool silu,
+                      Executor* executor) {
+  core::validate_conv_step(x, weight, state, y);
+  cpu::causal_conv_step(x, weight, state, y, silu, resolve(executor));
+}
+
+void gated_rms_norm_forward(const NormInputs& inputs, View y, Executor* executor) {
+  core::validate_norm_forward(inputs, y);
+  cpu::gated_rms_norm_forward(inputs, y, resolve(executor));
+}
+
+void gated_rms_norm_backward(const NormInputs& inputs, ConstView dy, View d_o, View d_gate,
+                             View d_weight, Executor* executor) {
+  core::validate_norm_backward(inputs, dy, d_o, d_gate, d_weight);
+  cpu::gated_rms_norm_backward(inputs, dy, d_o, d_gate, d_weight, resolve(executor));
+}
+
+}  // namespace kalmanet

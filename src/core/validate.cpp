@@ -1,0 +1,259 @@
+// Gated KalmaNet's arguments: everything a caller can get wrong is found here, before any work.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "core/check.hpp"
+#include "core/text.hpp"
+
+namespace kalmanet::core {
+namespace {
+
+bool known(Solver solver) {
+  return solver == Solver::chebyshev || solver == Solver::direct || solver == Solver::cg;
+}
+bool known(Backend backend) {
+  return backend == Backend::automatic || backend == Backend::cpu || backend == Backend::reference;
+}
+
+void check_options(const GkaOptions& options) {
+  const auto bad = [](const char* argument, const std::string& message) {
+    fail(ErrorCode::invalid_argument, argument, message);
+  };
+  if (options.scale && !std::isfinite(*options.scale)) {
+    bad("scale", text("got ", *options.scale, "; must be finite, or absent for K^-1/2"));
+  }
+  if (!(options.ridge_ratio > 0) || !std::isfinite(options.ridge_ratio)) {
+    bad("ridge_ratio", text("got ", options.ridge_ratio,
+                            "; must be > 0 and finite (0 would leave the system singular)"));
+  }
+  if (!known(options.solver)) {
+    bad("solver", text("unknown value ", static_cast<int>(options.solver),
+                       "; must be chebyshev, direct or cg"));
+  }
+  if (options.num_iter < 0) {
+    bad("num_iter", text("got ", options.num_iter, "; must be >= 1, or ", kAutoNumIter,
+                         " (kAutoNumIter) to choose from the ridge ratio and the tolerance"));
+  }
+  if (!(options.tolerance > 0) || !std::isfinite(options.tolerance)) {
+    bad("tolerance", text("got ", options.tolerance, "; must be > 0 and finite"));
+  }
+  if (options.chunk_size < 0 || options.chunk_size > kMaxChunkSize) {
+    bad("chunk_size", text("got ", options.chunk_size, "; must be in 1..", kMaxChunkSize,
+                           ", or 0 for the backend's choice"));
+  }
+  if (!known(options.backend)) {
+    bad("backend", text("unknown value ", static_cast<int>(options.backend),
+                        "; must be automatic, cpu or reference"));
+  }
+}
+
+// Heads of one of q, k, v: `total` heads in all, each read by a group of them.
+int64_t group_of(const char* argument, int64_t heads, int64_t total, const char* total_from) {
+  if (heads < 1 || total % heads != 0) {
+    fail(
+        ErrorCode::invalid_shape, argument,
+        text("has ", heads, " heads; must divide H = ", total, " (the heads of ", total_from, ")"));
+  }
+  return total / heads;
+}
+
+double element(const ConstView& view, int64_t b, int64_t t, int64_t h) {
+  const int64_t at = b * view.stride[0] + t * view.stride[1] + h * view.stride[2];
+  switch (view.dtype) {
+    case DType::float32:
+      return static_cast<const float*>(view.data)[at];
+    case DType::float64:
+      return static_cast<const double*>(view.data)[at];
+    case DType::bfloat16: {
+      const uint32_t bits = uint32_t{static_cast<const uint16_t*>(view.data)[at]} << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+    case DType::float16: {
+      // Sign, exponent, fraction: only its sign and being finite and not zero are asked for.
+      const uint16_t bits = static_cast<const uint16_t*>(view.data)[at];
+      const double sign = (bits & 0x8000) ? -1 : 1;
+      const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+      if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+      return sign *
+             (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
+    }
+  }
+  return NAN;
+}
+
+// A ridge ratio that is not positive would make x_t meaningless without a sign of it in the output,
+// and one number a token and head costs nothing beside K^2 operations: these are the only values
+// inside tensors that are looked at.
+double smallest_ridge_ratio(const GkaProblem& p) {
+  const ConstView& a = p.inputs.ridge_ratio;
+  if (!a.defined()) return p.options.ridge_ratio;
+  double smallest = INFINITY;
+  for (int64_t b = 0; b < p.B; ++b) {
+    for (int64_t t = 0; t < p.T; ++t) {
+      for (int64_t h = 0; h < p.H; ++h) {
+        const double value = element(a, b, t, h);
+        if (!(value > 0) || !std::isfinite(value)) {
+          fail(ErrorCode::invalid_argument, "ridge_ratio",
+               text("ridge_ratio[", b, ", ", t, ", ", h, "] is ", value,
+                    "; every ratio must be > 0 and finite"));
+        }
+        smallest = std::min(smallest, value);
+      }
+    }
+  }
+  return smallest;
+}
+
+// Everything that forward and backward share, once H is known from o or d_o (`h_source`).
+GkaProblem validate_inputs(const GkaInputs& in, const GkaOptions& options, int64_t H,
+                           const char* h_source) {
+  check_options(options);
+  GkaProblem p;
+  p.inputs = in;
+  p.options = options;
+  p.executor = options.executor ? options.executor : &default_executor();
+  p.H = H;
+
+  check_required("q", in.q, {{"B", {}}, {"T", {}}, {"Hq", {}}, {"K", {}}});
+  p.B = in.q.size[0];
+  p.T = in.q.size[1];
+  p.K = in.q.size[3];
+  p.dtype = in.q.dtype;
+  check_required("k", in.k, {{"B", p.B}, {"T", p.T}, {"Hk", {}}, {"K", p.K}}, "as q");
+  check_required("v", in.v, {{"B", p.B}, {"T", p.T}, {"Hv", {}}, {"V", {}}}, "as q");
+  p.V = in.v.size[3];
+  if (p.K < 1 || p.K > kMaxHeadDim) {
+    fail(ErrorCode::invalid_shape, "q",
+         text("key head dim K is ", p.K, "; must be in 1..", kMaxHeadDim));
+  }
+  if (p.V < 1 || p.V > kMaxHeadDim) {
+    fail(ErrorCode::invalid_shape, "v",
+         text("value head dim V is ", p.V, "; must be in 1..", kMaxHeadDim));
+  }
+  if (H < 1) fail(ErrorCode::invalid_shape, h_source, text("has ", H, " heads; must be >= 1"));
+  p.q_group = group_of("q", in.q.size[2], H, h_source);
+  p.k_group = group_of("k", in.k.size[2], H, h_source);
+  p.v_group = group_of("v", in.v.size[2], H, h_source);
+
+  const std::string why =
+      text("q is ", name(p.dtype), " and every tensor but the states has its dtype");
+  check_dtype("k", in.k, p.dtype, why);
+  check_dtype("v", in.v, p.dtype, why);
+  const std::array<std::pair<const char*, const ConstView*>, 5> per_token = {
+      {{"g", &in.g},
+       {"gk", &in.gk},
+       {"alpha", &in.alpha},
+       {"beta", &in.beta},
+       {"ridge_ratio", &in.ridge_ratio}}};
+  for (const auto& [argument, view] : per_token) {
+    if (!present(*view)) continue;
+    check_tensor(argument, *view, {{"B", p.B}, {"T", p.T}, {"H", H}});
+    check_dtype(argument, *view, p.dtype, why);
+  }
+
+  p.sequences = make_sequences(p.B, p.T, in.cu_seqlens);
+  p.N = std::ssize(p.sequences);
+  if (present(in.h0)) {
+    check_tensor("h0", in.h0, {{"N", p.N}, {"H", H}, {"K", p.K}, {"K", p.K}});
+    check_dtype("h0", in.h0, state_dtype(p), "states are float64 where q is, else float32");
+  }
+  if (present(in.u0)) {
+    check_tensor("u0", in.u0, {{"N", p.N}, {"H", H}, {"K", p.K}, {"V", p.V}});
+    check_dtype("u0", in.u0, state_dtype(p), "states are float64 where q is, else float32");
+  }
+  p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.K)));
+
+  const double smallest = smallest_ridge_ratio(p);
+  if (options.solver == Solver::chebyshev && options.num_iter == kAutoNumIter &&
+      std::isfinite(smallest)) {
+    chebyshev_num_iter(smallest, options.tolerance);  // throws where no int can hold the count
+  }
+  return p;
+}
+
+// An optional tensor that is written and shares q's dtype.
+void check_output(const char* argument, const View& view, const GkaProblem& p,
+                  std::initializer_list<Dim> dims) {
+  if (!present(view)) return;
+  check_writable(argument, view, dims);
+  check_dtype(argument, view, p.dtype, text("as q"));
+}
+
+void check_state(const char* argument, const View& view, const GkaProblem& p, int64_t columns,
+                 const char* letter) {
+  if (!present(view)) return;
+  check_writable(argument, view, {{"N", p.N}, {"H", p.H}, {"K", p.K}, {letter, columns}});
+  check_dtype(argument, view, state_dtype(p), "states are float64 where q is, else float32");
+}
+
+}  // namespace
+
+GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
+                            const GkaOptions& options) {
+  check_required("o", out.o, {{"B", {}}, {"T", {}}, {"H", {}}, {"V", {}}});
+  const GkaProblem p = validate_inputs(inputs, options, out.o.size[2], "o");
+  check_output("o", out.o, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"V", p.V}});
+  check_output("x", out.x, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
+  check_output("residual", out.residual, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_state("h_final", out.h_final, p, p.K, "K");
+  check_state("u_final", out.u_final, p, p.V, "V");
+  check_in_place("h_final", out.h_final, "h0", inputs.h0);
+  check_in_place("u_final", out.u_final, "u0", inputs.u0);
+  return p;
+}
+
+GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
+                             const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
+                             const GkaOptions& options) {
+  check_required("d_o", output_grads.d_o, {{"B", {}}, {"T", {}}, {"H", {}}, {"V", {}}});
+  const GkaProblem p = validate_inputs(inputs, options, output_grads.d_o.size[2], "d_o");
+  const auto check_input = [&](const char* argument, const ConstView& view, DType dtype,
+                               std::initializer_list<Dim> dims) {
+    if (!present(view)) return;
+    check_tensor(argument, view, dims);
+    check_dtype(argument, view, dtype,
+                dtype == p.dtype ? "as q" : "states are float64 where q is, else float32");
+  };
+  check_input("d_o", output_grads.d_o, p.dtype, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"V", p.V}});
+  check_input("d_h_final", output_grads.d_h_final, state_dtype(p),
+              {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"K", p.K}});
+  check_input("d_u_final", output_grads.d_u_final, state_dtype(p),
+              {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}});
+  check_input("saved_x", saved_x, p.dtype, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
+
+  check_output("dq", grads.dq, p, {{"B", p.B}, {"T", p.T}, {"Hq", inputs.q.size[2]}, {"K", p.K}});
+  check_output("dk", grads.dk, p, {{"B", p.B}, {"T", p.T}, {"Hk", inputs.k.size[2]}, {"K", p.K}});
+  check_output("dv", grads.dv, p, {{"B", p.B}, {"T", p.T}, {"Hv", inputs.v.size[2]}, {"V", p.V}});
+  check_output("dg", grads.dg, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_output("dgk", grads.dgk, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_output("dalpha", grads.dalpha, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_output("dbeta", grads.dbeta, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_output("d_ridge_ratio", grads.d_ridge_ratio, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_state("d_h0", grads.d_h0, p, p.K, "K");
+  check_state("d_u0", grads.d_u0, p, p.V, "V");
+
+  // A gradient of what was not given is a mistake of the caller's; the ridge ratio alone always
+  // has a value, the scalar option, whose gradient is the sum of the tokens'.
+  const auto needs = [](const char* argument, const View& grad, const char* input_name,
+                        const ConstView& input) {
+    if (present(grad) && !present(input)) {
+      fail(ErrorCode::invalid_argument, argument,
+           text("asked for, but the input ", input_name, " is absent; pass ", input_name,
+                " or leave ", argument, " absent"));
+    }
+  };
+  needs("dg", grads.dg, "g", inputs.g);
+  needs("dgk", grads.dgk, "gk", inputs.gk);
+  needs("dalpha", grads.dalpha, "alpha", inputs.alpha);
+  needs("dbeta", grads.dbeta, "beta", inputs.beta);
+  needs("d_h0", grads.d_h0, "h0", inputs.h0);
+  needs("d_u0", grads.d_u0, "u0", inputs.u0);
+  return p;
+}
+
+}  // namespace kalmanet::core
