@@ -1,0 +1,345 @@
+// GatedKalmaNet: construction, initialisation and the forward pass around the gka operator.
+#include "layers/gated_kalmanet.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+
+#include "kalmanet/conv.hpp"
+#include "kalmanet/error.hpp"
+#include "kalmanet/gka.hpp"
+
+namespace kalmanet::layers {
+namespace {
+
+using at::Tensor;
+
+// Sequences of at most this many tokens take the recurrent step: the chunked operator pays for
+// its products of a whole chunk only beyond it.
+constexpr int64_t kMaxStepTokens = 8;
+
+[[noreturn]] void fail(const char* argument, const std::string& message) {
+  throw Error(ErrorCode::invalid_argument, argument, message);
+}
+[[noreturn]] void fail_shape(const char* argument, const std::string& message) {
+  throw Error(ErrorCode::invalid_shape, argument, message);
+}
+
+template <class T>
+std::string text(const T& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+void require_between(const char* argument, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  fail(argument, "is " + text(value) + "; allowed are " + text(low) + " to " + text(high));
+}
+
+void validate(const GatedKalmaNetOptions& o) {
+  constexpr int64_t kMany = int64_t{1} << 24;
+  require_between("hidden_size", o.hidden_size, 1, kMany);
+  require_between("head_dim", o.head_dim, 1, kMaxHeadDim);
+  require_between("num_heads", o.num_heads, 1, kMany);
+  require_between("num_k_heads", o.k_heads(), 1, kMany);
+  require_between("num_v_heads", o.v_heads(), 1, kMany);
+  require_between("conv_size", o.conv_size, 1, kMaxConvWidth);
+  require_between("num_iter", o.num_iter, 0, 1'000'000);
+  require_between("chunk_size", o.chunk_size, 0, 256);
+  const int64_t H = o.expanded_heads();
+  const std::pair<const char*, int64_t> counts[] = {
+      {"num_heads", o.num_heads}, {"num_k_heads", o.k_heads()}, {"num_v_heads", o.v_heads()}};
+  for (const auto& [argument, count] : counts) {
+    if (H % count != 0) {
+      fail(argument, "is " + text(count) + ", which does not divide the largest head count, " +
+                         text(H) + ": every head of the layer reads one head of each");
+    }
+  }
+  const double V = o.expand_v * static_cast<double>(o.head_dim);
+  if (!(V >= 0.5) || std::abs(V - std::round(V)) > 1e-5 * V) {
+    fail("expand_v", "is " + text(o.expand_v) + ", which gives a value head dim of " + text(V) +
+                         " at head_dim " + text(o.head_dim) + "; it must be an integer >= 1");
+  }
+  if (o.head_v_dim() > kMaxHeadDim) {
+    fail("expand_v", "gives a value head dim of " + text(o.head_v_dim()) + "; allowed are 1 to " +
+                         text(kMaxHeadDim));
+  }
+  if (!(o.ridge_ratio > 0) || !std::isfinite(o.ridge_ratio)) {
+    fail("ridge_ratio", "is " + text(o.ridge_ratio) + "; it must be a positive number");
+  }
+  if (!(o.tolerance > 0 && o.tolerance < 1)) {
+    fail("tolerance", "is " + text(o.tolerance) + "; it must be between 0 and 1");
+  }
+  if (!(o.norm_eps >= 0) || !std::isfinite(o.norm_eps)) {
+    fail("norm_eps", "is " + text(o.norm_eps) + "; it must not be negative");
+  }
+  if (o.solver != "chebyshev" && o.solver != "direct" && o.solver != "cg") {
+    fail("solver", "is \"" + o.solver + "\"; allowed are \"chebyshev\", \"direct\" and \"cg\"");
+  }
+  if (o.qk_norm != "official" && o.qk_norm != "fla") {
+    fail("qk_norm", "is \"" + o.qk_norm +
+                        "\"; allowed are \"official\" (x / (|x| + 1e-6)) and \"fla\" (x / "
+                        "sqrt(|x|^2 + 1e-6))");
+  }
+  if (o.fixed_alpha) {
+    const double alpha = *o.fixed_alpha;
+    if (!(alpha >= 0 && alpha <= 1)) {
+      fail("fixed_alpha", "is " + text(alpha) + "; it must be between 0 and 1");
+    }
+    if (!o.use_alpha_connection && alpha != 1) {
+      fail("fixed_alpha", "is " + text(alpha) +
+                              " but use_alpha_connection is false, which means alpha 1; set one of "
+                              "the two only");
+    }
+    if (o.learned_ridge && alpha == 0) {
+      fail("learned_ridge",
+           "has no effect with fixed_alpha 0, where nothing is solved; set one of the two only");
+    }
+  }
+}
+
+// A module with one parameter, so that it is named "<module>.weight" in the checkpoint.
+class WeightImpl : public torch::nn::Module {
+ public:
+  explicit WeightImpl(at::IntArrayRef sizes) {
+    weight = register_parameter("weight", at::empty(sizes));
+  }
+  Tensor weight;
+};
+
+Tensor linear(torch::nn::LinearImpl& layer, const Tensor& x) {
+  return at::linear(x, layer.weight,
+                    layer.bias.defined() ? OptionalTensor(layer.bias) : OptionalTensor());
+}
+
+// The number of tokens of the longest sequence; 0 where cu_seqlens is not valid (the operators
+// then say why).
+int64_t longest(const Tensor& x, const OptionalTensor& cu_seqlens) {
+  if (!cu_seqlens) return x.size(1);
+  if (cu_seqlens->scalar_type() != at::kLong || cu_seqlens->dim() != 1 || !cu_seqlens->is_cpu()) {
+    return x.size(1);
+  }
+  const auto offsets = cu_seqlens->accessor<int64_t, 1>();
+  int64_t result = 0;
+  for (int64_t i = 1; i < offsets.size(0); ++i) {
+    result = std::max(result, offsets[i] - offsets[i - 1]);
+  }
+  return result;
+}
+
+void require_state(const char* name, const Tensor& tensor, at::IntArrayRef sizes) {
+  if (tensor.defined() && tensor.sizes() == sizes) return;
+  fail_shape(name, "of the layer's state must have shape " + text(sizes) + ", got " +
+                       (tensor.defined() ? text(tensor.sizes()) : "an undefined tensor"));
+}
+
+}  // namespace
+
+int64_t GatedKalmaNetOptions::expanded_heads() const {
+  return std::max({num_heads, k_heads(), v_heads()});
+}
+
+int64_t GatedKalmaNetOptions::head_v_dim() const {
+  return std::llround(expand_v * static_cast<double>(head_dim));
+}
+
+int64_t GkaLayerState::bytes() const {
+  int64_t total = 0;
+  for (const Tensor* t : {&h, &u, &conv_q, &conv_k, &conv_v}) {
+    if (t->defined()) total += t->numel() * t->element_size();
+  }
+  return total;
+}
+
+GkaLayerState GkaLayerState::clone() const {
+  const auto copy = [](const Tensor& t) { return t.defined() ? t.clone() : t; };
+  return {copy(h), copy(u), copy(conv_q), copy(conv_k), copy(conv_v)};
+}
+
+GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : options_(options) {
+  validate(options_);
+  const auto& o = options_;
+  const int64_t D = o.hidden_size, K = o.head_dim, V = o.head_v_dim(), H = o.expanded_heads();
+  const auto project = [this, D](const char* name, int64_t out, bool bias) {
+    return register_module(name, torch::nn::Linear(torch::nn::LinearOptions(D, out).bias(bias)));
+  };
+  const auto weight = [this](const char* name, at::IntArrayRef sizes) {
+    return register_module(name, std::make_shared<WeightImpl>(sizes))->weight;
+  };
+  q_proj_ = project("q_proj", o.num_heads * K, false);
+  k_proj_ = project("k_proj", o.k_heads() * K, false);
+  v_proj_ = project("v_proj", o.v_heads() * V, false);
+  q_conv_ = weight("q_conv1d", {o.num_heads * K, 1, o.conv_size});
+  k_conv_ = weight("k_conv1d", {o.k_heads() * K, 1, o.conv_size});
+  if (o.use_v_conv) v_conv_ = weight("v_conv1d", {o.v_heads() * V, 1, o.conv_size});
+  if (o.use_beta_gate) b_proj_ = project("b_proj", H, true);
+  if (o.use_alpha_connection && !o.fixed_alpha) alpha_proj_ = project("alpha_proj", H, true);
+  if (o.learned_ridge) ridge_proj_ = project("ridge_proj", H, true);
+  if (o.use_forgetting_gate) {
+    a_proj_ = project("a_proj", H, false);
+    A_log_ = register_parameter("A_log", at::empty({H}));
+    dt_bias_ = register_parameter("dt_bias", at::empty({H}));
+  }
+  if (o.use_gate) g_proj_ = project("g_proj", H * V, false);
+  o_norm_ = weight("o_norm", {V});
+  o_proj_ =
+      register_module("o_proj", torch::nn::Linear(torch::nn::LinearOptions(H * V, D).bias(false)));
+  reset_parameters();
+}
+
+void GatedKalmaNetImpl::reset_parameters() {
+  const at::NoGradGuard no_grad;
+  for (auto* layer : {&q_proj_, &k_proj_, &v_proj_, &a_proj_, &b_proj_, &alpha_proj_, &ridge_proj_,
+                      &g_proj_, &o_proj_}) {
+    if (*layer) (*layer)->reset_parameters();
+  }
+  // A depthwise filter of W taps has fan in W.
+  const double bound = 1 / std::sqrt(static_cast<double>(options_.conv_size));
+  for (Tensor* weight : {&q_conv_, &k_conv_, &v_conv_}) {
+    if (weight->defined()) weight->uniform_(-bound, bound);
+  }
+  o_norm_.fill_(1);
+  if (ridge_proj_) ridge_proj_->bias.fill_(std::log(kInitialLearnedRidge));
+  if (A_log_.defined()) {
+    // A of exactly 0 would be a logarithm of minus infinity.
+    A_log_.uniform_(0, 16).clamp_min_(1e-6).log_();
+    // dt_bias is the inverse softplus of dt: dt + log(1 - e^-dt).
+    dt_bias_.uniform_(std::log(1e-3), std::log(1e-1)).exp_().clamp_min_(1e-4);
+    dt_bias_.copy_(dt_bias_ + at::log(-at::expm1(-dt_bias_)));
+  }
+}
+
+std::vector<std::string> GatedKalmaNetImpl::no_weight_decay() const {
+  std::vector<std::string> names;
+  for (const auto& item : named_parameters()) {
+    const std::string& name = item.key();
+    const bool bias = name.size() >= 5 && name.compare(name.size() - 5, 5, ".bias") == 0;
+    if (bias || name == "A_log" || name == "dt_bias" || name == "o_norm.weight") {
+      names.push_back(name);
+    }
+  }
+  return names;
+}
+
+GkaLayerState GatedKalmaNetImpl::empty_state(int64_t num_sequences) const {
+  const auto& o = options_;
+  const int64_t H = o.expanded_heads(), K = o.head_dim, V = o.head_v_dim(), W = o.conv_size;
+  const auto dtype = q_conv_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto zeros = [&](at::IntArrayRef sizes) {
+    return at::zeros(sizes, q_conv_.options().dtype(dtype).requires_grad(false));
+  };
+  GkaLayerState state;
+  state.h = zeros({num_sequences, H, K, K});
+  state.u = zeros({num_sequences, H, K, V});
+  state.conv_q = zeros({num_sequences, o.num_heads * K, W});
+  state.conv_k = zeros({num_sequences, o.k_heads() * K, W});
+  if (o.use_v_conv) state.conv_v = zeros({num_sequences, o.v_heads() * V, W});
+  return state;
+}
+
+Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seqlens,
+                                  GkaLayerState* state) {
+  const auto& o = options_;
+  if (x.dim() != 3 || x.size(2) != o.hidden_size) {
+    fail_shape("x", "must have shape [B,T,hidden_size] with hidden_size " + text(o.hidden_size) +
+                        ", got " + text(x.sizes()));
+  }
+  const int64_t B = x.size(0), T = x.size(1), H = o.expanded_heads(), K = o.head_dim,
+                V = o.head_v_dim(), W = o.conv_size;
+  if (cu_seqlens && B != 1) {
+    fail_shape("cu_seqlens",
+               "needs x with B = 1 (all sequences packed into one row), got B = " + text(B));
+  }
+  const int64_t N = cu_seqlens ? std::max<int64_t>(cu_seqlens->numel() - 1, 0) : B;
+  // 16-bit activations are widened once, behind the projections; all in between is float32.
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const bool step =
+      state != nullptr && !at::GradMode::is_enabled() && longest(x, cu_seqlens) <= kMaxStepTokens;
+  const bool fresh = state != nullptr && !state->defined();
+  if (fresh && step) *state = empty_state(N);
+  const bool carried = state != nullptr && state->defined();
+  if (carried) {
+    require_state("h", state->h, {N, H, K, K});
+    require_state("u", state->u, {N, H, K, V});
+    require_state("conv_q", state->conv_q, {N, o.num_heads * K, W});
+    require_state("conv_k", state->conv_k, {N, o.k_heads() * K, W});
+    if (o.use_v_conv) require_state("conv_v", state->conv_v, {N, o.v_heads() * V, W});
+  }
+
+  const auto convolve = [&](const Tensor& in, const Tensor& weight, Tensor GkaLayerState::* slot) {
+    if (step && T == 1 && !cu_seqlens) {
+      return causal_conv_step(in.squeeze(1), weight, state->*slot).unsqueeze(1);
+    }
+    const OptionalTensor before =
+        carried ? OptionalTensor(state->*slot) : OptionalTensor(std::nullopt);
+    ConvResult result =
+        causal_conv(in, weight, before, cu_seqlens, /*silu=*/true, state != nullptr);
+    if (state != nullptr) state->*slot = std::move(result.final_state);
+    return result.y;
+  };
+  const auto normalise = [&](const Tensor& t, int64_t heads) {
+    const Tensor by_head = t.view({B, T, heads, K});
+    if (o.qk_norm == "fla") {
+      return by_head * at::rsqrt(by_head.square().sum(-1, true) + 1e-6);
+    }
+    return by_head / (at::linalg_vector_norm(by_head, 2, -1, true) + 1e-6);
+  };
+  const Tensor q = normalise(
+      convolve(linear(*q_proj_, x).to(type), q_conv_, &GkaLayerState::conv_q), o.num_heads);
+  const Tensor k = normalise(
+      convolve(linear(*k_proj_, x).to(type), k_conv_, &GkaLayerState::conv_k), o.k_heads());
+  Tensor v = linear(*v_proj_, x).to(type);
+  if (o.use_v_conv) v = convolve(v, v_conv_, &GkaLayerState::conv_v);
+  v = v.view({B, T, o.v_heads(), V});
+
+  OptionalTensor g, gk, alpha, beta, ridge;
+  if (o.use_beta_gate) beta = at::sigmoid(linear(*b_proj_, x).to(type)) + 1e-6;
+  if (alpha_proj_) alpha = at::sigmoid(linear(*alpha_proj_, x).to(type));
+  if (o.fixed_alpha && *o.fixed_alpha != 1) {
+    alpha = at::full({}, *o.fixed_alpha, q.options().requires_grad(false)).expand({B, T, H});
+  }
+  if (o.use_forgetting_gate) {
+    g = at::softplus(linear(*a_proj_, x).to(type) + dt_bias_.to(type)) * -A_log_.to(type).exp();
+    if (o.use_forgetting_gate_kk) gk = g;
+  }
+  if (o.learned_ridge) {
+    ridge = at::exp(at::clamp(linear(*ridge_proj_, x).to(type), std::log(kMinLearnedRidge),
+                              std::log(kMaxLearnedRidge)));
+  }
+
+  GkaOpOptions op;
+  op.ridge_ratio = o.ridge_ratio;
+  op.solver = o.solver;
+  op.num_iter = o.learned_ridge ? kAutoNumIter : o.num_iter;
+  op.tolerance = o.tolerance;
+  op.bp_lambda = o.bp_lambda;
+  op.chunk_size = o.chunk_size;
+  op.backend = o.backend;
+  if (!o.gla_rescale) op.scale = 1.0;
+  if (o.fixed_alpha && *o.fixed_alpha == 0) {
+    // o_t = scale U_t^T q_t whatever x_t is: the shortest solve there is.
+    op.solver = "chebyshev";
+    op.num_iter = 1;
+  }
+  Tensor out;
+  if (step) {
+    out = gka_step(q, k, v, g, gk, alpha, beta, ridge, state->h, state->u, cu_seqlens, op);
+  } else {
+    const OptionalTensor h0 = carried ? OptionalTensor(state->h) : std::nullopt;
+    const OptionalTensor u0 = carried ? OptionalTensor(state->u) : std::nullopt;
+    GkaResult result = gka(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, op);
+    out = std::move(result.o);
+    if (state != nullptr) {
+      state->h = std::move(result.h);
+      state->u = std::move(result.u);
+    }
+  }
+
+  OptionalTensor gate;
+  if (o.use_gate) gate = linear(*g_proj_, x).to(type).view({B, T, H, V});
+  out = gated_rms_norm(out, gate, o_norm_.to(type), o.norm_eps);
+  return linear(*o_proj_, out.to(o_proj_->weight.scalar_type()).view({B, T, H * V}));
+}
+
+}  // namespace kalmanet::layers

@@ -1,0 +1,115 @@
+// The causal convolution and the gated RMS norm on the CPU: tensors to views, kalmanet called.
+#include <tuple>
+
+#include "torch/executor.hpp"
+#include "torch/views.hpp"
+
+namespace kalmanet::torch_ops {
+namespace {
+
+// x [B,T,D], weight [D,W], state [N,D,W].
+struct Conv {
+  ConvInputs inputs;
+  std::vector<int64_t> cu_seqlens;
+  int64_t N, D, W;
+};
+
+Conv read(const Tensor& x, const Tensor& weight, const OptionalTensor& state,
+          const OptionalTensor& cu_seqlens) {
+  Conv conv;
+  require_rank(x, 3, "x", "[B,T,D]");
+  require_rank(weight, 2, "weight", "[D,W]");
+  conv.inputs.x = const_view(x, "x");
+  conv.inputs.weight = const_view(weight, "weight");
+  conv.inputs.state = const_view(state, "state");
+  conv.cu_seqlens = offsets(cu_seqlens);
+  conv.N = cu_seqlens ? static_cast<int64_t>(conv.cu_seqlens.size()) - 1 : x.size(0);
+  conv.D = x.size(2);
+  conv.W = weight.size(1);
+  return conv;
+}
+
+std::tuple<Tensor, Tensor> causal_conv_forward_cpu(const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& state,
+                                                   const OptionalTensor& cu_seqlens, bool silu,
+                                                   bool want_final_state) {
+  Conv conv = read(x, weight, state, cu_seqlens);
+  conv.inputs.cu_seqlens = conv.cu_seqlens;
+  Tensor y = new_tensor(x, {x.size(0), x.size(1), conv.D}, DType::float32);
+  Tensor final_state =
+      want_final_state ? new_tensor(x, {conv.N, conv.D, conv.W}, DType::float32) : no_tensor(x);
+  causal_conv_forward(conv.inputs, mutable_view(y, "y"),
+                      want_final_state ? mutable_view(final_state, "final_state") : View{}, silu,
+                      &torch_executor());
+  return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(const Tensor& x, const Tensor& weight,
+                                                            const OptionalTensor& state,
+                                                            const OptionalTensor& cu_seqlens,
+                                                            const Tensor& dy,
+                                                            const OptionalTensor& d_final_state,
+                                                            bool silu) {
+  Conv conv = read(x, weight, state, cu_seqlens);
+  conv.inputs.cu_seqlens = conv.cu_seqlens;
+  Tensor dx = new_tensor(x, {x.size(0), x.size(1), conv.D}, DType::float32);
+  Tensor dweight = new_tensor(x, {conv.D, conv.W}, DType::float32);
+  Tensor dstate = state ? new_tensor(x, {conv.N, conv.D, conv.W}, DType::float32) : no_tensor(x);
+  causal_conv_backward(conv.inputs, const_view(dy, "dy"),
+                       const_view(d_final_state, "d_final_state"), mutable_view(dx, "dx"),
+                       mutable_view(dweight, "dweight"),
+                       state ? mutable_view(dstate, "dstate") : View{}, silu, &torch_executor());
+  return {dx, dweight, dstate};
+}
+
+Tensor causal_conv_step_cpu(const Tensor& x, const Tensor& weight, const Tensor& state, bool silu) {
+  require_rank(x, 2, "x", "[N,D]");
+  require_rank(weight, 2, "weight", "[D,W]");
+  Tensor y = new_tensor(x, {x.size(0), x.size(1)}, DType::float32);
+  causal_conv_step(const_view(x, "x"), const_view(weight, "weight"), mutable_view(state, "state"),
+                   mutable_view(y, "y"), silu, &torch_executor());
+  return y;
+}
+
+NormInputs read(const Tensor& o, const OptionalTensor& gate, const Tensor& weight, double eps) {
+  NormInputs inputs;
+  require_rank(o, 2, "o", "[R,V]");
+  inputs.o = const_view(o, "o");
+  inputs.gate = const_view(gate, "gate");
+  inputs.weight = const_view(weight, "weight");
+  inputs.eps = eps;
+  return inputs;
+}
+
+Tensor gated_rms_norm_forward_cpu(const Tensor& o, const OptionalTensor& gate, const Tensor& weight,
+                                  double eps) {
+  const NormInputs inputs = read(o, gate, weight, eps);
+  Tensor y = new_tensor(o, {o.size(0), o.size(1)}, DType::float32);
+  gated_rms_norm_forward(inputs, mutable_view(y, "y"), &torch_executor());
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_cpu(const Tensor& o,
+                                                               const OptionalTensor& gate,
+                                                               const Tensor& weight,
+                                                               const Tensor& dy, double eps) {
+  const NormInputs inputs = read(o, gate, weight, eps);
+  Tensor d_o = new_tensor(o, {o.size(0), o.size(1)}, DType::float32);
+  Tensor d_gate = gate ? new_tensor(o, {o.size(0), o.size(1)}, DType::float32) : no_tensor(o);
+  Tensor d_weight = new_tensor(o, {o.size(1)}, DType::float32);
+  gated_rms_norm_backward(inputs, const_view(dy, "dy"), mutable_view(d_o, "d_o"),
+                          gate ? mutable_view(d_gate, "d_gate") : View{},
+                          mutable_view(d_weight, "d_weight"), &torch_executor());
+  return {d_o, d_gate, d_weight};
+}
+
+}  // namespace
+}  // namespace kalmanet::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(kalmanet, CPU, m) {
+  m.impl("causal_conv_forward", TORCH_BOX(&kalmanet::torch_ops::causal_conv_forward_cpu));
+  m.impl("causal_conv_backward", TORCH_BOX(&kalmanet::torch_ops::causal_conv_backward_cpu));
+  m.impl("causal_conv_step", TORCH_BOX(&kalmanet::torch_ops::causal_conv_step_cpu));
+  m.impl("gated_rms_norm_forward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_forward_cpu));
+  m.impl("gated_rms_norm_backward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_backward_cpu));
+}

@@ -1,0 +1,193 @@
+// The GKA operators on the CPU: tensors to views, results allocated, kalmanet called.
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "torch/executor.hpp"
+#include "torch/views.hpp"
+
+namespace kalmanet::torch_ops {
+namespace {
+
+// What every GKA operator reads, as views, with the sizes of its results.
+struct Call {
+  GkaInputs inputs;
+  GkaOptions options;
+  std::vector<int64_t> cu_seqlens;
+  int64_t B, T, H, K, V, N;
+  DType dtype;        // of o, x and the residual
+  DType state_dtype;  // float32, or float64 where q is
+};
+
+Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+          const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
+          const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
+          const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
+          const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+          const std::string& backend) {
+  Call call;
+  require_rank(q, 4, "q", "[B,T,Hq,K]");
+  require_rank(k, 4, "k", "[B,T,Hk,K]");
+  require_rank(v, 4, "v", "[B,T,Hv,V]");
+  call.H = std::max({q.size(2), k.size(2), v.size(2)});
+  const auto gate = [&call](const OptionalTensor& tensor, const char* name) {
+    if (!tensor) return ConstView{};
+    require_rank(*tensor, 3, name, "[B,T,H]");
+    call.H = std::max(call.H, tensor->size(2));
+    return const_view(tensor, name);
+  };
+  call.B = q.size(0);
+  call.T = q.size(1);
+  call.K = q.size(3);
+  call.V = v.size(3);
+  // Before the results are allocated, whose size grows with K * K: the rest is checked by kalmanet.
+  for (const auto& [name, size] : {std::pair{"q", call.K}, std::pair{"v", call.V}}) {
+    if (size < 1 || size > kMaxHeadDim) {
+      throw Error(ErrorCode::invalid_shape, name,
+                  "has a head dim (last size) of " + std::to_string(size) + "; allowed are 1 to " +
+                      std::to_string(kMaxHeadDim));
+    }
+  }
+  GkaInputs& inputs = call.inputs;
+  inputs.q = const_view(q, "q");
+  inputs.k = const_view(k, "k");
+  inputs.v = const_view(v, "v");
+  inputs.g = gate(g, "g");
+  inputs.gk = gate(gk, "gk");
+  inputs.alpha = gate(alpha, "alpha");
+  inputs.beta = gate(beta, "beta");
+  inputs.ridge_ratio = gate(ridge, "ridge");
+  inputs.h0 = const_view(h0, "h0");
+  inputs.u0 = const_view(u0, "u0");
+  call.cu_seqlens = offsets(cu_seqlens);
+  call.N = cu_seqlens ? static_cast<int64_t>(call.cu_seqlens.size()) - 1 : call.B;
+  call.dtype = inputs.q.dtype;
+  call.state_dtype = call.dtype == DType::float64 ? DType::float64 : DType::float32;
+
+  GkaOptions& options = call.options;
+  options.scale = scale;
+  options.ridge_ratio = ridge_ratio;
+  options.solver = solver_of(solver);
+  if (num_iter < 0 || num_iter > 1'000'000) {
+    throw Error(ErrorCode::invalid_argument, "num_iter",
+                "is " + std::to_string(num_iter) +
+                    "; allowed are 1 to 1000000, or 0 to choose it from ridge and tolerance");
+  }
+  options.num_iter = static_cast<int>(num_iter);
+  options.tolerance = tolerance;
+  options.chunk_size = chunk_size;
+  options.backend = backend_of(backend);
+  options.executor = &torch_executor();
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+    const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
+    const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
+    const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
+    const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size, bool save_x,
+    bool want_residual, const std::string& backend) {
+  Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
+                   solver, num_iter, tolerance, chunk_size, backend);
+  call.inputs.cu_seqlens = call.cu_seqlens;
+  const auto [B, T, H, K, V, N] = std::tuple(call.B, call.T, call.H, call.K, call.V, call.N);
+  Tensor o = new_tensor(q, {B, T, H, V}, call.dtype);
+  Tensor h = new_tensor(q, {N, H, K, K}, call.state_dtype);
+  Tensor u = new_tensor(q, {N, H, K, V}, call.state_dtype);
+  Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.dtype) : no_tensor(q);
+  Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.dtype) : no_tensor(q);
+  GkaOutputs outputs;
+  outputs.o = mutable_view(o, "o");
+  outputs.h_final = mutable_view(h, "h_final");
+  outputs.u_final = mutable_view(u, "u_final");
+  if (save_x) outputs.x = mutable_view(x, "x");
+  if (want_residual) outputs.residual = mutable_view(residual, "residual");
+  gka_forward(call.inputs, outputs, call.options);
+  return {o, h, u, x, residual};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                 const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
+                 const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
+                 const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
+                 const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+                 bool bp_lambda, const OptionalTensor& x, const Tensor& d_o,
+                 const OptionalTensor& dh, const OptionalTensor& du, const std::string& backend) {
+  Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
+                   solver, num_iter, tolerance, chunk_size, backend);
+  call.inputs.cu_seqlens = call.cu_seqlens;
+  call.options.bp_lambda = bp_lambda;
+  const auto [B, T, H, K, V, N] = std::tuple(call.B, call.T, call.H, call.K, call.V, call.N);
+  GkaOutputGrads output_grads;
+  output_grads.d_o = const_view(d_o, "d_o");
+  output_grads.d_h_final = const_view(dh, "dh");
+  output_grads.d_u_final = const_view(du, "du");
+
+  GkaInputGrads grads;
+  const auto like_input = [&q, &call](const Tensor& input, View& view, const char* name) {
+    Tensor grad =
+        new_tensor(q, {input.size(0), input.size(1), input.size(2), input.size(3)}, call.dtype);
+    view = mutable_view(grad, name);
+    return grad;
+  };
+  const auto gate = [&](const OptionalTensor& input, View& view, const char* name) {
+    if (!input) return no_tensor(q);
+    Tensor grad = new_tensor(q, {B, T, H}, call.dtype);
+    view = mutable_view(grad, name);
+    return grad;
+  };
+  const auto state = [&](const OptionalTensor& input, int64_t columns, View& view,
+                         const char* name) {
+    if (!input) return no_tensor(q);
+    Tensor grad = new_tensor(q, {N, H, K, columns}, call.state_dtype);
+    view = mutable_view(grad, name);
+    return grad;
+  };
+  Tensor dq = like_input(q, grads.dq, "dq");
+  Tensor dk = like_input(k, grads.dk, "dk");
+  Tensor dv = like_input(v, grads.dv, "dv");
+  Tensor dg = gate(g, grads.dg, "dg");
+  Tensor dgk = gate(gk, grads.dgk, "dgk");
+  Tensor dalpha = gate(alpha, grads.dalpha, "dalpha");
+  Tensor dbeta = gate(beta, grads.dbeta, "dbeta");
+  Tensor dridge = gate(ridge, grads.d_ridge_ratio, "dridge");
+  Tensor dh0 = state(h0, K, grads.d_h0, "dh0");
+  Tensor du0 = state(u0, V, grads.d_u0, "du0");
+  gka_backward(call.inputs, const_view(x, "x"), output_grads, grads, call.options);
+  return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
+}
+
+std::tuple<Tensor, Tensor> gka_step_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+    const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
+    const OptionalTensor& ridge, const Tensor& h, const Tensor& u, const OptionalTensor& cu_seqlens,
+    std::optional<double> scale, double ridge_ratio, const std::string& solver, int64_t num_iter,
+    double tolerance, int64_t chunk_size, bool want_residual, const std::string& backend) {
+  Call call = read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio,
+                   solver, num_iter, tolerance, chunk_size, backend);
+  call.inputs.cu_seqlens = call.cu_seqlens;
+  Tensor o = new_tensor(q, {call.B, call.T, call.H, call.V}, call.dtype);
+  Tensor residual =
+      want_residual ? new_tensor(q, {call.B, call.T, call.H}, call.dtype) : no_tensor(q);
+  GkaOutputs outputs;
+  outputs.o = mutable_view(o, "o");
+  outputs.h_final = mutable_view(h, "h");
+  outputs.u_final = mutable_view(u, "u");
+  if (want_residual) outputs.residual = mutable_view(residual, "residual");
+  call.inputs.h0 = outputs.h_final;
+  call.inputs.u0 = outputs.u_final;
+  gka_step(call.inputs, outputs, call.options);
+  return {o, residual};
+}
+
+}  // namespace
+}  // namespace kalmanet::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(kalmanet, CPU, m) {
+  m.impl("gka_forward", TORCH_BOX(&kalmanet::torch_ops::gka_forward_cpu));
+  m.impl("gka_backward", TORCH_BOX(&kalmanet::torch_ops::gka_backward_cpu));
+  m.impl("gka_step", TORCH_BOX(&kalmanet::torch_ops::gka_step_cpu));
+}

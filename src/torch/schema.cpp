@@ -1,0 +1,99 @@
+// The operators torch.ops.kalmanet.*: their schemas, the same on every device, and those without
+// tensors. docs: include/kalmanet/*.hpp has the equations; shapes and letters are those of gka.hpp.
+//
+// Where an optional result was not asked for, or an input was absent, its place in the returned
+// tuple is a tensor of zero elements.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "kalmanet/kalmanet.hpp"
+#include "torch/anchor.hpp"
+
+namespace kalmanet::torch_ops {
+namespace {
+
+// Pieces that several schemas share.
+#define KN_GATES \
+  "Tensor? g=None, Tensor? gk=None, Tensor? alpha=None, Tensor? beta=None, Tensor? ridge=None"
+#define KN_SOLVER                                                                        \
+  "float? scale=None, float ridge_ratio=0.02, str solver='chebyshev', int num_iter=30, " \
+  "float tolerance=1e-05, int chunk_size=0"
+// `ridge` is a_t per token [B,T,H]; without it, ridge_ratio. num_iter = 0 is "auto". cu_seqlens:
+// int64 on the CPU. backend: "auto", "cpu", "reference" (float64 oracle, also takes float64).
+#define KN_SEQUENCE                         \
+  "Tensor q, Tensor k, Tensor v, " KN_GATES \
+  ", Tensor? h0=None, Tensor? u0=None, "    \
+  "Tensor? cu_seqlens=None, *, " KN_SOLVER
+
+// What ran and could run, one line a backend.
+std::string backend_info() {
+  std::string text;
+  for (const BackendInfo& info : backends()) {
+    text += (text.empty() ? "" : "\n") + std::string(name(info.backend)) + ": " +
+            (info.available ? "" : "not available; ") + info.detail;
+  }
+  return text;
+}
+
+// The instruction set that the CPU kernels use now.
+std::string get_instruction_set() {
+  return name(instruction_set());
+}
+
+// Forces one of them for the process; "" goes back to the environment's choice or the fastest.
+void force_instruction_set(std::string text) {
+  if (text.empty()) return reset_instruction_set();
+  for (const InstructionSet isa :
+       {InstructionSet::baseline, InstructionSet::avx2, InstructionSet::avx512}) {
+    if (text == name(isa)) return kalmanet::set_instruction_set(isa);
+  }
+  throw Error(ErrorCode::invalid_argument, "instruction_set",
+              "is \"" + text + "\"; allowed are \"baseline\", \"avx2\", \"avx512\" and \"\"");
+}
+
+}  // namespace
+}  // namespace kalmanet::torch_ops
+
+STABLE_TORCH_LIBRARY(kalmanet, m) {
+  m.def("gka_forward(" KN_SEQUENCE
+        ", bool save_x=False, bool want_residual=False, str backend='auto')"
+        " -> (Tensor o, Tensor h_final, Tensor u_final, Tensor x, Tensor residual)");
+  m.def("gka_backward(" KN_SEQUENCE
+        ", bool bp_lambda=True, Tensor? x=None, Tensor d_o, Tensor? dh=None, Tensor? du=None,"
+        " str backend='auto')"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dgk, Tensor dalpha, Tensor dbeta,"
+        " Tensor dridge, Tensor dh0, Tensor du0)");
+  m.def("gka_step(Tensor q, Tensor k, Tensor v, " KN_GATES
+        ", Tensor(a!) h, Tensor(b!) u, Tensor? cu_seqlens=None, *, " KN_SOLVER
+        ", bool want_residual=False, str backend='auto') -> (Tensor o, Tensor residual)");
+  m.def(
+      "causal_conv_forward(Tensor x, Tensor weight, Tensor? state=None, Tensor? cu_seqlens=None,"
+      " *, bool silu=True, bool want_final_state=False) -> (Tensor y, Tensor final_state)");
+  m.def(
+      "causal_conv_backward(Tensor x, Tensor weight, Tensor? state=None, Tensor? cu_seqlens=None,"
+      " *, Tensor dy, Tensor? d_final_state=None, bool silu=True)"
+      " -> (Tensor dx, Tensor dweight, Tensor dstate)");
+  m.def("causal_conv_step(Tensor x, Tensor weight, Tensor(a!) state, *, bool silu=True) -> Tensor");
+  m.def(
+      "gated_rms_norm_forward(Tensor o, Tensor? gate, Tensor weight, *, float eps=1e-06)"
+      " -> Tensor");
+  m.def(
+      "gated_rms_norm_backward(Tensor o, Tensor? gate, Tensor weight, *, Tensor dy,"
+      " float eps=1e-06) -> (Tensor d_o, Tensor d_gate, Tensor d_weight)");
+  m.def("backend_info() -> str");
+  m.def("instruction_set() -> str");
+  m.def("set_instruction_set(str instruction_set) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kalmanet, CompositeExplicitAutograd, m) {
+  m.impl("backend_info", TORCH_BOX(&kalmanet::torch_ops::backend_info));
+  m.impl("instruction_set", TORCH_BOX(&kalmanet::torch_ops::get_instruction_set));
+  m.impl("set_instruction_set", TORCH_BOX(&kalmanet::torch_ops::force_instruction_set));
+}
+
+// Registration happens when the library is loaded; a C++ program calls this so that the linker
+// keeps the library (anchor.hpp).
+extern "C" KALMANET_API int kalmanet_torch_anchor() {
+  return KALMANET_VERSION_MAJOR;
+}

@@ -1,0 +1,43 @@
+// Tensors of the stable ABI as kalmanet views, and new tensors for results. Nothing is copied.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kalmanet/kalmanet.hpp"
+
+namespace kalmanet::torch_ops {
+
+using Tensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// `name` is the argument's name in the operator's schema, for the error: kalmanet::Error where the
+// tensor has a dtype that no view has, or more than kMaxRank dimensions. An empty tensor gives a
+// defined view (its data is never read).
+ConstView const_view(const Tensor& tensor, const char* name);
+View mutable_view(const Tensor& tensor, const char* name);
+// Absent in, absent out.
+ConstView const_view(const OptionalTensor& tensor, const char* name);
+
+// Throws Error unless `tensor` has `rank` dimensions; `shape` is how the schema's letters spell it.
+void require_rank(const Tensor& tensor, int64_t rank, const char* name, const char* shape);
+
+// The offsets of packed sequences; empty if absent. Error unless int64 of one dimension on the CPU.
+std::vector<int64_t> offsets(const OptionalTensor& cu_seqlens);
+
+// A new contiguous tensor on `like`'s device, not initialised.
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+// What an operator returns where a result was not asked for: zero elements.
+Tensor no_tensor(const Tensor& like);
+
+Solver solver_of(const std::string& text);    // "chebyshev", "direct", "cg"
+Backend backend_of(const std::string& text);  // "auto", "cpu", "reference"
+
+}  // namespace kalmanet::torch_ops
