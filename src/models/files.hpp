@@ -43,8 +43,4 @@ void write_file(const std::filesystem::path& path,
                 const std::vector<std::span<const std::byte>>& parts);
 void write_file(const std::filesystem::path& path, std::string_view text);
 
-// Creates the folder (and its parents) if need be and proves that files can be made in it. Throws
-// Error otherwise: call it before long work whose result goes there.
-void require_writable_folder(const std::filesystem::path& folder);
-
 }  // namespace kalmanet::models
