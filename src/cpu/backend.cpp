@@ -1,0 +1,62 @@
+// The CPU backend as the rest of the library sees it.
+#include "cpu/backend.hpp"
+
+#include <string>
+
+#include "cpu/gka_ops.hpp"
+#include "cpu/kernel_table.hpp"
+
+namespace kalmanet::cpu {
+
+int64_t chosen_chunk_size(const core::GkaProblem& problem) {
+  const int64_t asked = problem.options.chunk_size;
+  return asked == 0 || asked > kLanes ? kLanes : asked;
+}
+
+namespace {
+
+class CpuBackend final : public core::GkaBackend {
+ public:
+  Backend id() const noexcept override { return Backend::cpu; }
+
+  std::string describe() const override {
+    std::string text = "float32, chebyshev; instruction sets:";
+    for (InstructionSet isa : available_instruction_sets()) text += std::string(" ") + name(isa);
+    return text + "; using " + name(instruction_set());
+  }
+
+  std::string refuses(const core::GkaProblem& problem) const override {
+    if (problem.dtype != DType::float32) {
+      return std::string(name(problem.dtype)) +
+             " is not computed by the cpu backend yet (float32 is)" +
+             (problem.dtype == DType::float64 ? "; pass backend=reference for the float64 oracle"
+                                              : "");
+    }
+    if (problem.options.solver != Solver::chebyshev) {
+      return std::string("solver ") + name(problem.options.solver) +
+             " is not computed by the cpu backend yet (chebyshev is); pass backend=reference";
+    }
+    return "";
+  }
+
+  GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
+    return cpu::forward(problem, outputs);
+  }
+  GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+                     const GkaOutputGrads& output_grads,
+                     const GkaInputGrads& grads) const override {
+    return cpu::backward(problem, saved_x, output_grads, grads);
+  }
+  GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
+    return cpu::step(problem, outputs);
+  }
+};
+
+}  // namespace
+
+const core::GkaBackend& gka_backend() {
+  static const CpuBackend backend;
+  return backend;
+}
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,10 @@
+// The CPU backend: GKA in float32 by vector kernels chosen at run time.
+#pragma once
+
+#include "core/backend.hpp"
+
+namespace kalmanet::cpu {
+
+const core::GkaBackend& gka_backend();
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,114 @@
+// The Chebyshev iteration for all tokens of a chunk together (docs/math.md):
+//
+//   step = 2 / (2 lambda + f)     rho2 = (f / (2 lambda + f) / 2)^2
+//   x_prev = 0, x = step q, w = 2;   r times:  w = 1 / (1 - rho2 w)
+//     x, x_prev = x + (w - 1) (x - x_prev) - step w ((H_t + lambda_t) x - q), x
+//
+// (the published form with w x - (w - 1) x_prev written as x + (w - 1) (x - x_prev): the difference
+// is small once x converges, so less is lost to rounding). H_t x is never formed from H_t:
+//   H_t y = e^{G_t} H_0 y + sum_{j <= t} M_tj k_j (k_j . y)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/chunk.hpp"
+#include "cpu/lanes.hpp"
+#include "kalmanet/gka.hpp"
+
+namespace kalmanet::cpu {
+
+// epilogue(n, offset, register of (H_t y_t)[n..]) for every row of lanes; y [Kp][t].
+template <class Vec, class Epilogue>
+KALMANET_INLINE void apply_h(const Chunk& c, const float* h, bool h_is_zero, const float* y,
+                             Epilogue&& epilogue) {
+  using T = Tile<Vec>;
+  alignas(64) float s[kLanes * kLanes];  // [j][t]: M_tj (k_j . y_t)
+  gained_product<Vec>(c.k_lanes, c.K, y, c.h_decay->lanes, s);
+  for (int64_t n = 0; n < c.Kp; n += T::kRows) {
+    T tile;
+    tile.clear();
+    if (!h_is_zero) {
+      tile.accumulate(h + n, c.Kp, c.K, y);
+      tile.scale_lanes(c.h_decay->since_start);
+    }
+    tile.accumulate(c.k_rows + n, c.Kp, c.n, s);
+    tile.each([&](int64_t offset, int lane, typename Vec::Reg acc) {
+      epilogue(n * kLanes + offset, lane, acc);
+    });
+  }
+}
+
+// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk. b, x, other: [Kp][t]; returns
+// which of x and other holds the solution.
+template <class Vec>
+float* chebyshev(const Chunk& c, const float* h, bool h_is_zero, const float* b, int num_iter,
+                 float* x, float* other) {
+  using Reg = typename Vec::Reg;
+  constexpr int kVecs = Tile<Vec>::kVecs;
+  for (int64_t i = 0; i < c.Kp * kLanes; i += kLanes) {
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = i + v * Vec::kWidth;
+      Vec::store(x + at, Vec::mul(Vec::load(c.step + v * Vec::kWidth), Vec::load(b + at)));
+      Vec::store(other + at, Vec::zero());
+    }
+  }
+  alignas(64) float momentum[kLanes], gain[kLanes];
+  double w[kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) w[t] = 2.0;
+  for (int iteration = 0; iteration < num_iter; ++iteration) {
+    for (int64_t t = 0; t < kLanes; ++t) {
+      w[t] = 1.0 / (1.0 - static_cast<double>(c.rho2[t]) * w[t]);
+      momentum[t] = static_cast<float>(w[t] - 1.0);
+      gain[t] = static_cast<float>(c.step[t] * w[t]);
+    }
+    apply_h<Vec>(c, h, h_is_zero, x, [&](int64_t at, int lane, Reg hx) {
+      const Reg xt = Vec::load(x + at);
+      const Reg residual =
+          Vec::sub(Vec::fma(Vec::load(c.lambda + lane), xt, hx), Vec::load(b + at));
+      const Reg change = Vec::sub(xt, Vec::load(other + at));
+      const Reg moved = Vec::fma(Vec::load(momentum + lane), change, xt);
+      Vec::store(other + at, Vec::fnma(Vec::load(gain + lane), residual, moved));
+    });
+    float* next = other;
+    other = x;
+    x = next;
+  }
+  return x;
+}
+
+// |(H_t + lambda_t I) x_t - b_t| / |b_t| a token; 0 where b_t or f_t is 0.
+template <class Vec>
+void relative_residual(const Chunk& c, const float* h, bool h_is_zero, const float* b,
+                       const float* x, float* out) {
+  using Reg = typename Vec::Reg;
+  double r2[kLanes] = {}, b2[kLanes];
+  alignas(64) float r[Vec::kWidth];
+  apply_h<Vec>(c, h, h_is_zero, x, [&](int64_t at, int lane, Reg hx) {
+    Vec::store(r, Vec::sub(Vec::fma(Vec::load(c.lambda + lane), Vec::load(x + at), hx),
+                           Vec::load(b + at)));
+    for (int i = 0; i < Vec::kWidth; ++i) r2[lane + i] += static_cast<double>(r[i]) * r[i];
+  });
+  lanes_dot<Vec>(b, b, c.K, b2);
+  for (int64_t t = 0; t < kLanes; ++t) {
+    out[t] = c.norm[t] == 0.0 || b2[t] == 0.0 ? 0.0f : static_cast<float>(std::sqrt(r2[t] / b2[t]));
+  }
+}
+
+// The number of iterations for a chunk: given, or from its smallest ridge ratio.
+template <class Vec>
+int choose_num_iter(const Chunk& c, const HeadInputs& in, IterationRange* range) {
+  int r = in.num_iter;
+  if (r == 0) {
+    double smallest = c.ridge[0];
+    for (int64_t t = 1; t < c.n; ++t) smallest = c.ridge[t] < smallest ? c.ridge[t] : smallest;
+    r = chebyshev_num_iter(smallest, in.tolerance);
+  }
+  if (range != nullptr) {
+    if (range->max == 0 || r < range->min) range->min = r;
+    if (r > range->max) range->max = r;
+  }
+  return r;
+}
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,234 @@
+// One chunk of one head: at most kLanes tokens loaded into the kernels' layouts, with their decays
+// and their ridges. Letters as in docs/math.md: G_t is the running sum of gk from the chunk's
+// start, M_tj = e^{G_t - G_j} for j <= t (else 0); N is the same of g.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/kernel_table.hpp"
+#include "cpu/lanes.hpp"
+#include "cpu/scratch_sizes.hpp"
+
+namespace kalmanet::cpu {
+
+// f_t at or below this counts as zero: kalmanet::kVanishedNorm.
+inline constexpr double kVanishedNorm64 = 0x1p-60;
+
+// Decays inside a chunk: every factor is a product of e^{g} <= 1, never a quotient.
+struct ChunkDecay {
+  float rows[kLanes * kLanes];   // [t][j]: M_tj
+  float lanes[kLanes * kLanes];  // [j][t]: M_tj
+  float since_start[kLanes];     // e^{G_t}
+  float to_end[kLanes];          // e^{G_C - G_t}
+  double since_start64[kLanes];
+  float total;  // e^{G_C}
+};
+
+// Hands out pieces of a scratch buffer, each aligned as the buffer (64 bytes).
+class Arena {
+ public:
+  explicit Arena(float* base) : next_(base) {}
+  float* take(int64_t floats) {
+    float* p = next_;
+    next_ += padded(floats);
+    return p;
+  }
+
+ private:
+  float* next_;
+};
+
+struct Chunk {
+  int64_t K, V, Kp, Vp;
+  int64_t t0 = 0;  // first token
+  int64_t n = 0;   // tokens
+  // lanes [Kp][t] and rows [t][Kp] of the keys; lanes of the queries; rows of the values. Keys and
+  // values are multiplied by beta. Rows and lanes from token n on are zeros.
+  float *k_lanes, *k_rows, *q_lanes, *v_rows;
+  ChunkDecay* h_decay;  // of gk
+  ChunkDecay* u_decay;  // of g; the same object where both gates are one tensor
+  ChunkDecay decay_storage[2];
+  double ridge[kLanes];  // a_t
+  double norm[kLanes];   // f_t, 0 where it counts as zero
+  float lambda[kLanes];  // a_t f_t
+  float step[kLanes];    // of the iteration: 2 / (2 lambda + f); 0 where f_t counts as zero
+  float rho2[kLanes];
+  float alpha[kLanes];
+  float zeros[kLanes];
+  double gram2[kLanes][kLanes];  // (k_i . k_j)^2
+  double kappa[kLanes];          // k_j^T H_0 k_j
+  double start_norm2;            // |H_0|_F^2
+};
+
+template <class Vec>
+void carve_chunk(Chunk& c, const HeadInputs& in, Arena& arena) {
+  c.K = in.K;
+  c.V = in.V;
+  c.Kp = padded(in.K);
+  c.Vp = padded(in.V);
+  c.k_lanes = arena.take(c.Kp * kLanes);
+  c.k_rows = arena.take(c.Kp * kLanes);
+  c.q_lanes = arena.take(c.Kp * kLanes);
+  c.v_rows = arena.take(c.Vp * kLanes);
+  for (int64_t t = 0; t < kLanes; ++t) c.zeros[t] = 0.0f;
+}
+
+template <class Vec>
+void load_decay(ChunkDecay& d, const Column& gate, int64_t t0, int64_t n) {
+  double factor[kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) {
+    factor[t] = gate.data == nullptr || t >= n
+                    ? 1.0
+                    : std::exp(static_cast<double>(gate.data[(t0 + t) * gate.stride]));
+  }
+  double row[kLanes] = {};  // M_tj of the current t
+  double start = 1.0;
+  for (int64_t t = 0; t < kLanes; ++t) {
+    const bool real = t < n;
+    if (real) {
+      start *= factor[t];
+      for (int64_t j = 0; j < t; ++j) row[j] *= factor[t];
+      row[t] = 1.0;
+    }
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float m = real && j <= t ? static_cast<float>(row[j]) : 0.0f;
+      d.rows[t * kLanes + j] = m;
+      d.lanes[j * kLanes + t] = m;
+    }
+    d.since_start64[t] = real ? start : 0.0;
+    d.since_start[t] = static_cast<float>(d.since_start64[t]);
+  }
+  // The last real row holds e^{G_C - G_j}.
+  for (int64_t t = 0; t < kLanes; ++t) d.to_end[t] = t < n ? static_cast<float>(row[t]) : 0.0f;
+  d.total = static_cast<float>(start);
+}
+
+// Rows of keys or values, times beta.
+template <class Vec>
+void load_rows(const Rows& src, const Column& beta, int64_t t0, int64_t n, int64_t width,
+               float* rows) {
+  const int64_t cols = padded(width);
+  for (int64_t t = 0; t < kLanes; ++t) {
+    float* row = rows + t * cols;
+    if (t < n) {
+      const float* p = src.data + (t0 + t) * src.token_stride;
+      const float b = beta.data == nullptr ? 1.0f : beta.data[(t0 + t) * beta.stride];
+      for (int64_t c = 0; c < width; ++c) row[c] = b * p[c * src.stride];
+      for (int64_t c = width; c < cols; ++c) row[c] = 0.0f;
+    } else {
+      for (int64_t c = 0; c < cols; ++c) row[c] = 0.0f;
+    }
+  }
+}
+
+// Keys, values and decays: all that the states need. `h`, `u`: which of the two.
+template <class Vec>
+void load_chunk_for_states(Chunk& c, const HeadInputs& in, int64_t t0, int64_t n, bool h, bool u) {
+  c.t0 = t0;
+  c.n = n;
+  c.h_decay = &c.decay_storage[0];
+  c.u_decay = &c.decay_storage[1];
+  if (h) load_decay<Vec>(*c.h_decay, in.gk, t0, n);
+  if (u) {
+    if (h && in.g.data == in.gk.data && in.g.stride == in.gk.stride) {
+      c.u_decay = c.h_decay;
+    } else {
+      load_decay<Vec>(*c.u_decay, in.g, t0, n);
+    }
+  }
+  load_rows<Vec>(in.k, in.beta, t0, n, in.K, c.k_rows);
+  if (u) load_rows<Vec>(in.v, in.beta, t0, n, in.V, c.v_rows);
+}
+
+template <class Vec>
+void load_chunk(Chunk& c, const HeadInputs& in, int64_t t0, int64_t n) {
+  load_chunk_for_states<Vec>(c, in, t0, n, true, true);
+  rows_to_lanes<Vec>(c.k_rows, c.Kp, c.k_lanes);
+  load_lanes<Vec>(in.q, t0, n, in.K, c.q_lanes);
+  for (int64_t t = 0; t < kLanes; ++t) {
+    const bool real = t < n;
+    c.alpha[t] =
+        !real ? 0.0f
+              : (in.alpha.data == nullptr ? 1.0f : in.alpha.data[(t0 + t) * in.alpha.stride]);
+    c.ridge[t] = !real || in.ridge.data == nullptr
+                     ? in.ridge_ratio
+                     : static_cast<double>(in.ridge.data[(t0 + t) * in.ridge.stride]);
+  }
+}
+
+// f_t, lambda_t and the iteration's constants, from the state H_0 before the chunk:
+//   f_t^2 = e^{2G_t} |H_0|^2 + 2 e^{G_t} sum_j M_tj k_j^T H_0 k_j + sum_ij M_ti M_tj (k_i . k_j)^2
+// All three terms are sums of nothing negative (H_0 is positive semi-definite), so no digits
+// cancel. `hk_lanes` [Kp][t] receives H_0 k_t (unused where h_is_zero).
+template <class Vec>
+void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
+  if (h_is_zero) {
+    c.start_norm2 = 0.0;
+    for (int64_t t = 0; t < kLanes; ++t) c.kappa[t] = 0.0;
+  } else {
+    c.start_norm2 = squared_norm<Vec>(h, c.Kp, c.K, c.Kp);
+    lanes_product<Vec>(h, c.Kp, c.K, c.Kp, c.k_lanes, hk_lanes);
+    lanes_dot<Vec>(hk_lanes, c.k_lanes, c.K, c.kappa);
+  }
+  float gram[kLanes * kLanes];
+  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, gram);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const double e = gram[i * kLanes + j];
+      c.gram2[i][j] = e * e;
+    }
+  }
+  const ChunkDecay& d = *c.h_decay;
+  for (int64_t t = 0; t < kLanes; ++t) {
+    c.norm[t] = 0.0;
+    c.lambda[t] = c.step[t] = 0.0f;
+    const double a = c.ridge[t];
+    const double rho = 0.5 / (2.0 * a + 1.0);
+    c.rho2[t] = static_cast<float>(rho * rho);
+    if (t >= c.n) continue;
+    const float* m = d.rows + t * kLanes;
+    double cross = 0.0, inside = 0.0;
+    for (int64_t j = 0; j <= t; ++j) {
+      cross += m[j] * c.kappa[j];
+      double row[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) row[i] = m[i] * c.gram2[j][i];
+      double sum = 0.0;
+      for (int64_t i = 0; i < kLanes; ++i) sum += row[i];
+      inside += m[j] * sum;
+    }
+    const double e = d.since_start64[t];
+    const double f = std::sqrt(e * e * c.start_norm2 + 2.0 * e * cross + inside);
+    if (f > kVanishedNorm64) {
+      c.norm[t] = f;
+      c.lambda[t] = static_cast<float>(a * f);
+      c.step[t] = static_cast<float>(2.0 / (2.0 * a * f + f));
+    }
+    if (!(f <= kVanishedNorm64) && !(f > kVanishedNorm64)) {  // a NaN must stay one
+      c.norm[t] = f;
+      c.lambda[t] = c.step[t] = static_cast<float>(f);
+    }
+  }
+}
+
+// H <- e^{G_C} H + sum_j e^{G_C - G_j} k_j k_j^T, U likewise. `weighted` has room for [kLanes][Kp].
+template <class Vec>
+void advance_h(const Chunk& c, float* h, float* weighted) {
+  const ChunkDecay& d = *c.h_decay;
+  for (int64_t j = 0; j < c.n; ++j) {
+    for (int64_t i = 0; i < c.Kp; ++i)
+      weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
+  }
+  rank_update<Vec>(h, c.Kp, c.K, c.Kp, d.total, weighted, c.Kp, c.k_rows, c.Kp, c.n);
+}
+template <class Vec>
+void advance_u(const Chunk& c, float* u, float* weighted) {
+  const ChunkDecay& d = *c.u_decay;
+  for (int64_t j = 0; j < c.n; ++j) {
+    for (int64_t i = 0; i < c.Kp; ++i)
+      weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
+  }
+  rank_update<Vec>(u, c.Vp, c.K, c.Vp, d.total, weighted, c.Kp, c.v_rows, c.Vp, c.n);
+}
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,210 @@
+// The backward: tasks of the heads that share keys, values or queries (their gradients are sums),
+// and, where those are too few to keep all threads busy, the solves of all segments at once first.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/gka_ops.hpp"
+#include "cpu/gka_split.hpp"
+#include "cpu/scratch_sizes.hpp"
+
+namespace kalmanet::cpu {
+namespace {
+
+struct Backward {
+  const KernelTable& table;
+  const core::GkaProblem& problem;
+  const ConstView& saved_x;
+  const GkaOutputGrads& output_grads;
+  const GkaInputGrads& grads;
+  int64_t chunk_size;
+
+  int64_t K() const { return problem.K; }
+  int64_t V() const { return problem.V; }
+  int64_t floats() const { return state_floats(problem.K, problem.V); }
+
+  // About sqrt(chunks) chunks a segment: the states before each segment and before each chunk of
+  // one segment are what is kept, 2 sqrt(chunks) of them instead of one a chunk.
+  Segments segments_of(const core::Sequence& sequence) const {
+    const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
+    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))));
+    return cut(sequence, chunk_size, std::max<int64_t>(1, root));
+  }
+  int64_t chunk_state_floats(const Segments& s) const { return (s.tokens / chunk_size) * floats(); }
+
+  GkaBackwardJob job_of(const Unit& unit, const Segments& s, int64_t segment, float* start) const {
+    const int64_t row = unit.sequence->row, head = unit.head;
+    GkaBackwardJob job;
+    job.in = head_inputs(problem, *unit.sequence, head);
+    job.bp_lambda = problem.options.bp_lambda;
+    job.begin = s.begin_of(segment);
+    job.end = s.end_of(segment);
+    job.chunk_size = chunk_size;
+    job.h_is_zero = segment == 0 && !problem.inputs.h0.defined();
+    job.start = state_at(start, K());
+    job.saved_x = rows_of(saved_x, row, head);
+    job.d_o = rows_of(output_grads.d_o, row, head);
+    job.dq = out_rows_of(grads.dq, row, head / problem.q_group);
+    job.dk = out_rows_of(grads.dk, row, head / problem.k_group);
+    job.dv = out_rows_of(grads.dv, row, head / problem.v_group);
+    // Heads of a task run in order, so the first of those that share a gradient writes it.
+    job.dq.accumulate = head % problem.q_group != 0;
+    job.dk.accumulate = head % problem.k_group != 0;
+    job.dv.accumulate = head % problem.v_group != 0;
+    job.dg = out_column_of(grads.dg, row, head);
+    job.dgk = out_column_of(grads.dgk, row, head);
+    job.dalpha = out_column_of(grads.dalpha, row, head);
+    job.dbeta = out_column_of(grads.dbeta, row, head);
+    job.d_ridge = out_column_of(grads.d_ridge_ratio, row, head);
+    return job;
+  }
+
+  void load_carry(const Unit& unit, const StateBuffers& carry) const {
+    const int64_t n = unit.sequence->index;
+    load_state(output_grads.d_h_final, n, unit.head, K(), K(), carry.h);
+    load_state(output_grads.d_u_final, n, unit.head, K(), V(), carry.u);
+  }
+  void store_carry(const Unit& unit, const StateBuffers& carry) const {
+    const int64_t n = unit.sequence->index;
+    store_state(carry.h, grads.d_h0, n, unit.head, K(), K());
+    store_state(carry.u, grads.d_u0, n, unit.head, K(), V());
+  }
+};
+
+// The states of a segment's chunks, the carried gradients and the kernel's scratch, in one lease.
+int64_t lease_floats(const Backward& b, const Segments& s) {
+  return b.floats() + b.chunk_state_floats(s) + backward_scratch_floats(b.K(), b.V());
+}
+
+void assign_lease(const Backward& b, const Segments& s, float* lease, GkaBackwardJob& job) {
+  job.carry = state_at(lease, b.K());
+  job.chunk_states = lease + b.floats();
+  job.scratch = lease + b.floats() + b.chunk_state_floats(s);
+}
+
+// Everything of one head, last segment first.
+void backward_head(const Backward& b, const Unit& unit, IterationRange& range) {
+  const Segments s = b.segments_of(*unit.sequence);
+  FloatBuffer states(s.count * b.floats());
+  float* const starts = states.data();
+  scan_segment_states(b.table, b.problem, unit, s, b.chunk_size, starts, true, true);
+  ScratchLease lease(lease_floats(b, s));
+  b.load_carry(unit, state_at(lease.data(), b.K()));
+  for (int64_t i = s.count - 1; i >= 0; --i) {
+    GkaBackwardJob job = b.job_of(unit, s, i, starts + i * b.floats());
+    assign_lease(b, s, lease.data(), job);
+    job.iterations = &range;
+    b.table.gka_backward(job);
+  }
+  b.store_carry(unit, state_at(lease.data(), b.K()));
+}
+
+// Three passes: states before all segments, all segments' solves, then the gradients in order.
+void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int64_t group,
+                          std::vector<IterationRange>& ranges) {
+  const core::GkaProblem& problem = b.problem;
+  struct Piece {
+    size_t unit;
+    int64_t segment;
+  };
+  std::vector<Segments> segments(units.size());
+  std::vector<int64_t> first_state(units.size());
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < units.size(); ++i) {
+    segments[i] = b.segments_of(*units[i].sequence);
+    first_state[i] = static_cast<int64_t>(pieces.size()) * b.floats();
+    for (int64_t j = 0; j < segments[i].count; ++j) pieces.push_back({i, j});
+  }
+  FloatBuffer states(static_cast<int64_t>(pieces.size()) * b.floats());
+  float* const starts = states.data();
+  const int64_t row_floats = problem.H * problem.K;
+  const int64_t solution_floats = problem.B * problem.T * row_floats;
+  FloatBuffer z(solution_floats), x(b.saved_x.defined() ? 0 : solution_floats);
+  const auto solution_rows = [&](FloatBuffer& buffer, const Unit& unit) {
+    float* at = buffer.data() + unit.sequence->row * problem.T * row_floats + unit.head * problem.K;
+    return OutRows{at, row_floats, 1, false};
+  };
+
+  problem.executor->run(2 * static_cast<int64_t>(units.size()), [&](int64_t task) {
+    const auto i = static_cast<size_t>(task / 2);
+    const bool h = task % 2 == 0;
+    scan_segment_states(b.table, problem, units[i], segments[i], b.chunk_size,
+                        starts + first_state[i], h, !h);
+  });
+  ranges.resize(pieces.size());
+  const auto run_piece = [&](size_t p, GkaBackwardJob::Phase phase, float* lease) {
+    const Piece& piece = pieces[p];
+    const Unit& unit = units[piece.unit];
+    GkaBackwardJob job = b.job_of(unit, segments[piece.unit], piece.segment,
+                                  starts + first_state[piece.unit] + piece.segment * b.floats());
+    assign_lease(b, segments[piece.unit], lease, job);
+    job.phase = phase;
+    job.z_rows = solution_rows(z, unit);
+    if (!b.saved_x.defined()) job.x_rows = solution_rows(x, unit);
+    if (phase == GkaBackwardJob::solve_only) job.iterations = &ranges[p];
+    b.table.gka_backward(job);
+  };
+  problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
+    const auto at = static_cast<size_t>(p);
+    ScratchLease lease(lease_floats(b, segments[pieces[at].unit]));
+    run_piece(at, GkaBackwardJob::solve_only, lease.data());
+  });
+  const int64_t tasks = static_cast<int64_t>(units.size()) / group;
+  problem.executor->run(tasks, [&](int64_t task) {
+    for (int64_t u = task * group; u < (task + 1) * group; ++u) {
+      const auto i = static_cast<size_t>(u);
+      const Segments& s = segments[i];
+      ScratchLease lease(lease_floats(b, s));
+      const StateBuffers carry = state_at(lease.data(), b.K());
+      b.load_carry(units[i], carry);
+      const auto first = static_cast<size_t>(first_state[i] / b.floats());
+      for (int64_t j = s.count - 1; j >= 0; --j) {
+        run_piece(first + static_cast<size_t>(j), GkaBackwardJob::gradients_only, lease.data());
+      }
+      b.store_carry(units[i], carry);
+    }
+  });
+}
+
+// The gradient of an empty sequence's states passes through.
+void pass_carry_through(const Backward& b) {
+  for (const core::Sequence& sequence : b.problem.sequences) {
+    if (sequence.length() != 0) continue;
+    ScratchLease lease(b.floats());
+    const StateBuffers carry = state_at(lease.data(), b.K());
+    for (int64_t head = 0; head < b.problem.H; ++head) {
+      b.load_carry({&sequence, head}, carry);
+      b.store_carry({&sequence, head}, carry);
+    }
+  }
+}
+
+}  // namespace
+
+GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+                   const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
+  GkaReport report{Backend::cpu, instruction_set(), chosen_chunk_size(problem), 0, 0};
+  const Backward b{kernels(), problem, saved_x, output_grads, grads, report.chunk_size};
+  const std::vector<Unit> units = units_of(problem);
+  const int64_t group = std::lcm(std::lcm(problem.q_group, problem.k_group), problem.v_group);
+  const int64_t tasks = static_cast<int64_t>(units.size()) / group;
+  std::vector<IterationRange> ranges;
+  pass_carry_through(b);
+  if (enough_units(tasks, problem.executor->concurrency())) {
+    ranges.resize(units.size());
+    problem.executor->run(tasks, [&](int64_t task) {
+      for (int64_t u = task * group; u < (task + 1) * group; ++u) {
+        const auto i = static_cast<size_t>(u);
+        backward_head(b, units[i], ranges[i]);
+      }
+    });
+  } else {
+    backward_by_segments(b, units, group, ranges);
+  }
+  merge_iterations(ranges, report);
+  return report;
+}
+
+}  // namespace kalmanet::cpu

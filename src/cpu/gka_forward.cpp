@@ -1,0 +1,208 @@
+// The forward and the decode step: tasks of one head of one sequence, or of one segment of it.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/gka_ops.hpp"
+#include "cpu/gka_split.hpp"
+#include "cpu/scratch_sizes.hpp"
+
+namespace kalmanet::cpu {
+namespace {
+
+GkaForwardJob forward_job(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                          const Unit& unit, int64_t chunk_size) {
+  const int64_t row = unit.sequence->row;
+  GkaForwardJob job;
+  job.in = head_inputs(problem, *unit.sequence, unit.head);
+  job.chunk_size = chunk_size;
+  job.o = out_rows_of(outputs.o, row, unit.head);
+  job.x = out_rows_of(outputs.x, row, unit.head);
+  job.residual = out_column_of(outputs.residual, row, unit.head);
+  return job;
+}
+
+void store_final_states(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                        const Unit& unit, const StateBuffers& state) {
+  const int64_t n = unit.sequence->index;
+  store_state(state.h, outputs.h_final, n, unit.head, problem.K, problem.K);
+  store_state(state.u, outputs.u_final, n, unit.head, problem.K, problem.V);
+}
+
+// An empty sequence leaves its states as they were.
+void pass_states_through(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  if (!outputs.h_final.defined() && !outputs.u_final.defined()) return;
+  const int64_t K = problem.K, V = problem.V;
+  for (const core::Sequence& sequence : problem.sequences) {
+    if (sequence.length() != 0) continue;
+    ScratchLease scratch(state_floats(K, V));
+    const StateBuffers state = state_at(scratch.data(), K);
+    for (int64_t head = 0; head < problem.H; ++head) {
+      load_state(problem.inputs.h0, sequence.index, head, K, K, state.h);
+      load_state(problem.inputs.u0, sequence.index, head, K, V, state.u);
+      store_final_states(problem, outputs, {&sequence, head}, state);
+    }
+  }
+}
+
+// One task a head: states stay in the thread's cache from first token to last.
+void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
+                      const GkaOutputs& outputs, const std::vector<Unit>& units, int64_t chunk_size,
+                      std::vector<IterationRange>& ranges) {
+  const int64_t K = problem.K, V = problem.V;
+  ranges.resize(units.size());
+  problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
+    const Unit& unit = units[static_cast<size_t>(i)];
+    ScratchLease scratch(forward_scratch_floats(K, V) + state_floats(K, V));
+    GkaForwardJob job = forward_job(problem, outputs, unit, chunk_size);
+    job.begin = unit.sequence->begin;
+    job.end = unit.sequence->end;
+    job.state = state_at(scratch.data(), K);
+    job.h_is_zero = !problem.inputs.h0.defined();
+    job.scratch = scratch.data() + state_floats(K, V);
+    job.iterations = &ranges[static_cast<size_t>(i)];
+    load_state(problem.inputs.h0, unit.sequence->index, unit.head, K, K, job.state.h);
+    load_state(problem.inputs.u0, unit.sequence->index, unit.head, K, V, job.state.u);
+    table.gka_forward(job);
+    store_final_states(problem, outputs, unit, job.state);
+  });
+}
+
+// Few heads: first the states before each segment (H and U apart: a twentieth of the work), then
+// all segments at once.
+void forward_by_segments(const KernelTable& table, const core::GkaProblem& problem,
+                         const GkaOutputs& outputs, const std::vector<Unit>& units,
+                         int64_t chunk_size, std::vector<IterationRange>& ranges) {
+  const int64_t K = problem.K, V = problem.V;
+  const int64_t floats = state_floats(K, V);
+  const int64_t num_units = static_cast<int64_t>(units.size());
+  const int64_t wanted = (4 * problem.executor->concurrency() + num_units - 1) / num_units;
+
+  struct Piece {
+    int64_t unit;
+    int64_t segment;
+  };
+  std::vector<Segments> segments(units.size());
+  std::vector<int64_t> first_state(units.size());
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < num_units; ++i) {
+    const core::Sequence& sequence = *units[static_cast<size_t>(i)].sequence;
+    const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
+    Segments& s = segments[static_cast<size_t>(i)];
+    s = cut(sequence, chunk_size, std::max<int64_t>(1, (chunks + wanted - 1) / wanted));
+    first_state[static_cast<size_t>(i)] = static_cast<int64_t>(pieces.size()) * floats;
+    for (int64_t j = 0; j < s.count; ++j) pieces.push_back({i, j});
+  }
+  FloatBuffer states(static_cast<int64_t>(pieces.size()) * floats);
+  float* const base = states.data();
+  problem.executor->run(2 * num_units, [&](int64_t task) {
+    const size_t i = static_cast<size_t>(task / 2);
+    const bool h = task % 2 == 0;
+    scan_segment_states(table, problem, units[i], segments[i], chunk_size, base + first_state[i], h,
+                        !h);
+  });
+  ranges.resize(pieces.size());
+  problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
+    const Piece& piece = pieces[static_cast<size_t>(p)];
+    const size_t i = static_cast<size_t>(piece.unit);
+    const Segments& s = segments[i];
+    ScratchLease scratch(forward_scratch_floats(K, V));
+    GkaForwardJob job = forward_job(problem, outputs, units[i], chunk_size);
+    job.begin = s.begin_of(piece.segment);
+    job.end = s.end_of(piece.segment);
+    job.state = state_at(base + p * floats, K);
+    job.h_is_zero = piece.segment == 0 && !problem.inputs.h0.defined();
+    job.scratch = scratch.data();
+    job.iterations = &ranges[static_cast<size_t>(p)];
+    table.gka_forward(job);
+    if (piece.segment + 1 == s.count) store_final_states(problem, outputs, units[i], job.state);
+  });
+}
+
+// A state that the step kernel may update where it lies: dense rows that need no padding.
+bool in_place(const View& view, int64_t cols) {
+  return view.defined() && view.stride[3] == 1 && cols % kLanes == 0;
+}
+
+float* state_pointer(const View& view, int64_t n, int64_t head) {
+  return static_cast<float*>(view.data) + n * view.stride[0] + head * view.stride[1];
+}
+
+// Makes one of the two states ready for the step: in place where it may be, else in `buffer`.
+float* prepare(const ConstView& initial, const View& final, int64_t n, int64_t head, int64_t rows,
+               int64_t cols, float* buffer, int64_t& stride) {
+  if (!in_place(final, cols)) {
+    load_state(initial, n, head, rows, cols, buffer);
+    stride = padded(cols);
+    return buffer;
+  }
+  float* const at = state_pointer(final, n, head);
+  stride = final.stride[2];
+  const bool same =
+      initial.defined() && initial.data == final.data && initial.stride == final.stride;
+  if (same) return at;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = at + r * stride;
+    if (!initial.defined()) {
+      std::memset(row, 0, static_cast<size_t>(cols) * sizeof(float));
+      continue;
+    }
+    const float* from = static_cast<const float*>(initial.data) + n * initial.stride[0] +
+                        head * initial.stride[1] + r * initial.stride[2];
+    for (int64_t c = 0; c < cols; ++c) row[c] = from[c * initial.stride[3]];
+  }
+  return at;
+}
+
+}  // namespace
+
+GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  GkaReport report{Backend::cpu, instruction_set(), chosen_chunk_size(problem), 0, 0};
+  const KernelTable& table = kernels();
+  const std::vector<Unit> units = units_of(problem);
+  std::vector<IterationRange> ranges;
+  pass_states_through(problem, outputs);
+  if (enough_units(static_cast<int64_t>(units.size()), problem.executor->concurrency())) {
+    forward_by_units(table, problem, outputs, units, report.chunk_size, ranges);
+  } else {
+    forward_by_segments(table, problem, outputs, units, report.chunk_size, ranges);
+  }
+  merge_iterations(ranges, report);
+  return report;
+}
+
+GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  GkaReport report{Backend::cpu, instruction_set(), 1, 0, 0};
+  const KernelTable& table = kernels();
+  const std::vector<Unit> units = units_of(problem);
+  std::vector<IterationRange> ranges(units.size());
+  const int64_t K = problem.K, V = problem.V;
+  pass_states_through(problem, outputs);
+  problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
+    const Unit& unit = units[static_cast<size_t>(i)];
+    const int64_t row = unit.sequence->row, n = unit.sequence->index;
+    ScratchLease scratch(step_scratch_floats(K, V) + state_floats(K, V));
+    const StateBuffers buffers = state_at(scratch.data(), K);
+    GkaStepJob job;
+    job.in = head_inputs(problem, *unit.sequence, unit.head);
+    job.begin = unit.sequence->begin;
+    job.end = unit.sequence->end;
+    job.state.h =
+        prepare(problem.inputs.h0, outputs.h_final, n, unit.head, K, K, buffers.h, job.h_stride);
+    job.state.u =
+        prepare(problem.inputs.u0, outputs.u_final, n, unit.head, K, V, buffers.u, job.u_stride);
+    job.o = out_rows_of(outputs.o, row, unit.head);
+    job.x = out_rows_of(outputs.x, row, unit.head);
+    job.residual = out_column_of(outputs.residual, row, unit.head);
+    job.scratch = scratch.data() + state_floats(K, V);
+    job.iterations = &ranges[static_cast<size_t>(i)];
+    table.gka_step(job);
+    if (job.state.h == buffers.h) store_state(buffers.h, outputs.h_final, n, unit.head, K, K);
+    if (job.state.u == buffers.u) store_state(buffers.u, outputs.u_final, n, unit.head, K, V);
+  });
+  merge_iterations(ranges, report);
+  return report;
+}
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,16 @@
+// The CPU backend's three operations on a validated float32 problem.
+#pragma once
+
+#include "core/problem.hpp"
+
+namespace kalmanet::cpu {
+
+GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs);
+GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+                   const GkaOutputGrads& output_grads, const GkaInputGrads& grads);
+GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs);
+
+// Tokens a chunk: as asked, at most the kernels' lanes.
+int64_t chosen_chunk_size(const core::GkaProblem& problem);
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,73 @@
+// How a GKA problem is cut into tasks.
+#include "cpu/gka_split.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/scratch_sizes.hpp"
+
+namespace kalmanet::cpu {
+
+std::vector<Unit> units_of(const core::GkaProblem& problem) {
+  std::vector<Unit> units;
+  units.reserve(static_cast<size_t>(problem.N * problem.H));
+  for (const core::Sequence& sequence : problem.sequences) {
+    if (sequence.length() == 0) continue;
+    for (int64_t head = 0; head < problem.H; ++head) units.push_back({&sequence, head});
+  }
+  return units;
+}
+
+bool enough_units(int64_t units, int threads) {
+  // With four tasks a thread the last to finish wastes at most a quarter of a thread's share.
+  return threads == 1 || units >= 4 * threads || units % threads == 0;
+}
+
+Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_per_segment) {
+  Segments s;
+  s.begin = sequence.begin;
+  s.end = sequence.end;
+  s.tokens = chunk_size * chunks_per_segment;
+  s.count = (sequence.length() + s.tokens - 1) / s.tokens;
+  return s;
+}
+
+void scan_segment_states(const KernelTable& table, const core::GkaProblem& problem,
+                         const Unit& unit, const Segments& segments, int64_t chunk_size,
+                         float* states, bool h, bool u) {
+  const int64_t K = problem.K, V = problem.V;
+  const int64_t floats = state_floats(K, V);
+  const int64_t n = unit.sequence->index;
+  const size_t h_bytes = static_cast<size_t>(padded(K) * padded(K)) * sizeof(float);
+  const size_t u_bytes = static_cast<size_t>(padded(K) * padded(V)) * sizeof(float);
+  StateBuffers at = state_at(states, K);
+  if (h) load_state(problem.inputs.h0, n, unit.head, K, K, at.h);
+  if (u) load_state(problem.inputs.u0, n, unit.head, K, V, at.u);
+  ScratchLease scratch(scan_scratch_floats(K, V));
+  for (int64_t i = 0; i + 1 < segments.count; ++i) {
+    const StateBuffers next = state_at(states + (i + 1) * floats, K);
+    if (h) std::memcpy(next.h, at.h, h_bytes);
+    if (u) std::memcpy(next.u, at.u, u_bytes);
+    GkaScanJob job;
+    job.in = head_inputs(problem, *unit.sequence, unit.head);
+    job.begin = segments.begin_of(i);
+    job.end = segments.end_of(i);
+    job.chunk_size = chunk_size;
+    job.state = {h ? next.h : nullptr, u ? next.u : nullptr};
+    job.scratch = scratch.data();
+    table.gka_scan_states(job);
+    at = next;
+  }
+}
+
+void merge_iterations(const std::vector<IterationRange>& ranges, GkaReport& report) {
+  for (const IterationRange& range : ranges) {
+    if (range.max == 0) continue;
+    report.min_iterations =
+        report.max_iterations == 0 ? range.min : std::min(report.min_iterations, range.min);
+    report.max_iterations = std::max(report.max_iterations, range.max);
+  }
+}
+
+}  // namespace kalmanet::cpu

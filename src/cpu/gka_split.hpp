@@ -1,0 +1,42 @@
+// How a GKA problem is cut into tasks. No cut changes a bit of the result: chunks start at the same
+// tokens whatever the cut, and the states at a cut come from the forward's own arithmetic.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/problem.hpp"
+#include "cpu/gka_jobs.hpp"
+#include "cpu/kernel_table.hpp"
+
+namespace kalmanet::cpu {
+
+// One head of one (non-empty) sequence.
+struct Unit {
+  const core::Sequence* sequence;
+  int64_t head;
+};
+std::vector<Unit> units_of(const core::GkaProblem& problem);
+
+// Whether units alone keep `threads` busy: else sequences are cut into segments too.
+bool enough_units(int64_t units, int threads);
+
+// A sequence in segments of whole chunks.
+struct Segments {
+  int64_t begin = 0, end = 0;
+  int64_t tokens = 0;  // of each segment but the last
+  int64_t count = 0;
+  int64_t begin_of(int64_t i) const { return begin + i * tokens; }
+  int64_t end_of(int64_t i) const { return i + 1 == count ? end : begin + (i + 1) * tokens; }
+};
+Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_per_segment);
+
+// states[i] (state_floats each, i < segments.count) <- the states before segment i, H and/or U.
+void scan_segment_states(const KernelTable& table, const core::GkaProblem& problem,
+                         const Unit& unit, const Segments& segments, int64_t chunk_size,
+                         float* states, bool h, bool u);
+
+// The smallest and the largest of all tasks' iteration counts, into the report.
+void merge_iterations(const std::vector<IterationRange>& ranges, GkaReport& report);
+
+}  // namespace kalmanet::cpu

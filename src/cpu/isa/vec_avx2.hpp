@@ -1,0 +1,59 @@
+// The vector primitives of AVX2 with FMA: 8 float32 lanes, 16 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace kalmanet::cpu {
+
+struct Avx2 {
+  using Reg = __m256;
+  static constexpr int kWidth = 8;       // float32 lanes a register
+  static constexpr int kRegisters = 16;  // architectural vector registers
+
+  static Reg zero() { return _mm256_setzero_ps(); }
+  static Reg set1(float a) { return _mm256_set1_ps(a); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
+  // The first n lanes only, 0 < n <= kWidth: nothing past p[n - 1] is touched; the rest load as 0.
+  static Reg load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, mask_n(n)); }
+  static void store_n(float* p, Reg a, int64_t n) { _mm256_maskstore_ps(p, mask_n(n), a); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg sqrt(Reg a) { return _mm256_sqrt_ps(a); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
+  static Reg fnma(Reg a, Reg b, Reg c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+  static float sum(Reg a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static Reg round(Reg a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // 2^n for integral n in [-126, 127].
+  static Reg exp2i(Reg n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  // a 2^n for integral n in [-252, 254], rounded once.
+  static Reg scale2(Reg a, Reg n) {
+    const Reg half = round(mul(n, set1(0.5f)));
+    return mul(mul(a, exp2i(half)), exp2i(sub(n, half)));
+  }
+  // a where x is negative, else b (the sign bit decides).
+  static Reg if_negative(Reg x, Reg a, Reg b) { return _mm256_blendv_ps(b, a, x); }
+
+ private:
+  static __m256i mask_n(int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+  }
+};
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,60 @@
+// The vector primitives of AVX-512 (F, VL, DQ, BW and FMA): 16 float32 lanes, 32 registers.
+#pragma once
+
+// gcc 12 finds its own _mm512_undefined_ps() uninitialised wherever these intrinsics are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#include <cstdint>
+
+namespace kalmanet::cpu {
+
+struct Avx512 {
+  using Reg = __m512;
+  static constexpr int kWidth = 16;      // float32 lanes a register
+  static constexpr int kRegisters = 32;  // architectural vector registers
+
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg set1(float a) { return _mm512_set1_ps(a); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
+  // The first n lanes only, 0 < n <= kWidth: nothing past p[n - 1] is touched; the rest load as 0.
+  static Reg load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask_n(n), p); }
+  static void store_n(float* p, Reg a, int64_t n) { _mm512_mask_storeu_ps(p, mask_n(n), a); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg sqrt(Reg a) { return _mm512_sqrt_ps(a); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
+  static Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+  static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
+  static Reg round(Reg a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // 2^n for integral n in [-126, 127].
+  static Reg exp2i(Reg n) {
+    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+  }
+  // a 2^n for integral n in [-252, 254], rounded once.
+  static Reg scale2(Reg a, Reg n) { return _mm512_scalef_ps(a, n); }
+  // a where x is negative, else b (the sign bit decides).
+  static Reg if_negative(Reg x, Reg a, Reg b) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
+  }
+
+ private:
+  static __mmask16 mask_n(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+};
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,66 @@
+// The vector primitives of any processor: 4 float32 lanes by the compiler's vector extension.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace kalmanet::cpu {
+
+struct Baseline {
+  typedef float Reg __attribute__((vector_size(16)));
+  typedef int32_t Int __attribute__((vector_size(16)));
+  static constexpr int kWidth = 4;       // float32 lanes a register
+  static constexpr int kRegisters = 16;  // of x86-64's SSE2; AArch64 has 32
+
+  static Reg zero() { return Reg{}; }
+  static Reg set1(float a) { return Reg{a, a, a, a}; }
+  static Reg load(const float* p) {
+    Reg a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static void store(float* p, Reg a) { std::memcpy(p, &a, sizeof a); }
+  // The first n lanes only, 0 < n <= kWidth: nothing past p[n - 1] is touched; the rest load as 0.
+  static Reg load_n(const float* p, int64_t n) {
+    Reg a{};
+    for (int64_t i = 0; i < n; ++i) a[i] = p[i];
+    return a;
+  }
+  static void store_n(float* p, Reg a, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = a[i];
+  }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg sqrt(Reg a) {
+    return Reg{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])};
+  }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
+  static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
+  static float sum(Reg a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  // To the nearest integer, |a| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
+  static Reg round(Reg a) {
+    const Reg magic = set1(12582912.0f);
+    return (a + magic) - magic;
+  }
+  // 2^n for integral n in [-126, 127].
+  static Reg exp2i(Reg n) {
+    const Int biased = (__builtin_convertvector(n, Int) + 127) << 23;
+    Reg a;
+    std::memcpy(&a, &biased, sizeof a);
+    return a;
+  }
+  // a 2^n for integral n in [-252, 254], rounded once.
+  static Reg scale2(Reg a, Reg n) {
+    const Reg half = round(mul(n, set1(0.5f)));
+    return mul(mul(a, exp2i(half)), exp2i(sub(n, half)));
+  }
+  // a where x is negative, else b.
+  static Reg if_negative(Reg x, Reg a, Reg b) { return x < zero() ? a : b; }
+};
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,138 @@
+// What the instruction-set-specific kernels offer to the rest of the CPU room: plain job structs
+// and one function pointer an operation. No vector type appears here.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/conv_kernels.hpp"
+#include "cpu/norm_kernels.hpp"
+
+namespace kalmanet::cpu {
+
+// Tokens of one head: element (t, c) is data[t * token_stride + c * stride]. t counts from the
+// start of the batch row. Null data: absent.
+struct Rows {
+  const float* data = nullptr;
+  int64_t token_stride = 0;
+  int64_t stride = 0;
+};
+struct OutRows {
+  float* data = nullptr;
+  int64_t token_stride = 0;
+  int64_t stride = 0;
+  bool accumulate = false;  // add to what is there (heads that share one output head)
+};
+// One number a token: element t is data[t * stride]. Null data: absent.
+struct Column {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+struct OutColumn {
+  float* data = nullptr;
+  int64_t stride = 0;
+};
+
+// The inputs of one head of one batch row.
+struct HeadInputs {
+  int64_t K = 0, V = 0;
+  Rows q, k, v;
+  Column g, gk, alpha, beta, ridge;
+  double scale = 1;
+  double ridge_ratio = 0;  // where `ridge` is absent
+  int num_iter = 0;        // 0: from the chunk's smallest ridge ratio and the tolerance
+  double tolerance = 0;
+};
+
+// A head's pair of states in the kernels' layout: row-major, rows padded with zeros to a multiple
+// of kLanes: h [Kp, Kp], u [Kp, Vp].
+struct StateBuffers {
+  float* h = nullptr;
+  float* u = nullptr;
+};
+
+struct IterationRange {
+  int min = 0, max = 0;
+};
+
+// Tokens [begin, end) of one head, chunk by chunk; `state` goes from before `begin` to after `end`.
+struct GkaForwardJob {
+  HeadInputs in;
+  int64_t begin = 0, end = 0;
+  int64_t chunk_size = 0;  // 1..kLanes
+  bool h_is_zero = false;  // state.h is all zeros at `begin`
+  StateBuffers state;
+  OutRows o, x;              // x optional
+  OutColumn residual;        // optional
+  float* scratch = nullptr;  // forward_scratch_floats(K, V)
+  IterationRange* iterations = nullptr;
+};
+
+// Advances the states over tokens [begin, end) with the forward's arithmetic and nothing else; a
+// null state.h or state.u is left out.
+struct GkaScanJob {
+  HeadInputs in;
+  int64_t begin = 0, end = 0;
+  int64_t chunk_size = 0;
+  StateBuffers state;
+  float* scratch = nullptr;
+};
+
+// Gradients of tokens [begin, end) of one head, last chunk first. What `phase` leaves out must have
+// been done before: solve_only writes z (and x where it was not saved), gradients_only reads them.
+struct GkaBackwardJob {
+  enum Phase { solve_only, gradients_only, both };
+  Phase phase = both;
+  HeadInputs in;
+  bool bp_lambda = true;
+  int64_t begin = 0, end = 0;
+  int64_t chunk_size = 0;
+  bool h_is_zero = false;         // start.h is all zeros
+  StateBuffers start;             // states before `begin` (read only)
+  float* chunk_states = nullptr;  // room for the states before each chunk of the segment
+  StateBuffers carry;      // D and E: gradients of the states after `end`, in; before `begin`, out
+  Rows saved_x;            // x of the forward; absent: solved for again
+  OutRows z_rows, x_rows;  // between the phases: z, and x where saved_x is absent
+  Rows d_o;
+  OutRows dq, dk, dv;  // all optional
+  OutColumn dg, dgk, dalpha, dbeta, d_ridge;
+  float* scratch = nullptr;  // backward_scratch_floats(K, V)
+  IterationRange* iterations = nullptr;
+};
+
+// Tokens [begin, end) of one head one by one; state as above, but its rows may have any stride.
+struct GkaStepJob {
+  HeadInputs in;
+  int64_t begin = 0, end = 0;
+  StateBuffers state;
+  int64_t h_stride = 0, u_stride = 0;  // floats from row to row; rows are padded to kLanes
+  OutRows o, x;
+  OutColumn residual;
+  float* scratch = nullptr;  // step_scratch_floats(K, V)
+  IterationRange* iterations = nullptr;
+};
+
+struct KernelTable {
+  void (*gka_forward)(const GkaForwardJob&);
+  void (*gka_scan_states)(const GkaScanJob&);
+  void (*gka_backward)(const GkaBackwardJob&);
+  void (*gka_step)(const GkaStepJob&);
+  ConvKernels conv;
+  NormKernels norm;
+};
+
+// Tokens that the chunked kernels solve together: one a vector lane. 16 is one AVX-512 register of
+// float32, two of AVX2, four of SSE. Longer chunks would spend more operations a token, not fewer
+// (a Chebyshev iteration costs 2 K^2 + 4 C K a token), and the work around the solver that a chunk
+// shares is already below a fifth of it at 16.
+inline constexpr int64_t kLanes = 16;
+
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes - 1) / kLanes * kLanes;
+}
+
+// Floats of one head's two states in the kernels' layout.
+constexpr int64_t state_floats(int64_t K, int64_t V) {
+  return padded(K) * (padded(K) + padded(V));
+}
+
+}  // namespace kalmanet::cpu

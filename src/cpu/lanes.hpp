@@ -1,0 +1,261 @@
+// The small matrix products everything is made of. Two layouts:
+//   "lanes":  [rows][kLanes], one token a lane: element (c, t) of a chunk at c * kLanes + t
+//   "rows":   [tokens][padded], token by token
+// A product Y[n][t] = sum_c A(c, n) X[c][t] broadcasts the elements of A, which is streamed once,
+// and keeps a block of rows of Y in registers; tokens stay in their lanes, so every number that
+// belongs to a token (decay, step size, ridge) is a plain vector.
+//
+// Everything here is a template over the vector type, also what uses none: each instruction set's
+// file compiles its own copy, and the linker can never hand one processor the code of another.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernel_table.hpp"
+
+#define KALMANET_INLINE inline __attribute__((always_inline))
+
+namespace kalmanet::cpu {
+
+template <class Vec>
+struct Tile {
+  using Reg = typename Vec::Reg;
+  static constexpr int kVecs = kLanes / Vec::kWidth;  // registers a row of lanes
+  // Rows of Y in registers. A fused multiply-add has a latency of 4 cycles and at most two start a
+  // cycle, so at least 8 accumulators are needed; beside them kVecs registers hold X and one the
+  // broadcast. AVX-512: 16 accumulators of 32 registers; AVX2: 8 + 2 + 1 of 16; SSE: 8 + 4 + 1
+  // of 16.
+  static constexpr int kRows = Vec::kWidth == 16 ? 16 : (Vec::kWidth == 8 ? 4 : 2);
+  static_assert(kLanes % kRows == 0);
+
+  Reg acc[kRows][kVecs];
+
+  KALMANET_INLINE void clear() {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
+    }
+  }
+
+  // acc[r][t] += sum_{c < inner} A(c, r) X[c][t], A(c, r) = a[c * ld + r], or a[r * ld + c]
+  // transposed.
+  template <bool kTransposed = false>
+  KALMANET_INLINE void accumulate(const float* a, int64_t ld, int64_t inner, const float* x) {
+    for (int64_t c = 0; c < inner; ++c) {
+      Reg xc[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) xc[v] = Vec::load(x + c * kLanes + v * Vec::kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Reg b = Vec::set1(kTransposed ? a[r * ld + c] : a[c * ld + r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(b, xc[v], acc[r][v]);
+      }
+    }
+  }
+
+  // acc[r][t] *= lane[t]
+  KALMANET_INLINE void scale_lanes(const float* lane) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        acc[r][v] = Vec::mul(acc[r][v], Vec::load(lane + v * Vec::kWidth));
+      }
+    }
+  }
+
+  // f(r, offset, acc) for each register: offset = row r's lanes and within them the register's
+  // first.
+  template <class F>
+  KALMANET_INLINE void each(F&& f) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) f(r * kLanes + v * Vec::kWidth, v * Vec::kWidth, acc[r][v]);
+    }
+  }
+
+  // y[r][t] = acc
+  KALMANET_INLINE void store(float* y) {
+    each([&](int64_t offset, int, Reg a) { Vec::store(y + offset, a); });
+  }
+};
+
+// Y[n][t] = sum_{c < inner} A(c, n) X[c][t] for n < rows (a multiple of kLanes).
+template <class Vec, bool kTransposed = false>
+void lanes_product(const float* a, int64_t ld, int64_t inner, int64_t rows, const float* x,
+                   float* y) {
+  using T = Tile<Vec>;
+  for (int64_t n = 0; n < rows; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.template accumulate<kTransposed>(kTransposed ? a + n * ld : a + n, ld, inner, x);
+    tile.store(y + n * kLanes);
+  }
+}
+
+// Y[n][t] = gain[n][t] * sum_{c < inner} A[c][n] X[c][t] for kLanes rows n: masked token-by-token
+// products.
+template <class Vec>
+void gained_product(const float* a_lanes, int64_t inner, const float* x, const float* gain,
+                    float* y) {
+  using T = Tile<Vec>;
+  for (int64_t n = 0; n < kLanes; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.accumulate(a_lanes + n, kLanes, inner, x);
+    tile.each([&](int64_t offset, int, typename Vec::Reg acc) {
+      const int64_t at = n * kLanes + offset;
+      Vec::store(y + at, Vec::mul(acc, Vec::load(gain + at)));
+    });
+  }
+}
+
+// dot[t] = sum_n A[n][t] B[n][t], in float64: these sums feed norms and gate gradients.
+template <class Vec>
+void lanes_dot(const float* a, const float* b, int64_t rows, double* dot) {
+  double sum[kLanes] = {};
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t t = 0; t < kLanes; ++t) {
+      sum[t] += static_cast<double>(a[n * kLanes + t]) * b[n * kLanes + t];
+    }
+  }
+  for (int64_t t = 0; t < kLanes; ++t) dot[t] = sum[t];
+}
+
+// M[c][n] = decay * M[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple of
+// kLanes). M, A and B are row-major with strides ldm, lda, ldb.
+template <class Vec, int kRows, int kVecs>
+KALMANET_INLINE void rank_update_block(float* m, int64_t ldm, float decay, const float* a,
+                                       int64_t lda, const float* b, int64_t ldb, int64_t count) {
+  using Reg = typename Vec::Reg;
+  Reg acc[kRows][kVecs];
+  const Reg d = Vec::set1(decay);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      acc[r][v] = Vec::mul(d, Vec::load(m + r * ldm + v * Vec::kWidth));
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    Reg bj[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) bj[v] = Vec::load(b + j * ldb + v * Vec::kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Reg aj = Vec::set1(a[j * lda + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(aj, bj[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) Vec::store(m + r * ldm + v * Vec::kWidth, acc[r][v]);
+  }
+}
+
+template <class Vec, int kVecs>
+KALMANET_INLINE void rank_update_panel(float* m, int64_t ldm, int64_t rows, float decay,
+                                       const float* a, int64_t lda, const float* b, int64_t ldb,
+                                       int64_t count) {
+  // 4 rows x 4 registers of AVX-512, 4 x 2 of the others: 16 and 8 accumulators.
+  int64_t c = 0;
+  for (; c + 4 <= rows; c += 4) {
+    rank_update_block<Vec, 4, kVecs>(m + c * ldm, ldm, decay, a + c, lda, b, ldb, count);
+  }
+  for (; c < rows; ++c) {
+    rank_update_block<Vec, 1, kVecs>(m + c * ldm, ldm, decay, a + c, lda, b, ldb, count);
+  }
+}
+
+template <class Vec>
+void rank_update(float* m, int64_t ldm, int64_t rows, int64_t cols, float decay, const float* a,
+                 int64_t lda, const float* b, int64_t ldb, int64_t count) {
+  constexpr int kPanel = Vec::kWidth == 16 ? 4 : 2;
+  constexpr int64_t kWide = kPanel * Vec::kWidth;
+  int64_t n = 0;
+  for (; n + kWide <= cols; n += kWide) {
+    rank_update_panel<Vec, kPanel>(m + n, ldm, rows, decay, a, lda, b + n, ldb, count);
+  }
+  for (; n < cols; n += Vec::kWidth) {
+    rank_update_panel<Vec, 1>(m + n, ldm, rows, decay, a, lda, b + n, ldb, count);
+  }
+}
+
+// |M|_F^2 of a row-major [rows, cols] block, in float64 (squares of float32 numbers under- and
+// overflow float32 long before the numbers do). Eight partial sums, always in the same order.
+template <class Vec>
+double squared_norm(const float* m, int64_t ld, int64_t rows, int64_t cols) {
+  double sum[8] = {};
+  for (int64_t c = 0; c < rows; ++c) {
+    for (int64_t n = 0; n < cols; n += 8) {
+      for (int64_t i = 0; i < 8; ++i) {
+        const double e = m[c * ld + n + i];
+        sum[i] += e * e;
+      }
+    }
+  }
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// <M, N> of two row-major [rows, cols] blocks with the same stride, in float64.
+template <class Vec>
+double frobenius_dot(const float* m, const float* n, int64_t ld, int64_t rows, int64_t cols) {
+  double sum[8] = {};
+  for (int64_t c = 0; c < rows; ++c) {
+    for (int64_t i0 = 0; i0 < cols; i0 += 8) {
+      for (int64_t i = 0; i < 8; ++i) {
+        sum[i] += static_cast<double>(m[c * ld + i0 + i]) * n[c * ld + i0 + i];
+      }
+    }
+  }
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// Lanes from tokens [t0, t0 + n) of a head: lanes[c][t] = src(t0 + t, c), zeros elsewhere.
+template <class Vec>
+void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width, float* lanes) {
+  const int64_t rows = padded(width);
+  for (int64_t i = 0; i < rows * kLanes; ++i) lanes[i] = 0.0f;
+  for (int64_t t = 0; t < n; ++t) {
+    const float* p = src.data + (t0 + t) * src.token_stride;
+    for (int64_t c = 0; c < width; ++c) lanes[c * kLanes + t] = p[c * src.stride];
+  }
+}
+
+// dst(t0 + t, c) = gain[t] * lanes[c][t] (added if dst.accumulate).
+template <class Vec>
+void store_lanes(const float* lanes, const float* gain, const OutRows& dst, int64_t t0, int64_t n,
+                 int64_t width) {
+  for (int64_t t = 0; t < n; ++t) {
+    float* p = dst.data + (t0 + t) * dst.token_stride;
+    const float w = gain == nullptr ? 1.0f : gain[t];
+    if (dst.accumulate) {
+      for (int64_t c = 0; c < width; ++c) p[c * dst.stride] += w * lanes[c * kLanes + t];
+    } else {
+      for (int64_t c = 0; c < width; ++c) p[c * dst.stride] = w * lanes[c * kLanes + t];
+    }
+  }
+}
+
+// rows[t][c] = lanes[c][t] for all kLanes tokens, c < cols (the padded width).
+template <class Vec>
+void lanes_to_rows(const float* lanes, int64_t cols, float* rows) {
+  for (int64_t t = 0; t < kLanes; ++t) {
+    for (int64_t c = 0; c < cols; ++c) rows[t * cols + c] = lanes[c * kLanes + t];
+  }
+}
+
+// lanes[c][t] = rows[t][c]
+template <class Vec>
+void rows_to_lanes(const float* rows, int64_t cols, float* lanes) {
+  for (int64_t c = 0; c < cols; ++c) {
+    for (int64_t t = 0; t < kLanes; ++t) lanes[c * kLanes + t] = rows[t * cols + c];
+  }
+}
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,25 @@
+// Gathers every operation's kernels, instantiated for one vector type.
+#pragma once
+
+#include "cpu/conv_kernels.hpp"
+#include "cpu/gka_backward.hpp"
+#include "cpu/gka_forward.hpp"
+#include "cpu/gka_step.hpp"
+#include "cpu/kernel_table.hpp"
+#include "cpu/norm_kernels.hpp"
+
+namespace kalmanet::cpu {
+
+template <class Vec>
+constexpr KernelTable make_table() {
+  return KernelTable{
+      .gka_forward = &gka_forward_segment<Vec>,
+      .gka_scan_states = &gka_scan_states<Vec>,
+      .gka_backward = &gka_backward_segment<Vec>,
+      .gka_step = &gka_step_head<Vec>,
+      .conv = conv_kernels<Vec>(),
+      .norm = norm_kernels<Vec>(),
+  };
+}
+
+}  // namespace kalmanet::cpu

@@ -1,0 +1,29 @@
+// Floats of scratch that each kernel takes, for one head with key width K and value width V.
+#pragma once
+
+#include "cpu/kernel_table.hpp"
+
+namespace kalmanet::cpu {
+
+// A chunk's keys (rows and lanes), queries (lanes) and values (rows): chunk.hpp.
+constexpr int64_t chunk_floats(int64_t K, int64_t V) {
+  return 3 * padded(K) * kLanes + padded(V) * kLanes;
+}
+// Two buffers of the solver, the mix, the output.
+constexpr int64_t forward_scratch_floats(int64_t K, int64_t V) {
+  return chunk_floats(K, V) + (3 * padded(K) + padded(V)) * kLanes;
+}
+// The decayed keys.
+constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
+  return chunk_floats(K, V) + padded(K) * kLanes;
+}
+// 12 blocks of keys' width and 4 of values': BackwardChunk.
+constexpr int64_t backward_scratch_floats(int64_t K, int64_t V) {
+  return chunk_floats(K, V) + (12 * padded(K) + 4 * padded(V)) * kLanes;
+}
+// q, k, x twice, m; v, o: one token.
+constexpr int64_t step_scratch_floats(int64_t K, int64_t V) {
+  return 5 * padded(K) + 2 * padded(V);
+}
+
+}  // namespace kalmanet::cpu
