@@ -14,20 +14,22 @@ namespace {
 
 // "[B, T, Hq, K] = [2, *, 4, 64]"
 std::string expected_text(std::initializer_list<Dim> dims) {
-  std::ostringstream letters, sizes;
+  std::ostringstream out;
+  const char* comma = "[";
   bool known = false;
   for (const Dim& dim : dims) {
-    const char* comma = &dim == dims.begin() ? "" : ", ";
-    letters << comma << dim.letter;
-    sizes << comma;
-    if (dim.size) {
-      sizes << *dim.size;
-      known = true;
-    } else {
-      sizes << '*';
-    }
+    out << std::exchange(comma, ", ") << dim.letter;
+    known |= dim.size.has_value();
   }
-  return "[" + letters.str() + "]" + (known ? " = [" + sizes.str() + "]" : "");
+  out << ']';
+  if (!known) return out.str();
+  comma = " = [";
+  for (const Dim& dim : dims) {
+    out << std::exchange(comma, ", ");
+    dim.size ? out << *dim.size : out << '*';
+  }
+  out << ']';
+  return out.str();
 }
 
 // Every element is within int64 (in bytes) of the first.
@@ -50,17 +52,22 @@ bool addressable(const ConstView& view) {
 // steps over everything inside it. (Interleaved layouts that avoid each other by arithmetic alone
 // are refused too; nobody makes them.)
 bool elements_distinct(const ConstView& view) {
-  std::array<std::pair<int64_t, int64_t>, kMaxRank> dims;  // |stride|, size
+  std::array<int, kMaxRank> order;  // dimensions of more than one element, by |stride|
   int n = 0;
   for (int d = 0; d < view.rank; ++d) {
     if (view.size[d] == 0) return true;
-    if (view.size[d] > 1) dims[n++] = {std::abs(view.stride[d]), view.size[d]};
+    if (view.size[d] == 1) continue;
+    int at = n++;
+    for (; at > 0 && std::abs(view.stride[order[at - 1]]) > std::abs(view.stride[d]); --at) {
+      order[at] = order[at - 1];
+    }
+    order[at] = d;
   }
-  std::sort(dims.begin(), dims.begin() + n);
   int64_t inside = 1;  // elements from the first to the last, of the dimensions so far
-  for (int d = 0; d < n; ++d) {
-    if (dims[d].first < inside) return false;
-    inside += dims[d].first * (dims[d].second - 1);
+  for (int i = 0; i < n; ++i) {
+    const int64_t stride = std::abs(view.stride[order[i]]);
+    if (stride < inside) return false;
+    inside += stride * (view.size[order[i]] - 1);
   }
   return true;
 }

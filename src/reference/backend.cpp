@@ -1,0 +1,40 @@
+// The reference backend.
+#include "reference/backend.hpp"
+
+#include "reference/oracle.hpp"
+
+namespace kalmanet::reference {
+namespace {
+
+class ReferenceBackend final : public core::GkaBackend {
+ public:
+  Backend id() const noexcept override { return Backend::reference; }
+  std::string describe() const override {
+    return "float64 oracles, token by token: direct (Cholesky), chebyshev, cg";
+  }
+  std::string refuses(const core::GkaProblem& problem) const override {
+    if (problem.dtype == DType::float32 || problem.dtype == DType::float64) return {};
+    return std::string(name(problem.dtype)) +
+           " is not available on the reference backend; convert the tensors to float32 or float64";
+  }
+  GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
+    return reference::forward<double>(problem, outputs);
+  }
+  GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+                     const GkaOutputGrads& output_grads,
+                     const GkaInputGrads& grads) const override {
+    return reference::backward<double>(problem, saved_x, output_grads, grads);
+  }
+  GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
+    return reference::forward<double>(problem, outputs);
+  }
+};
+
+}  // namespace
+
+const core::GkaBackend& gka_backend() {
+  static const ReferenceBackend backend;
+  return backend;
+}
+
+}  // namespace kalmanet::reference
