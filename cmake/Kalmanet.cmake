@@ -11,6 +11,15 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
 endif()
 
+# ccache where there is one. With a precompiled header it needs to be told what may be ignored.
+option(KALMANET_CCACHE "Compile through ccache if it is installed" ON)
+find_program(KALMANET_CCACHE_PROGRAM ccache)
+if(KALMANET_CCACHE AND KALMANET_CCACHE_PROGRAM AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CXX_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env
+    CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime
+    ${KALMANET_CCACHE_PROGRAM})
+endif()
+
 add_library(kalmanet_options INTERFACE)
 target_compile_options(kalmanet_options INTERFACE -Wall -Wextra -Wshadow)
 if(KALMANET_WERROR)
@@ -20,6 +29,16 @@ if(KALMANET_SANITIZE)
   # Without recovery: a finding ends the test that made it.
   target_compile_options(kalmanet_options INTERFACE
     -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  target_link_options(kalmanet_options INTERFACE -fsanitize=address,undefined)
+endif()
+
+if(KALMANET_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+    message(FATAL_ERROR "KALMANET_FUZZ needs clang (libFuzzer); this is ${CMAKE_CXX_COMPILER}. "
+      "Use the preset: cmake --preset fuzz")
+  endif()
+  target_compile_options(kalmanet_options INTERFACE
+    -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(kalmanet_options INTERFACE -fsanitize=address,undefined)
 endif()
 
@@ -41,4 +60,17 @@ function(kalmanet_test name)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/tests)
   target_link_libraries(${name} PRIVATE kalmanet_options ${TEST_DEPENDS} GTest::gtest_main GTest::gmock)
   gtest_discover_tests(${name} DISCOVERY_TIMEOUT 120 PROPERTIES LABELS "${TEST_LABELS}")
+endfunction()
+
+# kalmanet_fuzzer(name SOURCES... DEPENDS targets... CORPUS folder): one libFuzzer program, under
+# fuzzers/ in the build folder, with its seeds beside it as name.seeds (tools/fuzz runs them all).
+function(kalmanet_fuzzer name)
+  cmake_parse_arguments(FUZZ "" "CORPUS" "SOURCES;DEPENDS" ${ARGN})
+  add_executable(${name} ${FUZZ_SOURCES})
+  target_link_libraries(${name} PRIVATE kalmanet_options ${FUZZ_DEPENDS})
+  target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  set_target_properties(${name} PROPERTIES
+    RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/fuzzers)
+  file(MAKE_DIRECTORY ${PROJECT_BINARY_DIR}/fuzzers)
+  file(CREATE_LINK ${FUZZ_CORPUS} ${PROJECT_BINARY_DIR}/fuzzers/${name}.seeds SYMBOLIC)
 endfunction()

@@ -86,12 +86,25 @@ target_link_libraries(kalmanet_torch_pch PRIVATE kalmanet_options torch_full)
 target_precompile_headers(kalmanet_torch_pch PRIVATE <torch/torch.h>)
 target_compile_options(kalmanet_torch_pch PRIVATE -fPIC -fpch-preprocess)
 
+# A compiler that reads it holds about 2 GB: no more of them at a time than there is memory for.
+cmake_host_system_information(RESULT _megabytes QUERY TOTAL_PHYSICAL_MEMORY)
+math(EXPR _torch_jobs "${_megabytes} / 2500")
+if(_torch_jobs LESS 1)
+  set(_torch_jobs 1)
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS torch_jobs=${_torch_jobs})
+
+function(kalmanet_share_torch_pch target)
+  target_precompile_headers(${target} REUSE_FROM kalmanet_torch_pch)
+  target_compile_options(${target} PRIVATE -fPIC -fpch-preprocess)
+  set_target_properties(${target} PROPERTIES JOB_POOL_COMPILE torch_jobs)
+endfunction()
+
 # kalmanet_use_torch(target): full LibTorch with the shared precompiled header, for a target that
 # exists already (a program in apps/ or examples/).
 function(kalmanet_use_torch target)
   target_link_libraries(${target} PUBLIC torch_full)
-  target_precompile_headers(${target} REUSE_FROM kalmanet_torch_pch)
-  target_compile_options(${target} PRIVATE -fPIC -fpch-preprocess)
+  kalmanet_share_torch_pch(${target})
 endfunction()
 
 # kalmanet_torch_room(name SOURCES... [DEPENDS targets...]): kalmanet_room on full LibTorch.
@@ -103,7 +116,6 @@ endfunction()
 # kalmanet_torch_test(name SOURCES... DEPENDS targets... [LABELS ...]): kalmanet_test likewise.
 function(kalmanet_torch_test name)
   kalmanet_test(${name} ${ARGN})
-  target_precompile_headers(${name} REUSE_FROM kalmanet_torch_pch)
   target_link_libraries(${name} PRIVATE torch_full)
-  target_compile_options(${name} PRIVATE -fPIC -fpch-preprocess)
+  kalmanet_share_torch_pch(${name})
 endfunction()
