@@ -70,9 +70,9 @@ using GkaBackward =
         std::string_view, int64_t, double, int64_t, bool, const OptionalTensor&, const Tensor&,
         const OptionalTensor&, const OptionalTensor&, std::string_view);
 using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                           const Tensor&, const Tensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
-                                           const OptionalTensor&, const Tensor&, const Tensor&,
                                            const OptionalTensor&, std::optional<double>, double,
                                            std::string_view, int64_t, double, int64_t, bool,
                                            std::string_view);
@@ -277,8 +277,8 @@ Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, cons
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor q = widened(q_in), k = widened(k_in), v = widened(v_in);
   auto [o, residual] =
-      op.call(q, k, v, widened(g), widened(gk), widened(alpha), widened(beta),
-              ridge_per_token(widened(ridge), q, k, v), h, u, cu_seqlens, options.scale,
+      op.call(q, k, v, h, u, widened(g), widened(gk), widened(alpha), widened(beta),
+              ridge_per_token(widened(ridge), q, k, v), cu_seqlens, options.scale,
               options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
               options.chunk_size, /*want_residual=*/false, options.backend);
   return o.to(v_in.scalar_type());

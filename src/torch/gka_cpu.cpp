@@ -161,9 +161,9 @@ gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Option
 }
 
 std::tuple<Tensor, Tensor> gka_step_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
-    const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
-    const OptionalTensor& ridge, const Tensor& h, const Tensor& u, const OptionalTensor& cu_seqlens,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
+    const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
+    const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& cu_seqlens,
     std::optional<double> scale, double ridge_ratio, const std::string& solver, int64_t num_iter,
     double tolerance, int64_t chunk_size, bool want_residual, const std::string& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio,

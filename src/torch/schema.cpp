@@ -64,8 +64,8 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
         " str backend='auto')"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dgk, Tensor dalpha, Tensor dbeta,"
         " Tensor dridge, Tensor dh0, Tensor du0)");
-  m.def("gka_step(Tensor q, Tensor k, Tensor v, " KN_GATES
-        ", Tensor(a!) h, Tensor(b!) u, Tensor? cu_seqlens=None, *, " KN_SOLVER
+  m.def("gka_step(Tensor q, Tensor k, Tensor v, Tensor(a!) h, Tensor(b!) u, " KN_GATES
+        ", Tensor? cu_seqlens=None, *, " KN_SOLVER
         ", bool want_residual=False, str backend='auto') -> (Tensor o, Tensor residual)");
   m.def(
       "causal_conv_forward(Tensor x, Tensor weight, Tensor? state=None, Tensor? cu_seqlens=None,"
