@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import torch
 
 SEED = 20261123
@@ -73,7 +74,7 @@ def gka_loop(
         spans = [(b, 0, T) for b in range(B)]
     else:
         cuts = cu_seqlens.tolist()
-        spans = [(0, begin, end) for begin, end in zip(cuts, cuts[1:])]
+        spans = [(0, begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
     o = [[[None] * H for _ in range(T)] for _ in range(B)]
     res = torch.zeros(B, T, H, dtype=q.dtype)
     hs, us = [], []
@@ -166,14 +167,14 @@ BACKENDS = [
     pytest.param("cpu", torch.float32, 1e-5, 1e-4, id="cpu-float32"),
 ]
 SHAPES = {
-    "plain": dict(),
-    "gqa": dict(H=4, heads=(4, 2, 2)),
-    "gva": dict(H=4, heads=(2, 2, 4)),
-    "gates decide H": dict(H=4, heads=(2, 1, 2)),
-    "one token": dict(T=1),
-    "long": dict(B=1, T=70, K=8, V=6),
-    "no gates": dict(gates=(), states=False),
-    "shared states only": dict(gates=("g",)),
+    "plain": {},
+    "gqa": {"H": 4, "heads": (4, 2, 2)},
+    "gva": {"H": 4, "heads": (2, 2, 4)},
+    "gates decide H": {"H": 4, "heads": (2, 1, 2)},
+    "one token": {"T": 1},
+    "long": {"B": 1, "T": 70, "K": 8, "V": 6},
+    "no gates": {"gates": (), "states": False},
+    "shared states only": {"gates": ("g",)},
 }
 
 
@@ -193,7 +194,7 @@ def test_forward(shape, backend, dtype, bound, _grad_bound):
     want = gka_loop(**p)
     p = {name: t.to(dtype) for name, t in p.items()}
     got = ops.gka_forward(**p, save_x=True, want_residual=True, backend=backend)
-    for name, a, b in zip(("o", "h", "u"), got[:3], want[:3]):
+    for name, a, b in zip(("o", "h", "u"), got[:3], want[:3], strict=False):
         assert a.shape == b.shape and a.dtype == dtype
         assert relative(a, b) <= bound, (
             f"{name}, {shape}, {backend}: {relative(a, b):.2e} > {bound}"
@@ -212,16 +213,16 @@ def test_backward(shape, backend, dtype, _bound, bound):
     outputs = gka_loop(**p, solver="direct")[:3]
     gen = torch.Generator().manual_seed(SEED + 1)
     cotangents = [torch.randn(t.shape, generator=gen, dtype=t.dtype) for t in outputs]
-    want = dict(zip(p, torch.autograd.grad(outputs, list(p.values()), cotangents)))
+    want = dict(zip(p, torch.autograd.grad(outputs, list(p.values()), cotangents), strict=False))
 
     p = {name: t.detach().to(dtype) for name, t in p.items()}
     d_o, dh, du = (t.to(dtype) for t in cotangents)
-    options = dict(num_iter=100, backend=backend)
+    options = {"num_iter": 100, "backend": backend}
     x = ops.gka_forward(**p, **options, save_x=True)[3]
     names = ("q", "k", "v", *GATES, "h0", "u0")
     for saved in (x, None):
         got = ops.gka_backward(**p, **options, x=saved, d_o=d_o, dh=dh, du=du)
-        for name, grad in zip(names, got):
+        for name, grad in zip(names, got, strict=False):
             if name not in p:
                 assert grad.numel() == 0, f"d{name} of an absent input"
                 continue
@@ -253,7 +254,7 @@ def test_packed_equals_separate(backend, dtype, bound, _grad_bound):
     cu = torch.tensor([0] + lengths).cumsum(0)
     p = problem(B=1, T=13, N=4, dtype=dtype)
     got = ops.gka_forward(**p, cu_seqlens=cu, backend=backend)
-    for n, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:])):
+    for n, (begin, end) in enumerate(zip(cu.tolist(), cu.tolist()[1:], strict=False)):
         one = {
             name: t[n : n + 1] if name in ("h0", "u0") else t[:, begin:end] for name, t in p.items()
         }
@@ -285,7 +286,7 @@ def test_strides_do_not_matter(backend, dtype, _bound, _grad_bound):
     odd = {n: t if n == "alpha" else awkward(t) for n, t in p.items()}
     assert odd["alpha"].stride() == (0, 0, 0) and not odd["q"].is_contiguous()
     got = ops.gka_forward(**odd, backend=backend)
-    for name, a, b in zip(("o", "h", "u"), got, want):
+    for name, a, b in zip(("o", "h", "u"), got, want, strict=False):
         assert torch.equal(a, b), f"{name}, {backend}"
 
 
@@ -305,7 +306,7 @@ def test_thread_count_does_not_matter(backend, dtype, _bound, _grad_bound):
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        for i, (a, b) in enumerate(zip(results[0], other)):
+        for i, (a, b) in enumerate(zip(results[0], other, strict=False)):
             assert torch.equal(a, b), f"result {i} of {backend} depends on the number of threads"
 
 
@@ -352,7 +353,7 @@ def test_causal_conv(silu, with_state, W):
     got = ops.causal_conv_backward(
         x32, w32, s32, dy=cotangents[0].float(), d_final_state=cotangents[1].float(), silu=silu
     )
-    for name, a, b in zip(("dx", "dweight", "dstate"), got, grads):
+    for name, a, b in zip(("dx", "dweight", "dstate"), got, grads, strict=False):
         assert relative(a, b) <= 1e-5, f"{name}: {relative(a, b):.2e}"
     if not with_state:
         assert got[2].numel() == 0
@@ -393,7 +394,7 @@ def test_gated_rms_norm(gated):
     got = list(ops.gated_rms_norm_backward(o32, gate32, w32, dy=dy32))
     if not gated:
         assert got.pop(1).numel() == 0
-    for a, b in zip(got, grads):
+    for a, b in zip(got, grads, strict=False):
         assert relative(a, b) <= 1e-5
 
 
@@ -432,45 +433,45 @@ def test_schemas_hold_when_run():
 
 
 ERRORS = {
-    "k with another head dim": (dict(k=lambda p: p["k"][..., :4]), {}, "k: "),
-    "q of three dimensions": (dict(q=lambda p: p["q"][0]), {}, "q: "),
-    "five dimensions of h0": (dict(h0=lambda p: p["h0"][None]), {}, "h0: .*5 dimensions"),
-    "v of another length": (dict(v=lambda p: p["v"][:, :6]), {}, "v: "),
+    "k with another head dim": ({"k": lambda p: p["k"][..., :4]}, {}, "k: "),
+    "q of three dimensions": ({"q": lambda p: p["q"][0]}, {}, "q: "),
+    "five dimensions of h0": ({"h0": lambda p: p["h0"][None]}, {}, "h0: .*5 dimensions"),
+    "v of another length": ({"v": lambda p: p["v"][:, :6]}, {}, "v: "),
     "heads that do not divide": (
-        dict(k=lambda p: p["k"].repeat(1, 1, 2, 1)[:, :, :3]),
+        {"k": lambda p: p["k"].repeat(1, 1, 2, 1)[:, :, :3]},
         {},
         "heads",
     ),
-    "gate of another shape": (dict(g=lambda p: p["g"][:, :6]), {}, "g: "),
-    "integer q": (dict(q=lambda p: p["q"].long()), {}, "q: .*dtype Long"),
-    "mixed dtypes": (dict(v=lambda p: p["v"].double()), {}, "v: .*float64"),
+    "gate of another shape": ({"g": lambda p: p["g"][:, :6]}, {}, "g: "),
+    "integer q": ({"q": lambda p: p["q"].long()}, {}, "q: .*dtype Long"),
+    "mixed dtypes": ({"v": lambda p: p["v"].double()}, {}, "v: .*float64"),
     "float64 on the cpu backend": (
         {n: (lambda p, n=n: p[n].double()) for n in ("q", "k", "v", *GATES, "h0", "u0")},
-        dict(backend="cpu"),
+        {"backend": "cpu"},
         "float64",
     ),
-    "state of another shape": (dict(h0=lambda p: p["h0"][:1]), {}, "h0: "),
+    "state of another shape": ({"h0": lambda p: p["h0"][:1]}, {}, "h0: "),
     "head dim too large": (
-        dict(q=lambda p: torch.zeros(2, 7, 2, 300), k=lambda p: torch.zeros(2, 7, 2, 300)),
+        {"q": lambda p: torch.zeros(2, 7, 2, 300), "k": lambda p: torch.zeros(2, 7, 2, 300)},
         {},
         "q: .*300",
     ),
-    "zero ridge": (dict(ridge=lambda p: p["ridge"] * 0), {}, "ridge"),
-    "NaN in the ridge": (dict(ridge=lambda p: p["ridge"] * math.nan), {}, "ridge"),
-    "negative ridge_ratio": (dict(ridge=None), dict(ridge_ratio=-1.0), "ridge_ratio: "),
-    "negative num_iter": ({}, dict(num_iter=-1), "num_iter: .*-1"),
-    "num_iter beyond int": ({}, dict(num_iter=2**40), "num_iter: "),
-    "unknown solver": ({}, dict(solver="newton"), 'solver: .*"newton"'),
-    "unknown backend": ({}, dict(backend="tpu"), 'backend: .*"tpu"'),
-    "chunk_size too large": ({}, dict(chunk_size=1000), "chunk_size: "),
+    "zero ridge": ({"ridge": lambda p: p["ridge"] * 0}, {}, "ridge"),
+    "NaN in the ridge": ({"ridge": lambda p: p["ridge"] * math.nan}, {}, "ridge"),
+    "negative ridge_ratio": ({"ridge": None}, {"ridge_ratio": -1.0}, "ridge_ratio: "),
+    "negative num_iter": ({}, {"num_iter": -1}, "num_iter: .*-1"),
+    "num_iter beyond int": ({}, {"num_iter": 2**40}, "num_iter: "),
+    "unknown solver": ({}, {"solver": "newton"}, 'solver: .*"newton"'),
+    "unknown backend": ({}, {"backend": "tpu"}, 'backend: .*"tpu"'),
+    "chunk_size too large": ({}, {"chunk_size": 1000}, "chunk_size: "),
     "cu_seqlens of int32": (
         {},
-        dict(cu_seqlens=torch.tensor([0, 7], dtype=torch.int32)),
+        {"cu_seqlens": torch.tensor([0, 7], dtype=torch.int32)},
         "cu_seqlens: .*int64",
     ),
-    "cu_seqlens with a batch": ({}, dict(cu_seqlens=torch.tensor([0, 7])), "cu_seqlens|B"),
-    "one offset": ({}, dict(cu_seqlens=torch.tensor([0])), "cu_seqlens: .*at least 2"),
-    "cu_seqlens matrix": ({}, dict(cu_seqlens=torch.tensor([[0, 7]])), "cu_seqlens: .*1 dim"),
+    "cu_seqlens with a batch": ({}, {"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens|B"),
+    "one offset": ({}, {"cu_seqlens": torch.tensor([0])}, "cu_seqlens: .*at least 2"),
+    "cu_seqlens matrix": ({}, {"cu_seqlens": torch.tensor([[0, 7]])}, "cu_seqlens: .*1 dim"),
 }
 
 
