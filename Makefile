@@ -1,0 +1,59 @@
+# The front door: each target sets up what it needs first. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test test-cpp test-python bench format lint docs fuzz clean
+
+# Seconds for each fuzzer of `make fuzz`.
+FUZZ_SECONDS ?= 600
+# Extra settings for CMake, e.g. CMAKE_ARGS=-DKALMANET_WERROR=ON
+CMAKE_ARGS ?=
+JOBS ?= $(shell nproc)
+export TEXT MINUTES STEPS OUT
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo 'make demo TEXT=path   any text file or folder; MINUTES=2 or STEPS=500 for a shorter run'
+	@echo 'tools/setup --cuda    PyTorch with CUDA instead of the CPU build'
+
+setup:  ## Debian packages and .venv (every target does this first)
+	@tools/setup
+
+build: setup  ## compile everything, preset release, in build/release
+	cmake --preset release $(CMAKE_ARGS)
+	cmake --build --preset release --parallel $(JOBS)
+
+demo: setup  ## train a small model on real text and talk to it (about five minutes)
+	cmake --preset release $(CMAKE_ARGS)
+	cmake --build --preset release --parallel $(JOBS) --target kalmanet
+	@tools/demo
+
+test: test-cpp test-python  ## all tests, C++ and Python
+
+test-cpp: build
+	ctest --preset release --parallel $(JOBS)
+
+test-python: build
+	.venv/bin/python -m pytest
+
+bench: build  ## speed against OpenBLAS and PyTorch
+	@tools/bench
+
+format: setup  ## format all sources in place
+	@tools/format
+
+lint: build  ## formatting, order of the rooms, clang-tidy, ruff
+	@tools/format --check
+	@tools/check_files
+	@tools/check_layers
+	@tools/tidy
+
+docs: build  ## check the docs: links, commands, flags and quoted code
+	@tools/check_docs
+
+fuzz: setup  ## fuzz the readers of model files (FUZZ_SECONDS=600 each)
+	cmake --preset fuzz
+	cmake --build --preset fuzz --parallel $(JOBS)
+	@tools/fuzz $(FUZZ_SECONDS)
+
+clean:  ## remove build/; .venv and trained models stay
+	rm -rf build
