@@ -1,0 +1,172 @@
+// Validation of the causal convolution's and the gated RMS norm's arguments.
+#include "core/validate_layer.hpp"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kalmanet/error.hpp"
+
+namespace kalmanet {
+namespace {
+
+// B=2 T=5 D=6 W=4 tensors, all over one zeroed memory: nothing reads it.
+struct Tensors {
+  std::vector<float> memory = std::vector<float>(4096);
+  View make(std::initializer_list<int64_t> sizes) { return dense(memory.data(), sizes); }
+
+  ConvInputs conv{make({2, 5, 6}), make({6, 4}), {}, {}};
+  View state = dense(memory.data() + 1024, {2, 6, 4}), y = make({2, 5, 6});
+  View final_state = dense(memory.data() + 2048, {2, 6, 4});
+  ConstView dy = make({2, 5, 6}), d_final_state = make({2, 6, 4});
+  View dx = make({2, 5, 6}), dweight = make({6, 4}), dstate = make({2, 6, 4});
+  View step_x = make({3, 6}), step_state = make({3, 6, 4}), step_y = make({3, 6});
+
+  NormInputs norm{make({10, 7}), make({10, 7}), make({7}), 1e-6};
+  View norm_y = make({10, 7}), d_o = make({10, 7}), d_gate = make({10, 7}), d_weight = make({7});
+  ConstView norm_dy = make({10, 7});
+  std::vector<int64_t> cu_seqlens;
+
+  Tensors() { conv.state = state; }
+
+  void conv_forward() { core::validate_conv_forward(conv, y, final_state); }
+  void conv_backward() {
+    core::validate_conv_backward(conv, dy, d_final_state, dx, dweight, dstate);
+  }
+  void conv_step() { core::validate_conv_step(step_x, conv.weight, step_state, step_y); }
+  void norm_forward() { core::validate_norm_forward(norm, norm_y); }
+  void norm_backward() { core::validate_norm_backward(norm, norm_dy, d_o, d_gate, d_weight); }
+};
+
+using Operation = void (Tensors::*)();
+
+struct Mistake {
+  const char* what;
+  Operation operation;
+  std::function<void(Tensors&)> make;
+  ErrorCode code;
+  std::string argument;
+  std::string part;  // of the message
+};
+
+TEST(LayerValidation, Mistakes) {
+  constexpr ErrorCode kArgument = ErrorCode::invalid_argument, kShape = ErrorCode::invalid_shape,
+                      kUnsupported = ErrorCode::unsupported;
+  using T = Tensors;
+  const std::vector<Mistake> mistakes = {
+      {"no x", &T::conv_forward, [](T& t) { t.conv.x = {}; }, kArgument, "x", "[B, T, D]"},
+      {"x of rank 2", &T::conv_forward, [](T& t) { t.conv.x.rank = 2; }, kShape, "x", "[2, 5]"},
+      {"x in float64", &T::conv_forward, [](T& t) { t.conv.x.dtype = DType::float64; },
+       kUnsupported, "x", "convert to float32"},
+      {"no weight", &T::conv_forward, [](T& t) { t.conv.weight = {}; }, kArgument, "weight", "D"},
+      {"weight of other channels", &T::conv_forward, [](T& t) { t.conv.weight.size[0] = 5; },
+       kShape, "weight", "[6, *]"},
+      {"W = 17", &T::conv_forward, [](T& t) { t.conv.weight.size[1] = 17; }, kShape, "weight",
+       "1..16"},
+      {"W = 0", &T::conv_forward, [](T& t) { t.conv.weight.size[1] = 0; }, kShape, "weight",
+       "1..16"},
+      {"state of another W", &T::conv_forward, [](T& t) { t.conv.state.size[2] = 3; }, kShape,
+       "state", "[2, 6, 4]"},
+      {"no y", &T::conv_forward, [](T& t) { t.y = {}; }, kArgument, "y", "required"},
+      {"y of another T", &T::conv_forward, [](T& t) { t.y.size[1] = 4; }, kShape, "y", "[2, 5, 6]"},
+      {"y expanded", &T::conv_forward, [](T& t) { t.y.stride[1] = 0; }, kShape, "y", "share"},
+      {"final_state of another N", &T::conv_forward, [](T& t) { t.final_state.size[0] = 1; },
+       kShape, "final_state", "[2, 6, 4]"},
+      {"final_state in state's memory, transposed", &T::conv_forward,
+       [](T& t) {
+         t.final_state.data = t.state.data;
+         t.final_state.stride = {24, 1, 6};
+       },
+       kShape, "final_state", "same strides"},
+      {"packed with B = 2", &T::conv_forward,
+       [](T& t) {
+         t.cu_seqlens = {0, 5};
+         t.conv.cu_seqlens = t.cu_seqlens;
+       },
+       kArgument, "cu_seqlens", "B = 1"},
+      {"no dy", &T::conv_backward, [](T& t) { t.dy = {}; }, kArgument, "dy", "required"},
+      {"d_final_state of another D", &T::conv_backward, [](T& t) { t.d_final_state.size[1] = 5; },
+       kShape, "d_final_state", "[2, 6, 4]"},
+      {"dx in bfloat16", &T::conv_backward, [](T& t) { t.dx.dtype = DType::bfloat16; },
+       kUnsupported, "dx", "bfloat16"},
+      {"dweight overlapping", &T::conv_backward, [](T& t) { t.dweight.stride[0] = 2; }, kShape,
+       "dweight", "share"},
+      {"dstate of another N", &T::conv_backward, [](T& t) { t.dstate.size[0] = 3; }, kShape,
+       "dstate", "[2, 6, 4]"},
+      {"a step's x of rank 3", &T::conv_step, [](T& t) { t.step_x.rank = 3; }, kShape, "x",
+       "[N, D]"},
+      {"a step without state", &T::conv_step, [](T& t) { t.step_state = {}; }, kArgument, "state",
+       "required"},
+      {"a step's state of another W", &T::conv_step, [](T& t) { t.step_state.size[2] = 3; }, kShape,
+       "state", "[3, 6, 4]"},
+      {"a step's y of another D", &T::conv_step, [](T& t) { t.step_y.size[1] = 5; }, kShape, "y",
+       "[3, 6]"},
+      {"no o", &T::norm_forward, [](T& t) { t.norm.o = {}; }, kArgument, "o", "[R, V]"},
+      {"gate of another V", &T::norm_forward, [](T& t) { t.norm.gate.size[1] = 6; }, kShape, "gate",
+       "[10, 7]"},
+      {"weight of another V", &T::norm_forward, [](T& t) { t.norm.weight.size[0] = 6; }, kShape,
+       "weight", "[7]"},
+      {"eps negative", &T::norm_forward, [](T& t) { t.norm.eps = -1; }, kArgument, "eps", "-1"},
+      {"eps NaN", &T::norm_forward,
+       [](T& t) { t.norm.eps = std::numeric_limits<double>::quiet_NaN(); }, kArgument, "eps",
+       "nan"},
+      {"no y", &T::norm_forward, [](T& t) { t.norm_y = {}; }, kArgument, "y", "required"},
+      {"dy of another R", &T::norm_backward, [](T& t) { t.norm_dy.size[0] = 9; }, kShape, "dy",
+       "[10, 7]"},
+      {"d_o expanded", &T::norm_backward, [](T& t) { t.d_o.stride[0] = 0; }, kShape, "d_o",
+       "share"},
+      {"d_weight of rank 2", &T::norm_backward, [](T& t) { t.d_weight = t.d_o; }, kShape,
+       "d_weight", "[V]"},
+      {"d_gate without gate", &T::norm_backward, [](T& t) { t.norm.gate = {}; }, kArgument,
+       "d_gate", "gate is absent"},
+  };
+  for (const Mistake& mistake : mistakes) {
+    Tensors tensors;
+    mistake.make(tensors);
+    try {
+      (tensors.*mistake.operation)();
+      ADD_FAILURE() << mistake.what << ": accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.argument(), mistake.argument) << mistake.what << ": " << e.what();
+      EXPECT_EQ(static_cast<int>(e.code()), static_cast<int>(mistake.code)) << e.what();
+      EXPECT_NE(std::string(e.what()).find(mistake.part), std::string::npos)
+          << mistake.what << ": \"" << e.what() << "\" lacks \"" << mistake.part << '"';
+    }
+  }
+}
+
+TEST(LayerValidation, AcceptsWhatIsRight) {
+  Tensors t;
+  EXPECT_NO_THROW(t.conv_forward());
+  EXPECT_NO_THROW(t.conv_backward());
+  EXPECT_NO_THROW(t.conv_step());
+  EXPECT_NO_THROW(t.norm_forward());
+  EXPECT_NO_THROW(t.norm_backward());
+  t.final_state = t.state;  // in place
+  EXPECT_NO_THROW(t.conv_forward());
+  t.conv.state = {};
+  t.final_state = t.dx = t.dweight = t.dstate = {};
+  t.d_final_state = {};
+  EXPECT_NO_THROW(t.conv_forward());
+  EXPECT_NO_THROW(t.conv_backward());
+  t.norm.gate = {};
+  t.d_o = t.d_gate = t.d_weight = {};
+  EXPECT_NO_THROW(t.norm_forward());
+  EXPECT_NO_THROW(t.norm_backward());
+  // Packed: five tokens of one row in three sequences, one of them empty.
+  Tensors packed;
+  packed.cu_seqlens = {0, 2, 2, 5};
+  packed.conv = {packed.make({1, 5, 6}), packed.make({6, 4}), packed.make({3, 6, 4}),
+                 packed.cu_seqlens};
+  const auto sequences = core::validate_conv_forward(packed.conv, packed.make({1, 5, 6}), View{});
+  ASSERT_EQ(sequences.size(), 3u);
+  EXPECT_EQ(sequences[2].begin, 2);
+  EXPECT_EQ(sequences[2].end, 5);
+  EXPECT_EQ(sequences[1].length(), 0);
+}
+
+}  // namespace
+}  // namespace kalmanet
