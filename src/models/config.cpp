@@ -53,7 +53,7 @@ ExtraKeys read_gka(const Json& json, const std::string& source, GkaConfig& gka) 
   in.get("head_dim", gka.head_dim, 1, kMaxGkaHeadDim);
   in.get("expand_v", gka.expand_v, 0.0, 256.0, true);
   in.get("learned_ridge", gka.learned_ridge);
-  in.get("tolerance", gka.tolerance, 0.0, 1.0, true);
+  in.get("tolerance", gka.tolerance, 0.0, 0.5, true);
   in.get_choice("qk_norm", gka.qk_norm, {"official", "fla"});
   double alpha = 0;
   if (in.get("fixed_alpha", alpha, 0.0, 1.0)) gka.fixed_alpha = alpha;
@@ -267,12 +267,17 @@ void validate(const ModelConfig& c, const std::string& source) {
   in_range("gka_config.chunk_size", g.chunk_size, 0, 256);
   require(g.ridge_strength > 0 && g.ridge_strength <= 1e3, source,
           "gka_config.ridge_strength must be above 0 and at most 1000");
-  require(g.tolerance > 0 && g.tolerance <= 1, source,
-          "gka_config.tolerance must be above 0 and at most 1");
+  require(g.tolerance > 0 && g.tolerance <= 0.5, source,
+          "gka_config.tolerance must be above 0 and at most 0.5");
   require(g.norm_eps > 0 && g.norm_eps <= 1, source,
           "gka_config.norm_eps must be above 0 and at most 1");
   require(!g.fixed_alpha || (*g.fixed_alpha >= 0 && *g.fixed_alpha <= 1), source,
           "gka_config.fixed_alpha must be from 0 to 1");
+  require(!g.fixed_alpha || g.use_alpha_connection || *g.fixed_alpha == 1, source,
+          "gka_config.fixed_alpha is not 1, but use_alpha_connection is false, which means 1; set "
+          "one of them");
+  require(!g.learned_ridge || g.fixed_alpha.value_or(1) > 0, source,
+          "gka_config.learned_ridge has no effect with fixed_alpha 0, where nothing is solved");
 }
 
 ModelConfig parse_config(std::string_view json_text, const std::string& source) {

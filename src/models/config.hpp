@@ -106,8 +106,8 @@ void validate(const ModelConfig& config, const std::string& source = "config");
 // JSON text, indented, keys in a fixed order, extra keys last. parse_config(to_json(c)) equals c.
 std::string to_json(const ModelConfig& config);
 
-// Every parameter of the model: the names and shapes of the tensors a checkpoint must hold, in the
-// model's order. The same as HybridLanguageModel::named_parameters() without building it.
+// Every parameter of the model: the names and shapes of the tensors a checkpoint must hold. The same
+// set as HybridLanguageModel::named_parameters() without building it.
 struct ParameterSpec {
   std::string name;
   std::vector<int64_t> shape;

@@ -17,6 +17,7 @@
 #include "layers/gated_kalmanet.hpp"
 #include "models/attention.hpp"
 #include "models/config.hpp"
+#include "models/rms_norm.hpp"
 
 namespace kalmanet::models {
 
@@ -28,44 +29,34 @@ struct ModelState {
   std::vector<LayerState> layers;
   int64_t position = 0;  // tokens read
   int64_t bytes() const;
+  ModelState clone() const;  // to fork a sequence: forward() may update tensors in place
 };
 
 layers::GatedKalmaNetOptions gka_options(const ModelConfig& config);
-
-class RmsNormImpl : public torch::nn::Module {
- public:
-  RmsNormImpl(int64_t size, double eps);
-  at::Tensor forward(const at::Tensor& x);  // x [..., size] -> weight * x / sqrt(mean(x^2) + eps)
-  at::Tensor weight;
-
- private:
-  double eps_;
-};
-TORCH_MODULE(RmsNorm);
 
 class MlpImpl : public torch::nn::Module {
  public:
   MlpImpl(int64_t hidden_size, int64_t intermediate_size);
   at::Tensor forward(const at::Tensor& x);  // [..., D] -> [..., D]
-  torch::nn::Linear gate_proj{nullptr}, up_proj{nullptr}, down_proj{nullptr};
+
+ private:
+  torch::nn::Linear gate_proj_{nullptr}, up_proj_{nullptr}, down_proj_{nullptr};
 };
 TORCH_MODULE(Mlp);
 
 class BlockImpl : public torch::nn::Module {
  public:
   BlockImpl(const ModelConfig& config, LayerKind kind);
-  // x [B,T,D]; `rope` is read by attention only; `state` null or this layer's.
+  // x [B,T,D] -> [B,T,D]; `rope` (the tables of x's positions) is read by attention only; `state`:
+  // null, or this layer's.
   at::Tensor forward(const at::Tensor& x, const RopeTables& rope,
                      const std::optional<at::Tensor>& cu_seqlens, LayerState* state);
-  LayerKind kind() const noexcept { return kind_; }
-
-  RmsNorm input_layernorm{nullptr}, post_attention_layernorm{nullptr};
-  layers::GatedKalmaNet gka{nullptr};  // one of the two
-  Attention self_attn{nullptr};
-  Mlp mlp{nullptr};  // none where intermediate_size is 0
 
  private:
-  LayerKind kind_;
+  RmsNorm input_layernorm_{nullptr}, post_attention_layernorm_{nullptr};
+  layers::GatedKalmaNet gka_{nullptr};  // one of the two
+  Attention self_attn_{nullptr};
+  Mlp mlp_{nullptr};  // none where intermediate_size is 0
 };
 TORCH_MODULE(Block);
 
@@ -105,11 +96,15 @@ class HybridLanguageModelImpl : public torch::nn::Module {
 
  private:
   void initialise_weights();
-  RopeTables rope_tables(int64_t length, const at::Device& device);
+  void check_input(const at::Tensor& input_ids, const std::optional<at::Tensor>& cu_seqlens,
+                   const ModelState* state) const;
+  // The tables of the positions of this call's tokens; undefined ones without `*` layers.
+  RopeTables rope_for(int64_t begin, int64_t num_tokens,
+                      const std::optional<at::Tensor>& cu_seqlens);
 
   ModelConfig config_;
   bool gradient_checkpointing_ = false;
-  RopeTables rope_cache_;  // positions 0..; grown as needed
+  RopeTables rope_;  // of positions 0.., grown as needed
   torch::nn::Embedding embed_tokens_{nullptr};
   std::vector<Block> blocks_;
   RmsNorm norm_{nullptr};
