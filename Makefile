@@ -45,6 +45,7 @@ lint: build  ## formatting, order of the rooms, clang-tidy, ruff
 	@tools/format --check
 	@tools/check_files
 	@tools/check_layers
+	@tools/check_isa
 	@tools/tidy
 
 docs: build  ## check the docs: links, commands, flags and quoted code
