@@ -31,6 +31,7 @@ TRUE = """# kalmanet
 
 See [the math](docs/math.md#the-chunked-form-in-short), [the web](https://example.org/x),
 [below](#use).
+`examples/use.cpp` and `docs/*.md` are in `examples/`.
 Run `make test` or `make build bench`, `make demo_like=1`, `tools/setup`, `cmake --preset release`.
 
 ## Use
@@ -56,6 +57,7 @@ LIES = {
     "make target": ("Run `make coffee`.", "make coffee: no such target"),
     "make target in a block": ("```sh\nmake test coffee\n```", "make coffee: no such target"),
     "tool": ("`tools/none`", "tools/none: no such file"),
+    "path": ("See `src/none/x.cpp`.", "src/none/x.cpp: no such file"),
     "preset": ("`cmake --preset quick`", "--preset quick: no such preset"),
     "flag": ("`kalmanet train --colour red`", "kalmanet train has no --colour"),
     "flag that begins like another": ("`kalmanet train --plo`", "kalmanet train has no --plo"),
