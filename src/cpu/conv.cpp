@@ -49,19 +49,67 @@ Plane<T> tokens(const V& view, const Sequence& sequence, int64_t c0) {
   return {data, view.stride[1], view.size[2] == 1 ? 1 : view.stride[2]};
 }
 
-// One sequence's state: element (c, w) is data[c * stride + w * tap_stride].
+// Channels with `width` numbers each (a state, the weight): element (c, w) is
+// data[c * stride + w * tap_stride].
 template <class T>
-struct StatePlane {
+struct TapPlane {
   T* data = nullptr;
   int64_t stride = 0;
   int64_t tap_stride = 0;
 
   bool defined() const { return data != nullptr; }
   T& at(int64_t c, int64_t w) const { return data[c * stride + w * tap_stride]; }
+  // The usual case has a loop that the compiler turns into shuffles: width 4, contiguous.
+  bool fours(int64_t width) const { return width == 4 && stride == 4 && tap_stride == 1; }
 };
 
+using Rows = std::array<float*, kMaxConvWidth>;
+
+// rows[w][c] = from(c, w)
+void transpose(const TapPlane<const float>& from, int64_t channels, int64_t width,
+               const Rows& rows) {
+  if (from.fours(width)) {
+    const float* __restrict p = from.data;
+    float* __restrict r0 = rows[0];
+    float* __restrict r1 = rows[1];
+    float* __restrict r2 = rows[2];
+    float* __restrict r3 = rows[3];
+    for (int64_t c = 0; c < channels; ++c) {
+      r0[c] = p[4 * c];
+      r1[c] = p[4 * c + 1];
+      r2[c] = p[4 * c + 2];
+      r3[c] = p[4 * c + 3];
+    }
+    return;
+  }
+  for (int64_t w = 0; w < width; ++w) {
+    for (int64_t c = 0; c < channels; ++c) rows[w][c] = from.at(c, w);
+  }
+}
+
+// to(c, w) = rows[w][c]
+void transpose(const Rows& rows, int64_t channels, int64_t width, const TapPlane<float>& to) {
+  if (to.fours(width)) {
+    float* __restrict p = to.data;
+    const float* __restrict r0 = rows[0];
+    const float* __restrict r1 = rows[1];
+    const float* __restrict r2 = rows[2];
+    const float* __restrict r3 = rows[3];
+    for (int64_t c = 0; c < channels; ++c) {
+      p[4 * c] = r0[c];
+      p[4 * c + 1] = r1[c];
+      p[4 * c + 2] = r2[c];
+      p[4 * c + 3] = r3[c];
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t w = 0; w < width; ++w) to.at(c, w) = rows[w][c];
+  }
+}
+
 template <class T, class V>
-StatePlane<T> state_of(const V& view, const Sequence& sequence, int64_t c0) {
+TapPlane<T> state_of(const V& view, const Sequence& sequence, int64_t c0) {
   if (!view.defined()) return {};
   T* data = static_cast<T*>(view.data) + sequence.index * view.stride[0] + c0 * view.stride[1];
   return {data, view.stride[1], view.stride[2]};
@@ -144,30 +192,33 @@ void spread(const Plan& plan, Executor& executor, const F& task) {
 
 void load_weight(const ConstView& weight, const Block& block, bool reversed, Taps& taps) {
   const int64_t width = weight.size[1];
+  Rows rows{};
+  for (int64_t j = 0; j < width; ++j) rows[j] = taps[reversed ? width - 1 - j : j].data();
   const float* data = static_cast<const float*>(weight.data) + block.c0 * weight.stride[0];
-  for (int64_t j = 0; j < width; ++j) {
-    const float* p = data + (reversed ? width - 1 - j : j) * weight.stride[1];
-    Row& row = taps[j];
-    for (int64_t c = 0; c < block.channels; ++c) {
-      row[c] = p[c * weight.stride[0]];
-    }
-  }
+  transpose(TapPlane<const float>{data, weight.stride[0], weight.stride[1]}, block.channels, width,
+            rows);
 }
 
 // What a span reads of its input: x, and before the sequence's start the state.
 struct Input {
   Plane<const float> x;
-  StatePlane<const float> state;
+  TapPlane<const float> state;
   int64_t channels, width;
 
-  // Token t >= 1 - width.
-  void copy(int64_t t, float* to) const {
-    if (t >= 0) {
-      gather(x, t, channels, to);
-    } else if (state.defined()) {
-      for (int64_t c = 0; c < channels; ++c) to[c] = state.at(c, width + t);
+  // Copies tokens [t, t + count), t >= -width, into rows of `tile`.
+  void copy(int64_t t, int64_t count, Tile& tile) const {
+    const int64_t before = std::min(count, -t);  // tokens that are in the state
+    if (before > 0 && state.defined()) {
+      Taps unused;
+      Rows rows;
+      for (int64_t w = 0; w < width; ++w) rows[w] = unused[w].data();
+      for (int64_t i = 0; i < before; ++i) rows[width + t + i] = tile[i].data();
+      transpose(state, channels, width, rows);
     } else {
-      std::fill_n(to, channels, 0.0f);
+      for (int64_t i = 0; i < before; ++i) std::fill_n(tile[i].data(), channels, 0.0f);
+    }
+    for (int64_t i = std::max<int64_t>(before, 0); i < count; ++i) {
+      gather(x, t + i, channels, tile[i].data());
     }
   }
 
@@ -183,43 +234,35 @@ struct Input {
     const int64_t past = width - 1;
     w.past = tile[0].data();
     w.past_stride = kChannels;
-    if (x.dense()) {
-      w.x = x.row(t);
-      w.x_stride = x.row_stride;
-      if (t >= past) {
-        w.past = x.row(t - past);
-        w.past_stride = x.row_stride;
-      } else {
-        for (int64_t i = 0; i < past; ++i) copy(t - past + i, tile[i].data());
-      }
-    } else {
+    if (!x.dense()) {
+      copy(t - past, past + rows, tile);
       w.x = tile[past].data();
       w.x_stride = kChannels;
-      for (int64_t i = 0; i < past + rows; ++i) {
-        copy(t - past + i, tile[i].data());
-      }
+      return w;
+    }
+    w.x = x.row(t);
+    w.x_stride = x.row_stride;
+    if (t >= past) {
+      w.past = x.row(t - past);
+      w.past_stride = x.row_stride;
+    } else {
+      copy(t - past, past, tile);
     }
     return w;
   }
 };
 
-// The last `width` inputs of the sequence. Reads all of a channel before it writes: `out` may be
-// the state itself.
-void store_final_state(const Input& in, int64_t length, const StatePlane<float>& out) {
-  for (int64_t c = 0; c < in.channels; ++c) {
-    std::array<float, kMaxConvWidth> last;
-    for (int64_t w = 0; w < in.width; ++w) {
-      const int64_t t = length - in.width + w;
-      last[w] = t >= 0               ? in.x.row(t)[c * in.x.stride]
-                : in.state.defined() ? in.state.at(c, in.width + t)
-                                     : 0.0f;
-    }
-    for (int64_t w = 0; w < in.width; ++w) out.at(c, w) = last[w];
-  }
+// The last `width` inputs of the sequence. Reads all before it writes: `out` may be the state
+// itself.
+void store_final_state(const Input& in, int64_t length, const TapPlane<float>& out, Tile& tile) {
+  in.copy(length - in.width, in.width, tile);
+  Rows rows{};
+  for (int64_t w = 0; w < in.width; ++w) rows[w] = tile[w].data();
+  transpose(rows, in.channels, in.width, out);
 }
 
 void forward_span(const KernelTable& table, const Span& span, const Input& in,
-                  const Plane<float>& y, const StatePlane<float>& final_state, bool silu,
+                  const Plane<float>& y, const TapPlane<float>& final_state, bool silu,
                   const Taps& weight) {
   Tile x_tile, y_tile;
   const bool direct = in.x.dense() && y.dense();
@@ -239,7 +282,7 @@ void forward_span(const KernelTable& table, const Span& span, const Input& in,
   }
   // The state is read by the first span only, so that this may be written over it here.
   if (span.begin == 0 && final_state.defined()) {
-    store_final_state(in, span.sequence->length(), final_state);
+    store_final_state(in, span.sequence->length(), final_state, x_tile);
   }
 }
 
@@ -250,9 +293,9 @@ struct BackwardSpan {
   const Span& span;
   const Input& in;
   Plane<const float> dy;
-  StatePlane<const float> d_final_state;
+  TapPlane<const float> d_final_state;
   Plane<float> dx;
-  StatePlane<float> dstate;
+  TapPlane<float> dstate;
   bool silu;
   const Taps& weight;
   const Taps& reversed;
