@@ -7,6 +7,9 @@
 // (the published form with w x - (w - 1) x_prev written as x + (w - 1) (x - x_prev): the difference
 // is small once x converges, so less is lost to rounding). H_t x is never formed from H_t:
 //   H_t y = e^{G_t} H_0 y + sum_{j <= t} M_tj k_j (k_j . y)
+//
+// Everything is generic over the vector type, and so over the precision of x: float32, or float64
+// (a vector type's Wide) with the same float32 inputs.
 #pragma once
 
 #include <cmath>
@@ -18,12 +21,12 @@
 
 namespace kalmanet::cpu {
 
-// epilogue(n, offset, register of (H_t y_t)[n..]) for every row of lanes; y [Kp][t].
+// epilogue(at, lane, register of H_t y_t) for every register of lanes [Kp][t].
 template <class Vec, class Epilogue>
-KALMANET_INLINE void apply_h(const Chunk& c, const float* h, bool h_is_zero, const float* y,
-                             Epilogue&& epilogue) {
+KALMANET_INLINE void apply_h(const Chunk& c, const float* h, bool h_is_zero,
+                             const typename Vec::Elem* y, Epilogue&& epilogue) {
   using T = Tile<Vec>;
-  alignas(64) float s[kLanes * kLanes];  // [j][t]: M_tj (k_j . y_t)
+  alignas(64) typename Vec::Elem s[kLanes * kLanes];  // [j][t]: M_tj (k_j . y_t)
   gained_product<Vec>(c.k_lanes, c.K, y, c.h_decay->lanes, s);
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
     T tile;
@@ -39,38 +42,42 @@ KALMANET_INLINE void apply_h(const Chunk& c, const float* h, bool h_is_zero, con
   }
 }
 
-// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk. b, x, other: [Kp][t]; returns
-// which of x and other holds the solution.
-template <class Vec>
-float* chebyshev(const Chunk& c, const float* h, bool h_is_zero, const float* b, int num_iter,
-                 float* x, float* other) {
+// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk. b, x, other: [Kp][t], b in
+// float32 or in x's precision; returns which of x and other holds the solution.
+template <class Vec, class B>
+typename Vec::Elem* chebyshev(const Chunk& c, const float* h, bool h_is_zero, const B* b,
+                              int num_iter, typename Vec::Elem* x, typename Vec::Elem* other) {
   using Reg = typename Vec::Reg;
-  constexpr int kVecs = Tile<Vec>::kVecs;
-  for (int64_t i = 0; i < c.Kp * kLanes; i += kLanes) {
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = i + v * Vec::kWidth;
-      Vec::store(x + at, Vec::mul(Vec::load(c.step + v * Vec::kWidth), Vec::load(b + at)));
+  using Elem = typename Vec::Elem;
+  alignas(64) Elem momentum[kLanes], gain[kLanes], lambda[kLanes];
+  double w[kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) {
+    w[t] = 2.0;
+    gain[t] = static_cast<Elem>(c.step[t]);
+    lambda[t] = static_cast<Elem>(c.lambda[t]);
+  }
+  for (int64_t i = 0; i < c.Kp; ++i) {
+    for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
+      const int64_t at = i * kLanes + lane;
+      Vec::store(x + at, Vec::mul(Vec::load(gain + lane), load_as<Vec>(b + at)));
       Vec::store(other + at, Vec::zero());
     }
   }
-  alignas(64) float momentum[kLanes], gain[kLanes];
-  double w[kLanes];
-  for (int64_t t = 0; t < kLanes; ++t) w[t] = 2.0;
   for (int iteration = 0; iteration < num_iter; ++iteration) {
     for (int64_t t = 0; t < kLanes; ++t) {
-      w[t] = 1.0 / (1.0 - static_cast<double>(c.rho2[t]) * w[t]);
-      momentum[t] = static_cast<float>(w[t] - 1.0);
-      gain[t] = static_cast<float>(c.step[t] * w[t]);
+      w[t] = 1.0 / (1.0 - c.rho2[t] * w[t]);
+      momentum[t] = static_cast<Elem>(w[t] - 1.0);
+      gain[t] = static_cast<Elem>(c.step[t] * w[t]);
     }
     apply_h<Vec>(c, h, h_is_zero, x, [&](int64_t at, int lane, Reg hx) {
       const Reg xt = Vec::load(x + at);
       const Reg residual =
-          Vec::sub(Vec::fma(Vec::load(c.lambda + lane), xt, hx), Vec::load(b + at));
+          Vec::sub(Vec::fma(Vec::load(lambda + lane), xt, hx), load_as<Vec>(b + at));
       const Reg change = Vec::sub(xt, Vec::load(other + at));
       const Reg moved = Vec::fma(Vec::load(momentum + lane), change, xt);
       Vec::store(other + at, Vec::fnma(Vec::load(gain + lane), residual, moved));
     });
-    float* next = other;
+    Elem* next = other;
     other = x;
     x = next;
   }
@@ -81,13 +88,18 @@ float* chebyshev(const Chunk& c, const float* h, bool h_is_zero, const float* b,
 template <class Vec>
 void relative_residual(const Chunk& c, const float* h, bool h_is_zero, const float* b,
                        const float* x, float* out) {
-  using Reg = typename Vec::Reg;
+  using Wide = typename Vec::Wide;
+  using Reg = typename Wide::Reg;
+  // In float64: the residual of a good solution is the small difference of large numbers.
   double r2[kLanes] = {}, b2[kLanes];
-  alignas(64) float r[Vec::kWidth];
-  apply_h<Vec>(c, h, h_is_zero, x, [&](int64_t at, int lane, Reg hx) {
-    Vec::store(r, Vec::sub(Vec::fma(Vec::load(c.lambda + lane), Vec::load(x + at), hx),
-                           Vec::load(b + at)));
-    for (int i = 0; i < Vec::kWidth; ++i) r2[lane + i] += static_cast<double>(r[i]) * r[i];
+  alignas(64) double r[Wide::kWidth], lambda[kLanes];
+  alignas(64) double wide_x[kMaxHeadDim * kLanes];
+  for (int64_t i = 0; i < c.Kp * kLanes; ++i) wide_x[i] = x[i];
+  for (int64_t t = 0; t < kLanes; ++t) lambda[t] = c.lambda[t];
+  apply_h<Wide>(c, h, h_is_zero, wide_x, [&](int64_t at, int lane, Reg hx) {
+    Wide::store(r, Wide::sub(Wide::fma(Wide::load(lambda + lane), Wide::load(wide_x + at), hx),
+                             Wide::load_f32(b + at)));
+    for (int i = 0; i < Wide::kWidth; ++i) r2[lane + i] += r[i] * r[i];
   });
   lanes_dot<Vec>(b, b, c.K, b2);
   for (int64_t t = 0; t < kLanes; ++t) {

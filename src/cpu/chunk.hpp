@@ -49,13 +49,12 @@ struct Chunk {
   ChunkDecay* h_decay;  // of gk
   ChunkDecay* u_decay;  // of g; the same object where both gates are one tensor
   ChunkDecay decay_storage[2];
-  double ridge[kLanes];  // a_t
-  double norm[kLanes];   // f_t, 0 where it counts as zero
-  float lambda[kLanes];  // a_t f_t
-  float step[kLanes];    // of the iteration: 2 / (2 lambda + f); 0 where f_t counts as zero
-  float rho2[kLanes];
+  double ridge[kLanes];   // a_t
+  double norm[kLanes];    // f_t, 0 where it counts as zero
+  double lambda[kLanes];  // a_t f_t
+  double step[kLanes];    // of the iteration: 2 / (2 lambda + f); 0 where f_t counts as zero
+  double rho2[kLanes];
   float alpha[kLanes];
-  float zeros[kLanes];
   double gram2[kLanes][kLanes];  // (k_i . k_j)^2
   double kappa[kLanes];          // k_j^T H_0 k_j
   double start_norm2;            // |H_0|_F^2
@@ -71,7 +70,6 @@ void carve_chunk(Chunk& c, const HeadInputs& in, Arena& arena) {
   c.k_rows = arena.take(c.Kp * kLanes);
   c.q_lanes = arena.take(c.Kp * kLanes);
   c.v_rows = arena.take(c.Vp * kLanes);
-  for (int64_t t = 0; t < kLanes; ++t) c.zeros[t] = 0.0f;
 }
 
 template <class Vec>
@@ -182,10 +180,10 @@ void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
   const ChunkDecay& d = *c.h_decay;
   for (int64_t t = 0; t < kLanes; ++t) {
     c.norm[t] = 0.0;
-    c.lambda[t] = c.step[t] = 0.0f;
+    c.lambda[t] = c.step[t] = 0.0;
     const double a = c.ridge[t];
     const double rho = 0.5 / (2.0 * a + 1.0);
-    c.rho2[t] = static_cast<float>(rho * rho);
+    c.rho2[t] = rho * rho;
     if (t >= c.n) continue;
     const float* m = d.rows + t * kLanes;
     double cross = 0.0, inside = 0.0;
@@ -201,12 +199,12 @@ void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
     const double f = std::sqrt(e * e * c.start_norm2 + 2.0 * e * cross + inside);
     if (f > kVanishedNorm64) {
       c.norm[t] = f;
-      c.lambda[t] = static_cast<float>(a * f);
-      c.step[t] = static_cast<float>(2.0 / (2.0 * a * f + f));
+      c.lambda[t] = a * f;
+      c.step[t] = 2.0 / (2.0 * a * f + f);
     }
     if (!(f <= kVanishedNorm64) && !(f > kVanishedNorm64)) {  // a NaN must stay one
       c.norm[t] = f;
-      c.lambda[t] = c.step[t] = static_cast<float>(f);
+      c.lambda[t] = c.step[t] = f;
     }
   }
 }

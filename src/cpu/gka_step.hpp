@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cpu/chunk.hpp"
+#include "cpu/gka_forward.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
 #include "kalmanet/gka.hpp"
@@ -16,7 +17,7 @@ namespace kalmanet::cpu {
 // register of y).
 template <class Vec, class Epilogue>
 KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, int64_t cols,
-                                     const float* x, Epilogue&& epilogue) {
+                                     const typename Vec::Elem* x, Epilogue&& epilogue) {
   using Reg = typename Vec::Reg;
   constexpr int kBlock = 8;
   int64_t n = 0;
@@ -29,7 +30,7 @@ KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, i
       const float* row = m + c * ld + n;
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock; ++i) {
-        acc[i] = Vec::fma(xc, Vec::load(row + i * Vec::kWidth), acc[i]);
+        acc[i] = Vec::fma(xc, Vec::load_f32(row + i * Vec::kWidth), acc[i]);
       }
     }
 #pragma GCC unroll 8
@@ -51,7 +52,8 @@ KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, i
         const Reg xc = Vec::set1(x[c + p]);
 #pragma GCC unroll 4
         for (int i = 0; i < kSmall; ++i) {
-          acc[p][i] = Vec::fma(xc, Vec::load(m + (c + p) * ld + n + i * Vec::kWidth), acc[p][i]);
+          acc[p][i] =
+              Vec::fma(xc, Vec::load_f32(m + (c + p) * ld + n + i * Vec::kWidth), acc[p][i]);
         }
       }
     }
@@ -59,7 +61,7 @@ KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, i
       const Reg xc = Vec::set1(x[c]);
 #pragma GCC unroll 4
       for (int i = 0; i < kSmall; ++i) {
-        acc[0][i] = Vec::fma(xc, Vec::load(m + c * ld + n + i * Vec::kWidth), acc[0][i]);
+        acc[0][i] = Vec::fma(xc, Vec::load_f32(m + c * ld + n + i * Vec::kWidth), acc[0][i]);
       }
     }
 #pragma GCC unroll 4
@@ -87,21 +89,17 @@ double update_h(float* h, int64_t ld, int64_t K, int64_t Kp, float decay, const 
   return norm2;
 }
 
-// U <- decay U + k v^T and o = U^T m, in one pass over U.
+// U <- decay U + k v^T
 template <class Vec>
-void update_and_read_u(float* u, int64_t ld, int64_t K, int64_t Vp, float decay, const float* k,
-                       const float* v, const float* m, float* o) {
+void update_u(float* u, int64_t ld, int64_t K, int64_t Vp, float decay, const float* k,
+              const float* v) {
   using Reg = typename Vec::Reg;
   const Reg d = Vec::set1(decay);
-  for (int64_t n = 0; n < Vp; n += Vec::kWidth) Vec::store(o + n, Vec::zero());
   for (int64_t c = 0; c < K; ++c) {
     const Reg kc = Vec::set1(k[c]);
-    const Reg mc = Vec::set1(m[c]);
     float* row = u + c * ld;
     for (int64_t n = 0; n < Vp; n += Vec::kWidth) {
-      const Reg e = Vec::fma(kc, Vec::load(v + n), Vec::mul(d, Vec::load(row + n)));
-      Vec::store(row + n, e);
-      Vec::store(o + n, Vec::fma(mc, e, Vec::load(o + n)));
+      Vec::store(row + n, Vec::fma(kc, Vec::load(v + n), Vec::mul(d, Vec::load(row + n))));
     }
   }
 }
@@ -122,51 +120,105 @@ double gate_at(const Column& gate, int64_t t) {
   return gate.data == nullptr ? 1.0 : std::exp(static_cast<double>(gate.data[t * gate.stride]));
 }
 
+// One token: its ridge, and what the solver makes of it.
+struct StepToken {
+  const float* q;
+  double f = 0, ridge = 0, alpha = 1, scale = 1;
+  int num_iter = 0;
+};
+
 // The Chebyshev iteration (chebyshev.hpp) for one token; returns which of x and other has the
 // solution.
 template <class Vec>
-float* chebyshev_step(const float* h, int64_t ld, int64_t K, int64_t Kp, const float* q, double f,
-                      double ridge, int num_iter, float* x, float* other) {
+typename Vec::Elem* chebyshev_step(const StepToken& token, const float* h, int64_t ld, int64_t K,
+                                   int64_t Kp, typename Vec::Elem* x, typename Vec::Elem* other) {
   using Reg = typename Vec::Reg;
-  const double lambda = ridge * f;
-  const double step = 2.0 / (2.0 * lambda + f);
-  const double rho = 0.5 / (2.0 * ridge + 1.0);
+  using Elem = typename Vec::Elem;
+  const double lambda = token.ridge * token.f;
+  const double step = 2.0 / (2.0 * lambda + token.f);
+  const double rho = 0.5 / (2.0 * token.ridge + 1.0);
   for (int64_t n = 0; n < Kp; ++n) {
-    x[n] = static_cast<float>(step) * q[n];
-    other[n] = 0.0f;
+    x[n] = static_cast<Elem>(step) * token.q[n];
+    other[n] = 0;
   }
-  const Reg lam = Vec::set1(static_cast<float>(lambda));
+  const Reg lam = Vec::set1(static_cast<Elem>(lambda));
   double w = 2.0;
-  for (int iteration = 0; iteration < num_iter; ++iteration) {
-    w = 1.0 / (1.0 - static_cast<double>(static_cast<float>(rho * rho)) * w);
-    const Reg momentum = Vec::set1(static_cast<float>(w - 1.0));
-    const Reg gain = Vec::set1(static_cast<float>(step * w));
+  for (int iteration = 0; iteration < token.num_iter; ++iteration) {
+    w = 1.0 / (1.0 - rho * rho * w);
+    const Reg momentum = Vec::set1(static_cast<Elem>(w - 1.0));
+    const Reg gain = Vec::set1(static_cast<Elem>(step * w));
     row_combination<Vec>(h, ld, K, Kp, x, [&](int64_t n, Reg hx) {
       const Reg xn = Vec::load(x + n);
-      const Reg residual = Vec::sub(Vec::fma(lam, xn, hx), Vec::load(q + n));
+      const Reg residual = Vec::sub(Vec::fma(lam, xn, hx), Vec::load_f32(token.q + n));
       const Reg moved = Vec::fma(momentum, Vec::sub(xn, Vec::load(other + n)), xn);
       Vec::store(other + n, Vec::fnma(gain, residual, moved));
     });
-    float* next = other;
+    Elem* next = other;
     other = x;
     x = next;
   }
   return x;
 }
 
+// x of one token and o = scale U^T (q + alpha (x - q)); x is all zeros where f counts as zero.
 template <class Vec>
-float residual_of_step(const float* h, int64_t ld, int64_t K, int64_t Kp, const float* q, double f,
-                       double ridge, const float* x) {
-  using Reg = typename Vec::Reg;
-  const Reg lam = Vec::set1(static_cast<float>(ridge * f));
+void solve_and_read_step(const StepToken& token, const GkaStepJob& job,
+                         const SolveBuffers<typename Vec::Elem>& buffers, float* x_out, float* o) {
+  using Elem = typename Vec::Elem;
+  const int64_t K = job.in.K, Kp = padded(K), Vp = padded(job.in.V);
+  const Elem* x = buffers.a;
+  if (token.f == 0.0) {
+    for (int64_t c = 0; c < Kp; ++c) buffers.a[c] = 0;
+  } else {
+    x = chebyshev_step<Vec>(token, job.state.h, job.h_stride, K, Kp, buffers.a, buffers.b);
+  }
+  for (int64_t c = 0; c < Kp; ++c) {
+    const Elem q = token.q[c];
+    buffers.m[c] =
+        static_cast<Elem>(token.scale) * (q + static_cast<Elem>(token.alpha) * (x[c] - q));
+    x_out[c] = static_cast<float>(x[c]);
+  }
+  row_combination<Vec>(job.state.u, job.u_stride, K, Vp, buffers.m,
+                       [&](int64_t n, typename Vec::Reg a) { Vec::store_f32(o + n, a); });
+}
+
+// amplification() of gka_forward.hpp for one token.
+template <class Vec>
+double step_amplification(const StepToken& token, const GkaStepJob& job, double u_norm2,
+                          const float* x, const float* o) {
+  double x2 = 0.0, o2 = 0.0;
+  for (int64_t c = 0; c < job.in.K; ++c) x2 += static_cast<double>(x[c]) * x[c];
+  for (int64_t c = 0; c < job.in.V; ++c) o2 += static_cast<double>(o[c]) * o[c];
+  const double weight = token.alpha * token.scale;
+  const double scaled = weight * weight * x2 * u_norm2 / static_cast<double>(job.in.K);
+  return o2 > 0.0 ? std::sqrt(scaled / o2) : 0.0;
+}
+
+// In float64: the residual of a good solution is the small difference of large numbers.
+template <class Vec>
+float residual_of_step(const StepToken& token, const GkaStepJob& job, const float* x,
+                       double* wide_x) {
+  using Wide = typename Vec::Wide;
+  using Reg = typename Wide::Reg;
+  const int64_t K = job.in.K, Kp = padded(K);
+  const Reg lam = Wide::set1(token.ridge * token.f);
   double r2 = 0.0, q2 = 0.0;
-  alignas(64) float r[Vec::kWidth];
-  row_combination<Vec>(h, ld, K, Kp, x, [&](int64_t n, Reg hx) {
-    Vec::store(r, Vec::sub(Vec::fma(lam, Vec::load(x + n), hx), Vec::load(q + n)));
-    for (int i = 0; i < Vec::kWidth; ++i) r2 += static_cast<double>(r[i]) * r[i];
+  alignas(64) double r[Wide::kWidth];
+  for (int64_t c = 0; c < Kp; ++c) wide_x[c] = x[c];
+  row_combination<Wide>(job.state.h, job.h_stride, K, Kp, wide_x, [&](int64_t n, Reg hx) {
+    Wide::store(r,
+                Wide::sub(Wide::fma(lam, Wide::load(wide_x + n), hx), Wide::load_f32(token.q + n)));
+    for (int i = 0; i < Wide::kWidth; ++i) r2 += r[i] * r[i];
   });
-  for (int64_t c = 0; c < K; ++c) q2 += static_cast<double>(q[c]) * q[c];
-  return f == 0.0 || q2 == 0.0 ? 0.0f : static_cast<float>(std::sqrt(r2 / q2));
+  for (int64_t c = 0; c < K; ++c) q2 += static_cast<double>(token.q[c]) * token.q[c];
+  return token.f == 0.0 || q2 == 0.0 ? 0.0f : static_cast<float>(std::sqrt(r2 / q2));
+}
+
+template <class Vec>
+SolveBuffers<Vec> take_step_buffers(Arena& arena, int64_t Kp) {
+  constexpr int64_t kFloats = sizeof(Vec) / sizeof(float);
+  const auto take = [&] { return reinterpret_cast<Vec*>(arena.take(kFloats * Kp)); };
+  return {take(), take(), take()};
 }
 
 template <class Vec>
@@ -176,44 +228,43 @@ void gka_step_head(const GkaStepJob& job) {
   Arena arena(job.scratch);
   float* const q = arena.take(Kp);
   float* const k = arena.take(Kp);
-  float* const xa = arena.take(Kp);
-  float* const xb = arena.take(Kp);
-  float* const m = arena.take(Kp);
   float* const v = arena.take(Vp);
   float* const o = arena.take(Vp);
+  const auto narrow = take_step_buffers<float>(arena, Kp);
+  const auto wide = take_step_buffers<double>(arena, Kp);
   for (int64_t t = job.begin; t < job.end; ++t) {
     const float beta = in.beta.data == nullptr ? 1.0f : in.beta.data[t * in.beta.stride];
-    const float alpha = in.alpha.data == nullptr ? 1.0f : in.alpha.data[t * in.alpha.stride];
-    const double ridge = in.ridge.data == nullptr
-                             ? in.ridge_ratio
-                             : static_cast<double>(in.ridge.data[t * in.ridge.stride]);
+    StepToken token;
+    token.q = q;
+    token.alpha = in.alpha.data == nullptr ? 1.0 : in.alpha.data[t * in.alpha.stride];
+    token.ridge = in.ridge.data == nullptr
+                      ? in.ridge_ratio
+                      : static_cast<double>(in.ridge.data[t * in.ridge.stride]);
+    token.scale = in.scale;
+    token.num_iter = in.num_iter != 0 ? in.num_iter : chebyshev_num_iter(token.ridge, in.tolerance);
+    if (job.iterations != nullptr) {
+      IterationRange& range = *job.iterations;
+      if (range.max == 0 || token.num_iter < range.min) range.min = token.num_iter;
+      if (token.num_iter > range.max) range.max = token.num_iter;
+    }
     load_vector<Vec>(in.q, t, in.K, 1.0f, q);
     load_vector<Vec>(in.k, t, in.K, beta, k);
     load_vector<Vec>(in.v, t, in.V, beta, v);
-    const float h_decay = static_cast<float>(gate_at<Vec>(in.gk, t));
-    const float u_decay = static_cast<float>(gate_at<Vec>(in.g, t));
-    double f = std::sqrt(update_h<Vec>(job.state.h, job.h_stride, in.K, Kp, h_decay, k));
-    int num_iter = in.num_iter != 0 ? in.num_iter : chebyshev_num_iter(ridge, in.tolerance);
-    if (job.iterations != nullptr) {
-      IterationRange& range = *job.iterations;
-      if (range.max == 0 || num_iter < range.min) range.min = num_iter;
-      if (num_iter > range.max) range.max = num_iter;
-    }
-    float* x = xa;
-    if (f <= kVanishedNorm64) {
-      f = 0.0;
-      for (int64_t c = 0; c < Kp; ++c) x[c] = 0.0f;
-    } else {
-      x = chebyshev_step<Vec>(job.state.h, job.h_stride, in.K, Kp, q, f, ridge, num_iter, xa, xb);
+    const auto h_decay = static_cast<float>(gate_at<Vec>(in.gk, t));
+    const auto u_decay = static_cast<float>(gate_at<Vec>(in.g, t));
+    token.f = std::sqrt(update_h<Vec>(job.state.h, job.h_stride, in.K, Kp, h_decay, k));
+    if (token.f <= kVanishedNorm64) token.f = 0.0;
+    update_u<Vec>(job.state.u, job.u_stride, in.K, Vp, u_decay, k, v);
+    const double u_norm2 = squared_norm<Vec>(job.state.u, job.u_stride, in.K, Vp);
+    float* const x = narrow.b;  // the float64 pass and the stores read x from here
+    solve_and_read_step<Vec>(token, job, narrow, x, o);
+    if (step_amplification<Vec>(token, job, u_norm2, x, o) > kLargestAmplification) {
+      solve_and_read_step<typename Vec::Wide>(token, job, wide, x, o);
     }
     if (job.residual.data != nullptr) {
-      job.residual.data[t * job.residual.stride] =
-          residual_of_step<Vec>(job.state.h, job.h_stride, in.K, Kp, q, f, ridge, x);
+      job.residual.data[t * job.residual.stride] = residual_of_step<Vec>(token, job, x, wide.a);
     }
     if (job.x.data != nullptr) store_vector<Vec>(x, job.x, t, in.K);
-    const float scale = static_cast<float>(in.scale);
-    for (int64_t c = 0; c < Kp; ++c) m[c] = scale * (q[c] + alpha * (x[c] - q[c]));
-    update_and_read_u<Vec>(job.state.u, job.u_stride, in.K, Vp, u_decay, k, v, m, o);
     store_vector<Vec>(o, job.o, t, in.V);
   }
 }

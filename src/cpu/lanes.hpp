@@ -17,15 +17,27 @@
 
 namespace kalmanet::cpu {
 
+// A register of a vector type from memory of either precision.
+template <class Vec>
+KALMANET_INLINE typename Vec::Reg load_as(const float* p) {
+  return Vec::load_f32(p);
+}
+template <class Vec>
+KALMANET_INLINE typename Vec::Reg load_as(const double* p) {
+  return Vec::load(p);
+}
+
 template <class Vec>
 struct Tile {
   using Reg = typename Vec::Reg;
+  using Elem = typename Vec::Elem;
   static constexpr int kVecs = kLanes / Vec::kWidth;  // registers a row of lanes
   // Rows of Y in registers. A fused multiply-add has a latency of 4 cycles and at most two start a
   // cycle, so at least 8 accumulators are needed; beside them kVecs registers hold X and one the
   // broadcast. AVX-512: 16 accumulators of 32 registers; AVX2: 8 + 2 + 1 of 16; SSE: 8 + 4 + 1
   // of 16.
-  static constexpr int kRows = Vec::kWidth == 16 ? 16 : (Vec::kWidth == 8 ? 4 : 2);
+  // With float64 lanes the same registers hold half as many rows.
+  static constexpr int kRows = (Vec::kRegisters == 32 ? 16 : 8) / kVecs;
   static_assert(kLanes % kRows == 0);
 
   Reg acc[kRows][kVecs];
@@ -33,7 +45,7 @@ struct Tile {
   KALMANET_INLINE void clear() {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
     }
   }
@@ -41,15 +53,15 @@ struct Tile {
   // acc[r][t] += sum_{c < inner} A(c, r) X[c][t], A(c, r) = a[c * ld + r], or a[r * ld + c]
   // transposed.
   template <bool kTransposed = false>
-  KALMANET_INLINE void accumulate(const float* a, int64_t ld, int64_t inner, const float* x) {
+  KALMANET_INLINE void accumulate(const float* a, int64_t ld, int64_t inner, const Elem* x) {
     for (int64_t c = 0; c < inner; ++c) {
       Reg xc[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) xc[v] = Vec::load(x + c * kLanes + v * Vec::kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const Reg b = Vec::set1(kTransposed ? a[r * ld + c] : a[c * ld + r]);
-#pragma GCC unroll 4
+        const Reg b = Vec::set1(static_cast<Elem>(kTransposed ? a[r * ld + c] : a[c * ld + r]));
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(b, xc[v], acc[r][v]);
       }
     }
@@ -59,9 +71,9 @@ struct Tile {
   KALMANET_INLINE void scale_lanes(const float* lane) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
-        acc[r][v] = Vec::mul(acc[r][v], Vec::load(lane + v * Vec::kWidth));
+        acc[r][v] = Vec::mul(acc[r][v], Vec::load_f32(lane + v * Vec::kWidth));
       }
     }
   }
@@ -72,13 +84,13 @@ struct Tile {
   KALMANET_INLINE void each(F&& f) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) f(r * kLanes + v * Vec::kWidth, v * Vec::kWidth, acc[r][v]);
     }
   }
 
   // y[r][t] = acc
-  KALMANET_INLINE void store(float* y) {
+  KALMANET_INLINE void store(Elem* y) {
     each([&](int64_t offset, int, Reg a) { Vec::store(y + offset, a); });
   }
 };
@@ -99,8 +111,8 @@ void lanes_product(const float* a, int64_t ld, int64_t inner, int64_t rows, cons
 // Y[n][t] = gain[n][t] * sum_{c < inner} A[c][n] X[c][t] for kLanes rows n: masked token-by-token
 // products.
 template <class Vec>
-void gained_product(const float* a_lanes, int64_t inner, const float* x, const float* gain,
-                    float* y) {
+void gained_product(const float* a_lanes, int64_t inner, const typename Vec::Elem* x,
+                    const float* gain, typename Vec::Elem* y) {
   using T = Tile<Vec>;
   for (int64_t n = 0; n < kLanes; n += T::kRows) {
     T tile;
@@ -108,14 +120,14 @@ void gained_product(const float* a_lanes, int64_t inner, const float* x, const f
     tile.accumulate(a_lanes + n, kLanes, inner, x);
     tile.each([&](int64_t offset, int, typename Vec::Reg acc) {
       const int64_t at = n * kLanes + offset;
-      Vec::store(y + at, Vec::mul(acc, Vec::load(gain + at)));
+      Vec::store(y + at, Vec::mul(acc, Vec::load_f32(gain + at)));
     });
   }
 }
 
 // dot[t] = sum_n A[n][t] B[n][t], in float64: these sums feed norms and gate gradients.
-template <class Vec>
-void lanes_dot(const float* a, const float* b, int64_t rows, double* dot) {
+template <class Vec, class A, class B>
+void lanes_dot(const A* a, const B* b, int64_t rows, double* dot) {
   double sum[kLanes] = {};
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t t = 0; t < kLanes; ++t) {
@@ -135,25 +147,25 @@ KALMANET_INLINE void rank_update_block(float* m, int64_t ldm, float decay, const
   const Reg d = Vec::set1(decay);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       acc[r][v] = Vec::mul(d, Vec::load(m + r * ldm + v * Vec::kWidth));
     }
   }
   for (int64_t j = 0; j < count; ++j) {
     Reg bj[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) bj[v] = Vec::load(b + j * ldb + v * Vec::kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Reg aj = Vec::set1(a[j * lda + r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(aj, bj[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) Vec::store(m + r * ldm + v * Vec::kWidth, acc[r][v]);
   }
 }

@@ -9,17 +9,17 @@ namespace kalmanet::cpu {
 constexpr int64_t chunk_floats(int64_t K, int64_t V) {
   return 3 * padded(K) * kLanes + padded(V) * kLanes;
 }
-// Two buffers of the solver, the mix, the output.
+// Two buffers of the solver and the mix, in float32 and in float64; the output.
 constexpr int64_t forward_scratch_floats(int64_t K, int64_t V) {
-  return chunk_floats(K, V) + (3 * padded(K) + padded(V)) * kLanes;
+  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes;
 }
 // The decayed keys.
 constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
   return chunk_floats(K, V) + padded(K) * kLanes;
 }
-// 12 blocks of keys' width and 4 of values': BackwardChunk.
+// 12 blocks of keys' width and 4 of values', and the solver's in float64: BackwardChunk.
 constexpr int64_t backward_scratch_floats(int64_t K, int64_t V) {
-  return chunk_floats(K, V) + (12 * padded(K) + 4 * padded(V)) * kLanes;
+  return chunk_floats(K, V) + (20 * padded(K) + 4 * padded(V)) * kLanes;
 }
 // q, k, x twice, m; v, o: one token.
 constexpr int64_t step_scratch_floats(int64_t K, int64_t V) {

@@ -7,7 +7,30 @@
 
 namespace kalmanet::cpu {
 
+// The same with float64 lanes, 4 a register: for the few sums that float32 cannot hold
+// (chebyshev.hpp).
+struct Avx2Wide {
+  using Elem = double;
+  using Reg = __m256d;
+  static constexpr int kWidth = 4;
+  static constexpr int kRegisters = 16;
+
+  static Reg zero() { return _mm256_setzero_pd(); }
+  static Reg set1(double a) { return _mm256_set1_pd(a); }
+  static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static Reg load_f32(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  static void store(double* p, Reg a) { _mm256_storeu_pd(p, a); }
+  static void store_f32(float* p, Reg a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }    // a b + c
+  static Reg fnma(Reg a, Reg b, Reg c) { return _mm256_fnmadd_pd(a, b, c); }  // c - a b
+};
+
 struct Avx2 {
+  using Wide = Avx2Wide;
+  using Elem = float;
   using Reg = __m256;
   static constexpr int kWidth = 8;       // float32 lanes a register
   static constexpr int kRegisters = 16;  // architectural vector registers
@@ -16,6 +39,8 @@ struct Avx2 {
   static Reg set1(float a) { return _mm256_set1_ps(a); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Reg a) { _mm256_storeu_ps(p, a); }
+  static Reg load_f32(const float* p) { return load(p); }
+  static void store_f32(float* p, Reg a) { store(p, a); }
   // The first n lanes only, 0 < n <= kWidth: nothing past p[n - 1] is touched; the rest load as 0.
   static Reg load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, mask_n(n)); }
   static void store_n(float* p, Reg a, int64_t n) { _mm256_maskstore_ps(p, mask_n(n), a); }

@@ -16,7 +16,30 @@
 
 namespace kalmanet::cpu {
 
+// The same with float64 lanes, 8 a register: for the few sums that float32 cannot hold
+// (chebyshev.hpp).
+struct Avx512Wide {
+  using Elem = double;
+  using Reg = __m512d;
+  static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 32;
+
+  static Reg zero() { return _mm512_setzero_pd(); }
+  static Reg set1(double a) { return _mm512_set1_pd(a); }
+  static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static Reg load_f32(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  static void store(double* p, Reg a) { _mm512_storeu_pd(p, a); }
+  static void store_f32(float* p, Reg a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }    // a b + c
+  static Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_pd(a, b, c); }  // c - a b
+};
+
 struct Avx512 {
+  using Wide = Avx512Wide;
+  using Elem = float;
   using Reg = __m512;
   static constexpr int kWidth = 16;      // float32 lanes a register
   static constexpr int kRegisters = 32;  // architectural vector registers
@@ -25,6 +48,8 @@ struct Avx512 {
   static Reg set1(float a) { return _mm512_set1_ps(a); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Reg a) { _mm512_storeu_ps(p, a); }
+  static Reg load_f32(const float* p) { return load(p); }
+  static void store_f32(float* p, Reg a) { store(p, a); }
   // The first n lanes only, 0 < n <= kWidth: nothing past p[n - 1] is touched; the rest load as 0.
   static Reg load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(mask_n(n), p); }
   static void store_n(float* p, Reg a, int64_t n) { _mm512_mask_storeu_ps(p, mask_n(n), a); }

@@ -7,7 +7,37 @@
 
 namespace kalmanet::cpu {
 
+// The same with float64 lanes, 2 a register: for the few sums that float32 cannot hold
+// (chebyshev.hpp).
+struct BaselineWide {
+  using Elem = double;
+  typedef double Reg __attribute__((vector_size(16)));
+  static constexpr int kWidth = 2;
+  static constexpr int kRegisters = 16;
+
+  static Reg zero() { return Reg{}; }
+  static Reg set1(double a) { return Reg{a, a}; }
+  static Reg load(const double* p) {
+    Reg a;
+    std::memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static Reg load_f32(const float* p) { return Reg{p[0], p[1]}; }
+  static void store(double* p, Reg a) { std::memcpy(p, &a, sizeof a); }
+  static void store_f32(float* p, Reg a) {
+    p[0] = static_cast<float>(a[0]);
+    p[1] = static_cast<float>(a[1]);
+  }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
+  static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
+};
+
 struct Baseline {
+  using Wide = BaselineWide;
+  using Elem = float;
   typedef float Reg __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
   static constexpr int kWidth = 4;       // float32 lanes a register
@@ -21,6 +51,8 @@ struct Baseline {
     return a;
   }
   static void store(float* p, Reg a) { std::memcpy(p, &a, sizeof a); }
+  static Reg load_f32(const float* p) { return load(p); }
+  static void store_f32(float* p, Reg a) { store(p, a); }
   // The first n lanes only, 0 < n <= kWidth: nothing past p[n - 1] is touched; the rest load as 0.
   static Reg load_n(const float* p, int64_t n) {
     Reg a{};

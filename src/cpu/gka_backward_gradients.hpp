@@ -1,0 +1,254 @@
+// The backward of one chunk, second half: from x, z and dm to every gradient (formulas:
+// gka_backward.hpp).
+#pragma once
+
+#include "cpu/gka_backward_solve.hpp"
+#include "cpu/gka_gate_gradient.hpp"
+#include "cpu/lanes.hpp"
+
+namespace kalmanet::cpu {
+
+// w_t, h_t and P; the gradients of alpha and of the ridge ratio.
+template <class Vec>
+void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
+  Chunk& c = b.c;
+  double dm_q[kLanes];
+  lanes_dot<Vec>(b.dm, c.q_lanes, c.K, dm_q);
+  for (int64_t t = 0; t < kLanes; ++t) {
+    const double f = c.norm[t];
+    b.w[t] = f == 0.0 || !job.bp_lambda ? 0.0f : static_cast<float>(b.z_dot_x[t] * c.ridge[t] / f);
+    b.h_sum[t] = 0.0f;
+    if (t >= c.n) continue;
+    const int64_t at = c.t0 + t;
+    if (job.dalpha.data != nullptr) {
+      job.dalpha.data[at * job.dalpha.stride] = static_cast<float>(b.dm_dot_x[t] - dm_q[t]);
+    }
+    if (job.d_ridge.data != nullptr) {
+      job.d_ridge.data[at * job.d_ridge.stride] = static_cast<float>(-b.z_dot_x[t] * f);
+    }
+  }
+  const ChunkDecay& d = *c.h_decay;
+  for (int64_t i = 0; i < kLanes * kLanes; ++i) b.p[i] = 0.0f;
+  for (int64_t i = 0; i < c.n; ++i) {
+    const float* mi = d.rows + i * kLanes;
+    for (int64_t t = 0; t <= i; ++t) {
+      const float weight = mi[t] * b.w[i];
+      b.h_sum[t] += weight * d.since_start[i];
+      for (int64_t j = 0; j < kLanes; ++j) b.p[t * kLanes + j] += weight * mi[j];
+    }
+  }
+}
+
+// The small token-by-token products that several gradients share.
+template <class Vec>
+void pair_products(BackwardChunk<Vec>& b, float scale) {
+  Chunk& c = b.c;
+  lanes_product<Vec>(b.m, kLanes, c.K, kLanes, c.k_lanes, b.m_k);
+  lanes_product<Vec>(b.do_lanes, kLanes, c.V, kLanes, b.v_lanes, b.do_v);
+  lanes_product<Vec>(b.x, kLanes, c.K, kLanes, c.k_lanes, b.x_k);
+  lanes_product<Vec>(b.z, kLanes, c.K, kLanes, c.k_lanes, b.z_k);
+  for (int64_t i = 0; i < kLanes * kLanes; ++i) b.m_k[i] *= scale * c.u_decay->rows[i];
+}
+
+// dv, in lanes b.out_v.
+template <class Vec>
+void gradient_of_values(BackwardChunk<Vec>& b, const float* e) {
+  using T = Tile<Vec>;
+  using Reg = typename Vec::Reg;
+  Chunk& c = b.c;
+  for (int64_t n = 0; n < c.Vp; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.accumulate(e + n, c.Vp, c.K, c.k_lanes);
+    tile.scale_lanes(c.u_decay->to_end);
+    tile.each([&](int64_t at, int, Reg acc) { Vec::store(b.out_v + n * kLanes + at, acc); });
+  }
+  lanes_dot<Vec>(b.out_v, b.v_lanes, c.V, b.carry_kv);
+  for (int64_t n = 0; n < c.Vp; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.accumulate(b.do_rows + n, c.Vp, c.n, b.m_k);
+    tile.each([&](int64_t at, int, Reg acc) {
+      float* out = b.out_v + n * kLanes + at;
+      Vec::store(out, Vec::add(Vec::load(out), acc));
+    });
+  }
+}
+
+// dk, in lanes b.out_k.
+template <class Vec>
+void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, bool h_is_zero,
+                      float scale) {
+  using T = Tile<Vec>;
+  using Reg = typename Vec::Reg;
+  Chunk& c = b.c;
+  // e^{G_C-G_t} (D + D^T) k_t first: its product with k_t is also a gate's gradient.
+  for (int64_t n = 0; n < c.Kp; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.accumulate(d + n, c.Kp, c.K, c.k_lanes);
+    tile.template accumulate<true>(d + n * c.Kp, c.Kp, c.K, c.k_lanes);
+    tile.scale_lanes(c.h_decay->to_end);
+    tile.each([&](int64_t at, int, Reg acc) { Vec::store(b.out_k + n * kLanes + at, acc); });
+  }
+  lanes_dot<Vec>(b.out_k, c.k_lanes, c.K, b.carry_k);
+  for (int64_t t = 0; t < kLanes; ++t) b.carry_k[t] *= 0.5;
+
+  // Weights [4 * kLanes][t] of the stacked rows m, z, x, k.
+  alignas(64) float s[4 * kLanes * kLanes];
+  alignas(64) float minus_2h[kLanes];
+  const int64_t block = kLanes * kLanes;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    minus_2h[i] = -2.0f * b.h_sum[i];
+    for (int64_t t = 0; t < kLanes; ++t) {
+      const int64_t at = i * kLanes + t;
+      const float decay = c.h_decay->rows[at];
+      s[at] = scale * c.u_decay->rows[at] * b.do_v[at];
+      s[block + at] = -decay * b.x_k[at];
+      s[2 * block + at] = -decay * b.z_k[at];
+    }
+  }
+  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, s + 3 * block);
+  for (int64_t i = 0; i < block; ++i) s[3 * block + i] *= -2.0f * b.p[i];
+  for (int64_t n = 0; n < c.Kp; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.template accumulate<true>(e + n * c.Vp, c.Vp, c.V, b.v_lanes);
+    tile.scale_lanes(c.u_decay->to_end);
+    tile.accumulate(b.stack_rows + n, c.Kp, 4 * kLanes, s);
+    tile.each([&](int64_t at, int lane, Reg acc) {
+      float* out = b.out_k + n * kLanes + at;
+      Reg sum = Vec::add(Vec::load(out), acc);
+      if (!h_is_zero) {
+        sum = Vec::fma(Vec::load(minus_2h + lane), Vec::load(b.hk + n * kLanes + at), sum);
+      }
+      Vec::store(out, sum);
+    });
+  }
+}
+
+// dgk and dg of the chunk's tokens, from D, E (after the chunk) and H_0, U_0.
+template <class Vec>
+void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const StateBuffers& start,
+                       bool h_is_zero, float* zh) {
+  Chunk& c = b.c;
+  double out[kLanes];
+  if (job.dg.data != nullptr) {
+    Interactions<Vec> u;
+    for (int64_t i = 0; i < c.n; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        u.a[i][j] = static_cast<double>(b.m_k[i * kLanes + j]) * b.do_v[i * kLanes + j];
+      }
+      u.a[i][kLanes] = b.dm_inter_dot_m[i];
+      u.a[kLanes][i] = b.carry_kv[i];
+    }
+    u.a[kLanes][kLanes] =
+        c.u_decay->total * frobenius_dot<Vec>(job.carry.u, start.u, c.Vp, c.K, c.Vp);
+    // Sinks that are not tokens of this chunk take nothing.
+    for (int64_t i = c.n; i < kLanes; ++i) u.a[i][kLanes] = 0.0;
+    u.crossing_sums(c.n, out);
+    for (int64_t t = 0; t < c.n; ++t) {
+      job.dg.data[(c.t0 + t) * job.dg.stride] = static_cast<float>(out[t]);
+    }
+  }
+  if (job.dgk.data == nullptr) return;
+  double z_h_x[kLanes] = {};
+  if (!h_is_zero) {
+    lanes_product<Vec>(start.h, c.Kp, c.K, c.Kp, b.z, zh);
+    lanes_dot<Vec>(zh, b.x, c.K, z_h_x);
+  }
+  Interactions<Vec> h;
+  const ChunkDecay& d = *c.h_decay;
+  for (int64_t i = 0; i < c.n; ++i) {
+    const double e = d.since_start64[i];
+    const float* mi = d.rows + i * kLanes;
+    double start_norm = e * c.start_norm2;  // <H_i, H_0>
+    for (int64_t l = 0; l <= i; ++l) start_norm += mi[l] * c.kappa[l];
+    for (int64_t j = 0; j <= i; ++j) {
+      double k_h_k = e * c.kappa[j];  // k_j^T H_i k_j
+      for (int64_t l = 0; l <= i; ++l) k_h_k += mi[l] * c.gram2[l][j];
+      h.a[i][j] = -mi[j] * (static_cast<double>(b.z_k[i * kLanes + j]) * b.x_k[i * kLanes + j] +
+                            b.w[i] * k_h_k);
+    }
+    h.a[i][kLanes] = -e * (z_h_x[i] + b.w[i] * start_norm);
+    h.a[kLanes][i] = b.carry_k[i];
+  }
+  h.a[kLanes][kLanes] =
+      h_is_zero ? 0.0 : d.total * frobenius_dot<Vec>(job.carry.h, start.h, c.Kp, c.K, c.Kp);
+  for (int64_t i = c.n; i < kLanes; ++i) h.a[i][kLanes] = 0.0;
+  h.crossing_sums(c.n, out);
+  for (int64_t t = 0; t < c.n; ++t) {
+    job.dgk.data[(c.t0 + t) * job.dgk.stride] = static_cast<float>(out[t]);
+  }
+}
+
+// D and E from after the chunk to before it. Consumes stack_rows.
+template <class Vec>
+void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* h,
+                     bool h_is_zero, float scale) {
+  Chunk& c = b.c;
+  const ChunkDecay& dh = *c.h_decay;
+  const ChunkDecay& du = *c.u_decay;
+  const int64_t row = c.Kp;
+  float* m_rows = b.stack_rows;
+  float* z_rows = m_rows + kLanes * row;  // -e^{G_i} z_i, beside x_i
+  float* x_rows = z_rows + kLanes * row;
+  float* k_rows = x_rows + kLanes * row;
+  float h_weight = 0.0f;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const float wm = scale * du.since_start[i];
+    const float wz = -dh.since_start[i];
+    h_weight += b.w[i] * dh.since_start[i] * dh.since_start[i];
+    for (int64_t n = 0; n < row; ++n) {
+      m_rows[i * row + n] *= wm;
+      z_rows[i * row + n] *= wz;
+    }
+  }
+  rank_update<Vec>(job.carry.u, c.Vp, c.K, c.Vp, du.total, m_rows, row, b.do_rows, c.Vp, c.n);
+  rank_update<Vec>(job.carry.h, row, c.K, row, dh.total, z_rows, row, x_rows, row, c.n);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    for (int64_t n = 0; n < row; ++n) z_rows[i * row + n] = -b.h_sum[i] * k_rows[i * row + n];
+  }
+  rank_update<Vec>(job.carry.h, row, c.K, row, 1.0f, z_rows, row, k_rows, row, c.n);
+  if (!h_is_zero && h_weight != 0.0f) {
+    for (int64_t i = 0; i < c.K * row; ++i) job.carry.h[i] -= h_weight * h[i];
+  }
+}
+
+// dq; dk and dv back through beta, and dbeta.
+template <class Vec>
+void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
+  Chunk& c = b.c;
+  const HeadInputs& in = job.in;
+  float beta[kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) {
+    beta[t] = t < c.n && in.beta.data != nullptr ? in.beta.data[(c.t0 + t) * in.beta.stride] : 1.0f;
+  }
+  if (job.dk.data != nullptr) store_lanes<Vec>(b.out_k, beta, job.dk, c.t0, c.n, c.K);
+  if (job.dv.data != nullptr) store_lanes<Vec>(b.out_v, beta, job.dv, c.t0, c.n, c.V);
+  if (job.dbeta.data != nullptr) {
+    // With the keys and values as they came: dividing by beta would fail where it is zero.
+    double dk_k[kLanes], dv_v[kLanes];
+    load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
+    load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
+    lanes_dot<Vec>(b.out_k, c.k_lanes, c.K, dk_k);
+    lanes_dot<Vec>(b.out_v, b.v_lanes, c.V, dv_v);
+    for (int64_t t = 0; t < c.n; ++t) {
+      job.dbeta.data[(c.t0 + t) * job.dbeta.stride] = static_cast<float>(dk_k[t] + dv_v[t]);
+    }
+  }
+  if (job.dq.data != nullptr) {
+    using Reg = typename Vec::Reg;
+    const Reg one = Vec::set1(1.0f);
+    for (int64_t i = 0; i < c.Kp; ++i) {
+      for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
+        const int64_t at = i * kLanes + lane;
+        const Reg keep = Vec::sub(one, Vec::load(c.alpha + lane));
+        Vec::store(b.out_k + at, Vec::fma(keep, Vec::load(b.dm + at), Vec::load(b.z + at)));
+      }
+    }
+    store_lanes<Vec>(b.out_k, nullptr, job.dq, c.t0, c.n, c.K);
+  }
+}
+
+}  // namespace kalmanet::cpu
