@@ -1,6 +1,8 @@
 // GatedKalmaNet: construction, initialisation and the forward pass around the gka operator.
 #include "layers/gated_kalmanet.hpp"
 
+#include <ATen/autocast_mode.h>
+
 #include <algorithm>
 #include <cmath>
 #include <sstream>
@@ -247,6 +249,13 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   }
   const int64_t B = x.size(0), T = x.size(1), H = o.expanded_heads(), K = o.head_dim,
                 V = o.head_v_dim(), W = o.conv_size;
+  const auto weight_type = q_proj_->weight.scalar_type();
+  if (x.scalar_type() != weight_type && !at::autocast::is_autocast_enabled(x.device().type())) {
+    throw Error(ErrorCode::invalid_dtype, "x",
+                std::string("has dtype ") + c10::toString(x.scalar_type()) +
+                    " but the parameters are " + c10::toString(weight_type) +
+                    "; convert one of them, or enable autocast");
+  }
   if (cu_seqlens && B != 1) {
     fail_shape("cu_seqlens",
                "needs x with B = 1 (all sequences packed into one row), got B = " + text(B));

@@ -1,0 +1,475 @@
+// GatedKalmaNet against the layer written once more in plain LibTorch, and its promises: every
+// switch, one meaning however a sequence is cut, packed or stepped, clear errors.
+#include "layers/gated_kalmanet.hpp"
+
+#include <ATen/autocast_mode.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "layers/plain_gka.hpp"
+
+namespace kalmanet::test {
+namespace {
+
+using layers::GatedKalmaNet;
+using layers::GatedKalmaNetOptions;
+using layers::GkaLayerState;
+
+constexpr int64_t kSeed = 20261123;
+
+GatedKalmaNetOptions small_options() {
+  GatedKalmaNetOptions o;
+  o.hidden_size = 10;
+  o.head_dim = 4;
+  o.num_heads = 2;
+  return o;
+}
+
+// DESIGN's layer, line by line, in the dtype of `layer`'s parameters (float64 here). num_iter 0:
+// exact solve.
+Tensor plain_layer(layers::GatedKalmaNetImpl& layer, const Tensor& x, int64_t num_iter) {
+  const auto& o = layer.options();
+  auto parameters = layer.named_parameters();
+  const auto p = [&](const std::string& name) { return parameters[name].to(x.scalar_type()); };
+  const int64_t B = x.size(0), T = x.size(1), K = o.head_dim, V = o.head_v_dim(),
+                H = o.expanded_heads(), W = o.conv_size;
+  const auto project = [&](const std::string& name) {
+    Tensor y = at::matmul(x, p(name + ".weight").t());
+    return parameters.contains(name + ".bias") ? y + p(name + ".bias") : y;
+  };
+  const auto convolve = [&](const Tensor& in, const std::string& name) {
+    const Tensor weight = p(name + ".weight").squeeze(1);  // [D,W]
+    const Tensor padded = at::constant_pad_nd(in, {0, 0, W - 1, 0});
+    Tensor y = at::zeros_like(in);
+    for (int64_t j = 0; j < W; ++j) y = y + padded.narrow(1, j, T) * weight.select(1, j);
+    return at::silu(y);
+  };
+  const auto normalise = [&](const Tensor& t) {
+    const Tensor squares = t.square().sum(-1, true);
+    return o.qk_norm == "fla" ? t / (squares + 1e-6).sqrt() : t / (squares.sqrt() + 1e-6);
+  };
+  const Tensor q = normalise(convolve(project("q_proj"), "q_conv1d").view({B, T, o.num_heads, K}));
+  const Tensor k = normalise(convolve(project("k_proj"), "k_conv1d").view({B, T, o.k_heads(), K}));
+  Tensor v = project("v_proj");
+  if (o.use_v_conv) v = convolve(v, "v_conv1d");
+  v = v.view({B, T, o.v_heads(), V});
+  OptionalTensor beta, alpha, g, gk;
+  if (o.use_beta_gate) beta = at::sigmoid(project("b_proj")) + 1e-6;
+  if (o.fixed_alpha) {
+    alpha = at::full({B, T, H}, *o.fixed_alpha, x.options());
+  } else if (o.use_alpha_connection) {
+    alpha = at::sigmoid(project("alpha_proj"));
+  }
+  if (o.use_forgetting_gate) {
+    g = -p("A_log").exp() * at::softplus(project("a_proj") + p("dt_bias"));
+    if (o.use_forgetting_gate_kk) gk = g;
+  }
+  const Tensor ridge =
+      o.learned_ridge ? at::clamp(project("ridge_proj"), std::log(1.2e-4), std::log(0.135)).exp()
+                      : at::full({B, T, H}, o.ridge_ratio, x.options());
+  const double scale = o.gla_rescale ? 1 / std::sqrt(static_cast<double>(K)) : 1.0;
+  const Tensor out = plain_gka(q, k, v, g, gk, alpha, beta, ridge, {}, {}, scale, num_iter).o;
+  Tensor y = out / (out.square().mean(-1, true) + o.norm_eps).sqrt() * p("o_norm.weight");
+  if (o.use_gate) y = y * at::silu(project("g_proj").view({B, T, H, V}));
+  return at::matmul(y.reshape({B, T, H * V}), p("o_proj.weight").t());
+}
+
+// Makes the layer from a fixed seed; its norm weight is moved off 1 so that it matters.
+GatedKalmaNet make_layer(const GatedKalmaNetOptions& options, at::ScalarType type = at::kFloat) {
+  torch::manual_seed(kSeed);
+  GatedKalmaNet layer(options);
+  const at::NoGradGuard no_grad;
+  layer->named_parameters()["o_norm.weight"].uniform_(0.5, 1.5);
+  layer->to(type);
+  return layer;
+}
+
+Tensor make_input(const GatedKalmaNetOptions& options, int64_t B, int64_t T,
+                  at::ScalarType type = at::kFloat) {
+  return at::randn({B, T, options.hidden_size}, at::kDouble).to(type);
+}
+
+std::vector<std::pair<std::string, GatedKalmaNetOptions>> variants() {
+  std::vector<std::pair<std::string, GatedKalmaNetOptions>> all;
+  const auto add = [&](const std::string& name, auto&& change) {
+    GatedKalmaNetOptions o = small_options();
+    change(o);
+    all.emplace_back(name, o);
+  };
+  add("defaults", [](auto&) {});
+  add("GQA", [](auto& o) {
+    o.num_heads = 4;
+    o.num_k_heads = o.num_v_heads = 2;
+  });
+  add("GVA", [](auto& o) { o.num_v_heads = 4; });
+  add("all head counts differ", [](auto& o) {
+    o.num_heads = 4;
+    o.num_k_heads = 1;
+    o.num_v_heads = 2;
+  });
+  add("expand_v", [](auto& o) { o.expand_v = 1.5; });
+  add("fla norm", [](auto& o) { o.qk_norm = "fla"; });
+  add("U decays alone", [](auto& o) { o.use_forgetting_gate_kk = false; });
+  add("no decay", [](auto& o) { o.use_forgetting_gate = false; });
+  add("no alpha", [](auto& o) { o.use_alpha_connection = false; });
+  add("alpha fixed at 0", [](auto& o) { o.fixed_alpha = 0.0; });
+  add("alpha fixed at 0.3", [](auto& o) { o.fixed_alpha = 0.3; });
+  add("alpha fixed at 1", [](auto& o) { o.fixed_alpha = 1.0; });
+  add("no beta, gate or v convolution",
+      [](auto& o) { o.use_beta_gate = o.use_gate = o.use_v_conv = false; });
+  add("unscaled, other ridge and window", [](auto& o) {
+    o.gla_rescale = false;
+    o.ridge_ratio = 0.1;
+    o.conv_size = 2;
+  });
+  return all;
+}
+
+TEST(GatedKalmaNet, IsTheLayerOfTheEquations) {
+  for (auto& [name, options] : variants()) {
+    GatedKalmaNet exact = make_layer(options, at::kDouble);
+    const Tensor x = make_input(options, 2, 9, at::kDouble);
+    const Tensor want = plain_layer(*exact, x, 30);
+    EXPECT_NEAR_RELATIVE(make_layer(options)->forward(x.to(at::kFloat)), want, 2e-5, name);
+    options.backend = "reference";
+    EXPECT_NEAR_RELATIVE(make_layer(options, at::kDouble)->forward(x), want, 1e-10,
+                         name + ", float64");
+  }
+}
+
+TEST(GatedKalmaNet, LearnedRidgeFollowsTheToleranceDownToSmallRidges) {
+  GatedKalmaNetOptions options = small_options();
+  options.learned_ridge = true;
+  options.tolerance = 1e-6;
+  for (const double bias : {std::log(0.01), std::log(0.001), -20.0, 20.0}) {
+    GatedKalmaNet exact = make_layer(options, at::kDouble), single = make_layer(options);
+    {
+      const at::NoGradGuard no_grad;
+      EXPECT_NEAR(exact->named_parameters()["ridge_proj.bias"][0].item<double>(), std::log(0.01),
+                  1e-6);
+      exact->named_parameters()["ridge_proj.bias"].fill_(bias);
+      single->named_parameters()["ridge_proj.bias"].fill_(bias);
+    }
+    const Tensor x = make_input(options, 1, 9, at::kDouble);
+    // Float32 at a condition number of up to 1/1.2e-4: rounding is 1e-7 times that.
+    const double bound = bias < -7 ? 2e-3 : bias < -6 ? 3e-4 : 5e-5;
+    EXPECT_NEAR_RELATIVE(single->forward(x.to(at::kFloat)), plain_layer(*exact, x, 0), bound,
+                         "bias " + std::to_string(bias));
+  }
+}
+
+// The loss of a random projection of the output, by central differences in float64, for every
+// element of every parameter and of the input; the exact solver underneath.
+TEST(GatedKalmaNet, GradientsAreFiniteDifferences) {
+  for (const bool learned : {false, true}) {
+    GatedKalmaNetOptions options = small_options();
+    options.hidden_size = 4;
+    options.head_dim = 3;
+    options.num_v_heads = 4;
+    options.num_k_heads = 1;
+    options.conv_size = 3;
+    options.learned_ridge = learned;
+    options.solver = "direct";
+    options.backend = "reference";
+    GatedKalmaNet layer = make_layer(options, at::kDouble);
+    Tensor x = make_input(options, 1, 5, at::kDouble).requires_grad_();
+    const Tensor weights = at::randn({1, 5, 4}, at::kDouble);
+    const auto loss = [&] { return (layer->forward(x) * weights).sum(); };
+    std::vector<std::string> names = {"x"};
+    std::vector<Tensor> tensors = {x};
+    for (const auto& item : layer->named_parameters()) {
+      names.push_back(item.key());
+      tensors.push_back(item.value());
+    }
+    EXPECT_EQ(names.size(), learned ? 19u : 17u);
+    const auto grads = torch::autograd::grad({loss()}, tensors);
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      Tensor flat = tensors[i].detach().view({-1});
+      Tensor numeric = at::zeros_like(flat);
+      for (int64_t j = 0; j < flat.numel(); ++j) {
+        constexpr double kStep = 1e-5;
+        const double value = flat[j].item<double>();
+        flat[j] = value + kStep;
+        const double up = loss().item<double>();
+        flat[j] = value - kStep;
+        const double down = loss().item<double>();
+        flat[j] = value;
+        numeric[j] = (up - down) / (2 * kStep);
+      }
+      EXPECT_NEAR_RELATIVE(grads[i].reshape({-1}), numeric, 1e-6, "d " + names[i]);
+    }
+  }
+}
+
+TEST(GatedKalmaNet, FloatGradientsAreThoseOfThePlainLayer) {
+  for (auto& [name, options] : variants()) {
+    options.num_iter = 120;  // exact to rounding at these ridges, as implicit gradients assume
+    GatedKalmaNet exact = make_layer(options, at::kDouble), single = make_layer(options);
+    Tensor x = make_input(options, 2, 9, at::kDouble).requires_grad_();
+    Tensor x32 = x.detach().to(at::kFloat).requires_grad_();
+    const Tensor weights = at::randn({2, 9, options.hidden_size}, at::kDouble);
+    std::vector<Tensor> exact_tensors = exact->parameters(), tensors = single->parameters();
+    exact_tensors.push_back(x);
+    tensors.push_back(x32);
+    const auto want =
+        torch::autograd::grad({(plain_layer(*exact, x, 0) * weights).sum()}, exact_tensors);
+    const auto got =
+        torch::autograd::grad({(single->forward(x32) * weights.to(at::kFloat)).sum()}, tensors);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      EXPECT_NEAR_RELATIVE(got[i], want[i], 1e-4, name + ", gradient " + std::to_string(i));
+    }
+  }
+}
+
+TEST(GatedKalmaNet, EverySwitchCombinationHasItsParametersAndRuns) {
+  const at::NoGradGuard no_grad;
+  for (int bits = 0; bits < 256; ++bits) {
+    const auto bit = [bits](int i) { return (bits >> i & 1) != 0; };
+    GatedKalmaNetOptions o = small_options();
+    o.use_beta_gate = bit(0);
+    o.use_alpha_connection = bit(1);
+    o.use_v_conv = bit(2);
+    o.use_forgetting_gate = bit(3);
+    o.use_forgetting_gate_kk = bit(4);
+    o.gla_rescale = bit(5);
+    o.use_gate = bit(6);
+    o.learned_ridge = bit(7);
+    o.num_v_heads = 4;
+    std::map<std::string, std::vector<int64_t>> want = {
+        {"q_proj.weight", {8, 10}},     {"k_proj.weight", {8, 10}},     {"v_proj.weight", {16, 10}},
+        {"q_conv1d.weight", {8, 1, 4}}, {"k_conv1d.weight", {8, 1, 4}}, {"o_norm.weight", {4}},
+        {"o_proj.weight", {10, 16}}};
+    const auto linear = [&](const std::string& name, bool bias) {
+      want[name + ".weight"] = {4, 10};
+      if (bias) want[name + ".bias"] = {4};
+    };
+    if (o.use_beta_gate) linear("b_proj", true);
+    if (o.use_alpha_connection) linear("alpha_proj", true);
+    if (o.learned_ridge) linear("ridge_proj", true);
+    if (o.use_v_conv) want["v_conv1d.weight"] = {16, 1, 4};
+    if (o.use_gate) want["g_proj.weight"] = {16, 10};
+    if (o.use_forgetting_gate) {
+      linear("a_proj", false);
+      want["A_log"] = want["dt_bias"] = {4};
+    }
+    GatedKalmaNet layer = make_layer(o);
+    std::map<std::string, std::vector<int64_t>> got;
+    for (const auto& item : layer->named_parameters()) {
+      got[item.key()] = item.value().sizes().vec();
+    }
+    ASSERT_EQ(got, want) << "switches " << bits;
+    const Tensor y = layer->forward(make_input(o, 1, 3));
+    ASSERT_EQ(y.sizes(), (at::IntArrayRef{1, 3, 10})) << "switches " << bits;
+    ASSERT_TRUE(at::isfinite(y).all().item<bool>()) << "switches " << bits;
+  }
+}
+
+TEST(GatedKalmaNet, InitialisationAndDecayGroups) {
+  GatedKalmaNetOptions o = small_options();
+  o.num_heads = 64;
+  o.learned_ridge = true;
+  GatedKalmaNet layer = make_layer(o);
+  auto p = layer->named_parameters();
+  const Tensor A = p["A_log"].exp(), dt = at::softplus(p["dt_bias"]);
+  EXPECT_GT(A.min().item<double>(), 0);
+  EXPECT_LE(A.max().item<double>(), 16);
+  EXPECT_NEAR(A.mean().item<double>(), 8, 2.5);  // 64 draws: 4 standard errors
+  EXPECT_GE(dt.min().item<double>(), 0.99e-3);
+  EXPECT_LE(dt.max().item<double>(), 1.01e-1);
+  EXPECT_NEAR(dt.log().mean().item<double>(), std::log(0.01), 0.7);
+  EXPECT_NEAR(p["ridge_proj.bias"].mean().item<double>(), std::log(0.01), 1e-6);
+  EXPECT_LE(p["q_conv1d.weight"].abs().max().item<double>(), 0.5);
+  EXPECT_THAT(layer->no_weight_decay(),
+              testing::UnorderedElementsAre("A_log", "dt_bias", "o_norm.weight", "b_proj.bias",
+                                            "alpha_proj.bias", "ridge_proj.bias"));
+}
+
+struct Cut {
+  std::vector<int64_t> lengths;
+};
+
+TEST(GatedKalmaNet, AnyCutIsTheWhole) {
+  const at::NoGradGuard no_grad;
+  for (auto& [name, options] : variants()) {
+    GatedKalmaNet layer = make_layer(options);
+    const Tensor x = make_input(options, 2, 40);
+    GkaLayerState whole;
+    const Tensor want = layer->forward(x, {}, &whole);
+    // Chunked prefill, a short step, single tokens, a chunked continuation.
+    for (const auto& lengths : {std::vector<int64_t>{20, 3, 1, 1, 15}, {1, 1, 1, 37}, {8, 9, 23}}) {
+      GkaLayerState state;
+      std::vector<Tensor> parts;
+      int64_t begin = 0;
+      for (const int64_t length : lengths) {
+        parts.push_back(layer->forward(x.narrow(1, begin, length), {}, &state));
+        begin += length;
+      }
+      ASSERT_EQ(begin, 40);
+      EXPECT_NEAR_RELATIVE(at::cat(parts, 1), want, 1e-5, name + ", output");
+      EXPECT_NEAR_RELATIVE(state.h, whole.h, 1e-5, name + ", h");
+      EXPECT_NEAR_RELATIVE(state.u, whole.u, 1e-5, name + ", u");
+      EXPECT_NEAR_RELATIVE(state.conv_q, whole.conv_q, 1e-5, name + ", conv_q");
+      EXPECT_NEAR_RELATIVE(state.conv_k, whole.conv_k, 1e-5, name + ", conv_k");
+    }
+  }
+}
+
+TEST(GatedKalmaNet, StepsReuseTheStatesMemory) {
+  const at::NoGradGuard no_grad;
+  const GatedKalmaNetOptions options = small_options();
+  GatedKalmaNet layer = make_layer(options);
+  GkaLayerState state;
+  layer->forward(make_input(options, 3, 1), {}, &state);
+  const void* h = state.h.data_ptr();
+  const GkaLayerState fork = state.clone();
+  const Tensor before = fork.h.clone();
+  for (int i = 0; i < 3; ++i) layer->forward(make_input(options, 3, 1), {}, &state);
+  EXPECT_EQ(state.h.data_ptr(), h);
+  EXPECT_TRUE(at::equal(fork.h, before));
+  EXPECT_FALSE(at::equal(state.h, before));
+  // N=3: H (4x4) and U (4x4) for 2 heads, three convolutions of 8 channels by 4, float32.
+  EXPECT_EQ(state.bytes(), 3 * 4 * (2 * (16 + 16) + 3 * 8 * 4));
+  EXPECT_EQ(layer->empty_state(3).bytes(), state.bytes());
+}
+
+TEST(GatedKalmaNet, PackedIsSeparate) {
+  const at::NoGradGuard no_grad;
+  const std::vector<int64_t> lengths = {5, 0, 1, 30, 4};
+  const Tensor cu = at::tensor({0, 5, 5, 6, 36, 40}, at::kLong);
+  for (auto& [name, options] : variants()) {
+    GatedKalmaNet layer = make_layer(options);
+    const Tensor x = make_input(options, 1, 40), more = make_input(options, 1, 5);
+    const Tensor one_each = at::arange(6, at::kLong);
+    GkaLayerState packed;
+    const Tensor got = layer->forward(x, cu, &packed);
+    const Tensor got_more = layer->forward(more, one_each, &packed);  // a packed step
+    int64_t begin = 0;
+    for (int64_t n = 0; n < 5; ++n) {
+      GkaLayerState alone;
+      const int64_t length = lengths[static_cast<size_t>(n)];
+      if (length > 0) {
+        const Tensor want = layer->forward(x.narrow(1, begin, length), {}, &alone);
+        EXPECT_NEAR_RELATIVE(got.narrow(1, begin, length), want, 1e-5, name);
+      }
+      const Tensor want_more = layer->forward(more.narrow(1, n, 1), {}, &alone);
+      EXPECT_NEAR_RELATIVE(got_more.narrow(1, n, 1), want_more, 1e-5, name + ", continued");
+      EXPECT_NEAR_RELATIVE(packed.h.narrow(0, n, 1), alone.h, 1e-5, name + ", h");
+      begin += length;
+    }
+  }
+}
+
+TEST(GatedKalmaNet, GradientsFlowThroughACarriedState) {
+  const GatedKalmaNetOptions options = small_options();
+  GatedKalmaNet layer = make_layer(options);
+  const Tensor x = make_input(options, 1, 24), weights = at::randn({1, 24, 10});
+  const Tensor whole = (layer->forward(x) * weights).sum();
+  GkaLayerState state;
+  const Tensor first = layer->forward(x.narrow(1, 0, 13), {}, &state);
+  const Tensor second = layer->forward(x.narrow(1, 13, 11), {}, &state);
+  const Tensor cut = (at::cat({first, second}, 1) * weights).sum();
+  const auto want = torch::autograd::grad({whole}, layer->parameters());
+  const auto got = torch::autograd::grad({cut}, layer->parameters());
+  for (size_t i = 0; i < want.size(); ++i) {
+    // Chebyshev's truncation enters the gradient through h, of which a cut has one more.
+    EXPECT_NEAR_RELATIVE(got[i], want[i], 1e-3, "gradient " + std::to_string(i));
+  }
+}
+
+TEST(GatedKalmaNet, SixteenBits) {
+  const GatedKalmaNetOptions options = small_options();
+  GatedKalmaNet wide = make_layer(options), low = make_layer(options, at::kBFloat16);
+  {
+    const at::NoGradGuard no_grad;  // the same, rounded, parameters in both
+    auto from = low->parameters(), to = wide->parameters();
+    for (size_t i = 0; i < to.size(); ++i) to[i].copy_(from[i]);
+  }
+  const Tensor x = make_input(options, 2, 20, at::kBFloat16);
+  const Tensor want = wide->forward(x.to(at::kFloat));
+  GkaLayerState state;
+  const Tensor got = low->forward(x, {}, &state);
+  EXPECT_EQ(got.scalar_type(), at::kBFloat16);
+  EXPECT_EQ(state.h.scalar_type(), at::kFloat);
+  EXPECT_EQ(state.conv_q.scalar_type(), at::kFloat);
+  EXPECT_NEAR_RELATIVE(got, want, 3e-2, "bfloat16 parameters");
+  got.to(at::kFloat).sum().backward();
+  for (const auto& item : low->named_parameters()) {
+    ASSERT_TRUE(item.value().grad().defined()) << item.key();
+    EXPECT_EQ(item.value().grad().scalar_type(), at::kBFloat16) << item.key();
+  }
+  // Autocast: float32 parameters, bfloat16 products, float32 inside.
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const Tensor mixed = wide->forward(x.to(at::kFloat));
+  mixed.to(at::kFloat).sum().backward();
+  at::autocast::clear_cache();
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  EXPECT_EQ(mixed.scalar_type(), at::kBFloat16);
+  EXPECT_NEAR_RELATIVE(mixed, want, 3e-2, "autocast");
+  for (const auto& item : wide->named_parameters()) {
+    ASSERT_TRUE(item.value().grad().defined()) << item.key();
+    EXPECT_EQ(item.value().grad().scalar_type(), at::kFloat) << item.key();
+  }
+}
+
+TEST(GatedKalmaNet, ErrorsNameTheOption) {
+  const auto construct = [](auto&& change) {
+    GatedKalmaNetOptions o = small_options();
+    change(o);
+    GatedKalmaNet layer(o);
+  };
+  EXPECT_ERROR(construct([](auto& o) {
+                 o.num_heads = 3;
+                 o.num_k_heads = 2;
+               }),
+               "num_k_heads: is 2");
+  EXPECT_ERROR(construct([](auto& o) { o.num_v_heads = 3; }), "num_heads: is 2");
+  EXPECT_ERROR(construct([](auto& o) { o.num_heads = 0; }), "num_heads: is 0");
+  EXPECT_ERROR(construct([](auto& o) { o.head_dim = 257; }), "head_dim: is 257");
+  EXPECT_ERROR(construct([](auto& o) {
+                 o.head_dim = 5;
+                 o.expand_v = 0.5;
+               }),
+               "expand_v: ");
+  EXPECT_ERROR(construct([](auto& o) { o.expand_v = std::nan(""); }), "expand_v: ");
+  EXPECT_ERROR(construct([](auto& o) { o.hidden_size = -1; }), "hidden_size: is -1");
+  EXPECT_ERROR(construct([](auto& o) { o.conv_size = 17; }), "conv_size: is 17");
+  EXPECT_ERROR(construct([](auto& o) { o.num_iter = -1; }), "num_iter: is -1");
+  EXPECT_ERROR(construct([](auto& o) { o.ridge_ratio = 0; }), "ridge_ratio: is 0");
+  EXPECT_ERROR(construct([](auto& o) { o.tolerance = 2; }), "tolerance: is 2");
+  EXPECT_ERROR(construct([](auto& o) { o.solver = "lu"; }), "solver: is \"lu\"");
+  EXPECT_ERROR(construct([](auto& o) { o.qk_norm = "l1"; }), "qk_norm: is \"l1\"");
+  EXPECT_ERROR(construct([](auto& o) { o.fixed_alpha = 1.5; }), "fixed_alpha: is 1.5");
+  EXPECT_ERROR(construct([](auto& o) {
+                 o.fixed_alpha = 0;
+                 o.use_alpha_connection = false;
+               }),
+               "fixed_alpha: is 0 but use_alpha_connection");
+  EXPECT_ERROR(construct([](auto& o) {
+                 o.fixed_alpha = 0;
+                 o.learned_ridge = true;
+               }),
+               "learned_ridge: ");
+
+  GatedKalmaNet layer = make_layer(small_options());
+  EXPECT_ERROR(layer->forward(at::zeros({2, 10})), "x: must have shape");
+  EXPECT_ERROR(layer->forward(at::zeros({1, 2, 9})), "hidden_size 10, got [1, 2, 9]");
+  EXPECT_ERROR(layer->forward(at::zeros({2, 2, 10}), at::tensor({0, 2}, at::kLong)),
+               "cu_seqlens: ");
+  const Tensor x = at::zeros({1, 9, 10});
+  EXPECT_ERROR(layer->forward(x, at::tensor({0, 8}, at::kLong)), "cu_seqlens: ");
+  EXPECT_ERROR(layer->forward(x, at::tensor({0, 9}, at::kInt)), "cu_seqlens: ");
+  EXPECT_ERROR(layer->forward(x.to(at::kHalf)), "x: has dtype");
+  GkaLayerState state = layer->empty_state(2);
+  EXPECT_ERROR(layer->forward(x, {}, &state), "h: of the layer's state must have shape");
+  state = layer->empty_state(1);
+  state.conv_v = Tensor();
+  EXPECT_ERROR(layer->forward(x, {}, &state), "conv_v: of the layer's state");
+  EXPECT_ERROR(make_layer(small_options(), at::kDouble)->forward(x.to(at::kDouble)), "float64");
+}
+
+}  // namespace
+}  // namespace kalmanet::test
