@@ -21,7 +21,7 @@ constexpr int64_t kMaxHeads = 4096;
 constexpr int64_t kMaxAttentionHeadDim = 1024;
 constexpr int64_t kMaxGkaHeadDim = 256;  // kalmanet::kMaxHeadDim
 constexpr int64_t kMaxPositions = int64_t{1} << 40;
-constexpr int64_t kMaxConv = 64;
+constexpr int64_t kMaxConv = 16;  // kalmanet::kMaxConvWidth
 constexpr int64_t kMaxIterations = 10000;
 constexpr int64_t kMaxConfigBytes = 16 << 20;
 

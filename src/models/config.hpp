@@ -35,7 +35,7 @@ struct GkaConfig {
   std::string solver_type = "chebyshev";  // chebyshev | direct | cg
   int64_t num_iter = 30;                  // 1..10000; 0 in memory is "auto" in the file (ours)
   double ridge_strength = 0.02;           // > 0
-  int64_t conv_size = 4;                  // 1..64
+  int64_t conv_size = 4;                  // 1..16
   double norm_eps = 1e-6;                 // > 0
   int64_t chunk_size = 64;                // 0..256; 0: the backend's choice (ours)
   // Head counts and size of the GKA layers where they differ from the attention layers' (HMF's
@@ -43,7 +43,7 @@ struct GkaConfig {
   std::optional<int64_t> num_q_heads, num_k_heads, num_v_heads, head_dim;
   double expand_v = 1.0;              // V = expand_v * head_dim, an integer (FLA's name)
   bool learned_ridge = false;         // (ours) predict the ridge ratio from the input
-  double tolerance = 1e-5;            // (ours) what num_iter = "auto" aims at
+  double tolerance = 1e-5;            // (ours) what num_iter = "auto" aims at; up to 0.5
   std::string qk_norm = "official";   // (ours) official | fla
   std::optional<double> fixed_alpha;  // (ours) a constant in place of the alpha gate, 0..1
   ExtraKeys extra;
@@ -106,8 +106,8 @@ void validate(const ModelConfig& config, const std::string& source = "config");
 // JSON text, indented, keys in a fixed order, extra keys last. parse_config(to_json(c)) equals c.
 std::string to_json(const ModelConfig& config);
 
-// Every parameter of the model: the names and shapes of the tensors a checkpoint must hold. The same
-// set as HybridLanguageModel::named_parameters() without building it.
+// Every parameter of the model: the names and shapes of the tensors a checkpoint must hold. The
+// same set as HybridLanguageModel::named_parameters() without building it.
 struct ParameterSpec {
   std::string name;
   std::vector<int64_t> shape;
