@@ -25,7 +25,11 @@ const core::GkaBackend& choose_backend(const core::GkaProblem& problem) {
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> infos;
   for (const core::GkaBackend* backend : {&cpu::gka_backend(), &reference::gka_backend()}) {
-    infos.push_back({backend->id(), true, backend->describe()});
+    try {
+      infos.push_back({backend->id(), true, backend->describe()});
+    } catch (const Error& e) {  // such as a KALMANET_ISA that names nothing
+      infos.push_back({backend->id(), false, e.what()});
+    }
   }
   return infos;
 }

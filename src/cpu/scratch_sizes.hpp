@@ -21,9 +21,9 @@ constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
 constexpr int64_t backward_scratch_floats(int64_t K, int64_t V) {
   return chunk_floats(K, V) + (20 * padded(K) + 4 * padded(V)) * kLanes;
 }
-// q, k, x twice, m; v, o: one token.
+// q and k, the solver's three vectors in float32 and in float64; v, o: one token.
 constexpr int64_t step_scratch_floats(int64_t K, int64_t V) {
-  return 5 * padded(K) + 2 * padded(V);
+  return (2 + 3 + 2 * 3) * padded(K) + 2 * padded(V);
 }
 
 }  // namespace kalmanet::cpu
