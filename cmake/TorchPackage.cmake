@@ -8,15 +8,6 @@
 # Both work with CPU and CUDA builds, from 2.11 on.
 
 set(KALMANET_TORCH_MINIMUM 2.11)
-if(NOT KALMANET_PYTHON)
-  if(EXISTS ${PROJECT_SOURCE_DIR}/.venv/bin/python)
-    set(KALMANET_PYTHON ${PROJECT_SOURCE_DIR}/.venv/bin/python)
-  else()
-    find_program(KALMANET_PYTHON NAMES python3 REQUIRED)
-  endif()
-endif()
-set(KALMANET_PYTHON ${KALMANET_PYTHON} CACHE FILEPATH "The Python whose PyTorch is built against")
-
 execute_process(
   COMMAND ${KALMANET_PYTHON} -c [=[
 import importlib.util, os, runpy, sys
