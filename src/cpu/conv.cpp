@@ -6,124 +6,18 @@
 #include <array>
 #include <cstring>
 
+#include "cpu/conv_data.hpp"
 #include "cpu/dispatch.hpp"
 
 namespace kalmanet::cpu {
 namespace {
 
-using core::Sequence;
+using namespace conv;
 
-// Channels a task: 1 KiB of each row, so that the rows of a tile, their gradients and the weights
-// stay in the first-level cache and the hardware still sees runs of 16 cache lines.
-constexpr int64_t kChannels = 256;
-// Tokens a tile. At least kMaxConvWidth - 1: then only a sequence's first tile reaches into the
-// state.
-constexpr int64_t kTileRows = 16;
-static_assert(kTileRows >= kMaxConvWidth - 1);
 // Elements a task has at least (about 5 microseconds of work), and tokens at most: the weight
 // gradient is summed in float32 within a task and in float64 over tasks.
 constexpr int64_t kTaskElements = 8192;
 constexpr int64_t kTaskRows = 512;
-
-using Row = std::array<float, kChannels>;
-struct alignas(64) Taps : std::array<Row, kMaxConvWidth> {};
-struct alignas(64) Tile : std::array<Row, kTileRows + kMaxConvWidth - 1> {};
-
-// Tokens of one sequence, channels from c0: element (t, c) is data[t * row_stride + c * stride].
-template <class T>
-struct Plane {
-  T* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t stride = 0;
-
-  bool defined() const { return data != nullptr; }
-  bool dense() const { return stride == 1; }
-  T* row(int64_t t) const { return data + t * row_stride; }
-};
-
-template <class T, class V>
-Plane<T> tokens(const V& view, const Sequence& sequence, int64_t c0) {
-  if (!view.defined()) return {};
-  T* data = static_cast<T*>(view.data) + sequence.row * view.stride[0] +
-            sequence.begin * view.stride[1] + c0 * view.stride[2];
-  return {data, view.stride[1], view.size[2] == 1 ? 1 : view.stride[2]};
-}
-
-// Channels with `width` numbers each (a state, the weight): element (c, w) is
-// data[c * stride + w * tap_stride].
-template <class T>
-struct TapPlane {
-  T* data = nullptr;
-  int64_t stride = 0;
-  int64_t tap_stride = 0;
-
-  bool defined() const { return data != nullptr; }
-  T& at(int64_t c, int64_t w) const { return data[c * stride + w * tap_stride]; }
-  // The usual case has a loop that the compiler turns into shuffles: width 4, contiguous.
-  bool fours(int64_t width) const { return width == 4 && stride == 4 && tap_stride == 1; }
-};
-
-using Rows = std::array<float*, kMaxConvWidth>;
-
-// rows[w][c] = from(c, w)
-void transpose(const TapPlane<const float>& from, int64_t channels, int64_t width,
-               const Rows& rows) {
-  if (from.fours(width)) {
-    const float* __restrict p = from.data;
-    float* __restrict r0 = rows[0];
-    float* __restrict r1 = rows[1];
-    float* __restrict r2 = rows[2];
-    float* __restrict r3 = rows[3];
-    for (int64_t c = 0; c < channels; ++c) {
-      r0[c] = p[4 * c];
-      r1[c] = p[4 * c + 1];
-      r2[c] = p[4 * c + 2];
-      r3[c] = p[4 * c + 3];
-    }
-    return;
-  }
-  for (int64_t w = 0; w < width; ++w) {
-    for (int64_t c = 0; c < channels; ++c) rows[w][c] = from.at(c, w);
-  }
-}
-
-// to(c, w) = rows[w][c]
-void transpose(const Rows& rows, int64_t channels, int64_t width, const TapPlane<float>& to) {
-  if (to.fours(width)) {
-    float* __restrict p = to.data;
-    const float* __restrict r0 = rows[0];
-    const float* __restrict r1 = rows[1];
-    const float* __restrict r2 = rows[2];
-    const float* __restrict r3 = rows[3];
-    for (int64_t c = 0; c < channels; ++c) {
-      p[4 * c] = r0[c];
-      p[4 * c + 1] = r1[c];
-      p[4 * c + 2] = r2[c];
-      p[4 * c + 3] = r3[c];
-    }
-    return;
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t w = 0; w < width; ++w) to.at(c, w) = rows[w][c];
-  }
-}
-
-template <class T, class V>
-TapPlane<T> state_of(const V& view, const Sequence& sequence, int64_t c0) {
-  if (!view.defined()) return {};
-  T* data = static_cast<T*>(view.data) + sequence.index * view.stride[0] + c0 * view.stride[1];
-  return {data, view.stride[1], view.stride[2]};
-}
-
-void gather(const Plane<const float>& from, int64_t t, int64_t channels, float* to) {
-  const float* p = from.row(t);
-  for (int64_t c = 0; c < channels; ++c) to[c] = p[c * from.stride];
-}
-
-void scatter(const float* from, const Plane<float>& to, int64_t t, int64_t channels) {
-  float* p = to.row(t);
-  for (int64_t c = 0; c < channels; ++c) p[c * to.stride] = from[c];
-}
 
 // A run of tokens [begin, end) of one sequence, counted from the sequence's first.
 struct Span {
@@ -171,10 +65,6 @@ Plan make_plan(const std::vector<Sequence>& sequences, int64_t channels) {
   return plan;
 }
 
-struct Block {
-  int64_t c0, channels;
-};
-
 // task(group, block of channels) for all of them. A handful of tokens is done before another thread
 // would have woken up.
 template <class F>
@@ -190,104 +80,32 @@ void spread(const Plan& plan, Executor& executor, const F& task) {
   }
 }
 
-void load_weight(const ConstView& weight, const Block& block, bool reversed, Taps& taps) {
-  const int64_t width = weight.size[1];
-  Rows rows{};
-  for (int64_t j = 0; j < width; ++j) rows[j] = taps[reversed ? width - 1 - j : j].data();
-  const float* data = static_cast<const float*>(weight.data) + block.c0 * weight.stride[0];
-  transpose(TapPlane<const float>{data, weight.stride[0], weight.stride[1]}, block.channels, width,
-            rows);
-}
-
-// What a span reads of its input: x, and before the sequence's start the state.
-struct Input {
-  Plane<const float> x;
-  TapPlane<const float> state;
-  int64_t channels, width;
-
-  // Copies tokens [t, t + count), t >= -width, into rows of `tile`.
-  void copy(int64_t t, int64_t count, Tile& tile) const {
-    const int64_t before = std::min(count, -t);  // tokens that are in the state
-    if (before > 0 && state.defined()) {
-      Taps unused;
-      Rows rows;
-      for (int64_t w = 0; w < width; ++w) rows[w] = unused[w].data();
-      for (int64_t i = 0; i < before; ++i) rows[width + t + i] = tile[i].data();
-      transpose(state, channels, width, rows);
-    } else {
-      for (int64_t i = 0; i < before; ++i) std::fill_n(tile[i].data(), channels, 0.0f);
-    }
-    for (int64_t i = std::max<int64_t>(before, 0); i < count; ++i) {
-      gather(x, t + i, channels, tile[i].data());
-    }
-  }
-
-  // Tokens [t, t + rows) and the width - 1 before them: where they lie if the kernel can read them
-  // there, else copied into `tile` (rows <= kTileRows then).
-  ConvWindow window(int64_t t, int64_t rows, const Taps& weight, Tile& tile) const {
-    ConvWindow w;
-    w.rows = rows;
-    w.channels = channels;
-    w.width = width;
-    w.weight = weight[0].data();
-    w.weight_stride = kChannels;
-    const int64_t past = width - 1;
-    w.past = tile[0].data();
-    w.past_stride = kChannels;
-    if (!x.dense()) {
-      copy(t - past, past + rows, tile);
-      w.x = tile[past].data();
-      w.x_stride = kChannels;
-      return w;
-    }
-    w.x = x.row(t);
-    w.x_stride = x.row_stride;
-    if (t >= past) {
-      w.past = x.row(t - past);
-      w.past_stride = x.row_stride;
-    } else {
-      copy(t - past, past, tile);
-    }
-    return w;
-  }
-};
-
-// The last `width` inputs of the sequence. Reads all before it writes: `out` may be the state
-// itself.
-void store_final_state(const Input& in, int64_t length, const TapPlane<float>& out, Tile& tile) {
-  in.copy(length - in.width, in.width, tile);
-  Rows rows{};
-  for (int64_t w = 0; w < in.width; ++w) rows[w] = tile[w].data();
-  transpose(rows, in.channels, in.width, out);
-}
-
 void forward_span(const KernelTable& table, const Span& span, const Input& in,
                   const Plane<float>& y, const TapPlane<float>& final_state, bool silu,
-                  const Taps& weight) {
-  Tile x_tile, y_tile;
+                  const Scratch& scratch) {
   const bool direct = in.x.dense() && y.dense();
   const int64_t step = direct ? std::max<int64_t>(span.end - span.begin, 1) : kTileRows;
   for (int64_t t = span.begin; t < span.end; t += step) {
     const int64_t rows = std::min(step, span.end - t);
     ConvForwardJob job;
-    job.in = in.window(t, rows, weight, x_tile);
+    job.in = in.window(t, rows, scratch);
     job.silu = silu;
-    job.y = y.dense() ? y.row(t) : y_tile[0].data();
-    job.y_stride = y.dense() ? y.row_stride : kChannels;
+    job.y = y.dense() ? y.row(t) : scratch.output.data;
+    job.y_stride = y.dense() ? y.row_stride : scratch.output.stride;
     table.conv.forward(job);
     if (y.dense()) continue;
     for (int64_t r = 0; r < rows; ++r) {
-      scatter(y_tile[r].data(), y, t + r, in.channels);
+      scatter(scratch.output.row(r), y, t + r, in.channels);
     }
   }
   // The state is read by the first span only, so that this may be written over it here.
   if (span.begin == 0 && final_state.defined()) {
-    store_final_state(in, span.sequence->length(), final_state, x_tile);
+    store_final_state(in, span.sequence->length(), final_state, scratch);
   }
 }
 
-// Backward of one span, last tile first. `dpre` holds a tile's gradients of the convolution's sums,
-// then the width - 1 rows that follow: zeros past the sequence's end.
+// Backward of one span, last tile first. scratch.dpre holds a tile's gradients of the convolution's
+// sums, then the width - 1 rows that follow: zeros past the sequence's end.
 struct BackwardSpan {
   const KernelTable& table;
   const Span& span;
@@ -297,32 +115,29 @@ struct BackwardSpan {
   Plane<float> dx;
   TapPlane<float> dstate;
   bool silu;
-  const Taps& weight;
-  const Taps& reversed;
-  Taps* dweight;  // added to; null: not wanted
-  Tile& dpre;
-  Tile& x_tile;
-  Tile& other_tile;
+  bool want_dweight;  // added to scratch.dweight
+  const Scratch& scratch;
 
   int64_t length() const { return span.sequence->length(); }
 
-  void differentiate(int64_t t, int64_t rows, float* to, bool with_weight) {
+  // dpre of tokens [t, t + rows), into the first rows of its tile.
+  void differentiate(int64_t t, int64_t rows, bool with_weight) const {
     ConvGradJob job;
-    job.in = in.window(t, rows, weight, x_tile);
+    job.in = in.window(t, rows, scratch);
     job.silu = silu;
     if (dy.dense()) {
       job.dy = dy.row(t);
       job.dy_stride = dy.row_stride;
     } else {
       for (int64_t r = 0; r < rows; ++r) {
-        gather(dy, t + r, in.channels, other_tile[r].data());
+        gather(dy, t + r, in.channels, scratch.output.row(r));
       }
-      job.dy = other_tile[0].data();
-      job.dy_stride = kChannels;
+      job.dy = scratch.output.data;
+      job.dy_stride = scratch.output.stride;
     }
-    job.dpre = to;
-    job.dpre_stride = kChannels;
-    job.dweight = with_weight && dweight != nullptr ? (*dweight)[0].data() : nullptr;
+    job.dpre = scratch.dpre.data;
+    job.dpre_stride = scratch.dpre.stride;
+    job.dweight = with_weight && want_dweight ? scratch.dweight.data : nullptr;
     table.conv.grad(job);
   }
 
@@ -330,28 +145,28 @@ struct BackwardSpan {
   // over rows that begin at s and not end there.
   void correlate(const Tile& from, int64_t rows, float* to, int64_t to_stride) const {
     ConvForwardJob job;
-    job.in.past = from[0].data();
-    job.in.past_stride = kChannels;
-    job.in.x = from[in.width - 1].data();
-    job.in.x_stride = kChannels;
+    job.in.past = from.data;
+    job.in.past_stride = from.stride;
+    job.in.x = from.row(in.width - 1);
+    job.in.x_stride = from.stride;
     job.in.rows = rows;
     job.in.channels = in.channels;
     job.in.width = in.width;
-    job.in.weight = reversed[0].data();
-    job.in.weight_stride = kChannels;
+    job.in.weight = scratch.reversed.data;
+    job.in.weight_stride = scratch.reversed.stride;
     job.y = to;
     job.y_stride = to_stride;
     job.silu = false;
     table.conv.forward(job);
   }
 
-  void store_dx(int64_t t, int64_t rows) {
+  void store_dx(int64_t t, int64_t rows) const {
     if (dx.dense()) {
-      correlate(dpre, rows, dx.row(t), dx.row_stride);
+      correlate(scratch.dpre, rows, dx.row(t), dx.row_stride);
     } else {
-      correlate(dpre, rows, other_tile[0].data(), kChannels);
+      correlate(scratch.dpre, rows, scratch.output.data, scratch.output.stride);
       for (int64_t r = 0; r < rows; ++r) {
-        scatter(other_tile[r].data(), dx, t + r, in.channels);
+        scatter(scratch.output.row(r), dx, t + r, in.channels);
       }
     }
     if (!d_final_state.defined()) return;
@@ -364,17 +179,17 @@ struct BackwardSpan {
   }
 
   // Element w of the state is token w - width. dpre's first rows are those of the sequence.
-  void store_dstate() {
+  void store_dstate() const {
     const int64_t past = in.width - 1;
-    Tile& padded = x_tile;
+    const Tile& padded = scratch.input;
     for (int64_t i = 0; i < past; ++i) {
-      padded[i].fill(0.0f);
-      padded[past + i] = dpre[i];
+      std::fill_n(padded.row(i), in.channels, 0.0f);
+      std::copy_n(scratch.dpre.row(i), in.channels, padded.row(past + i));
     }
-    if (past > 0) correlate(padded, past, other_tile[0].data(), kChannels);
+    if (past > 0) correlate(padded, past, scratch.output.data, scratch.output.stride);
     for (int64_t c = 0; c < in.channels; ++c) {
       for (int64_t w = 0; w < in.width; ++w) {
-        float d = w == 0 ? 0.0f : other_tile[w - 1][c];
+        float d = w == 0 ? 0.0f : scratch.output.row(w - 1)[c];
         const int64_t final_column = w - length();  // where this element went
         if (d_final_state.defined() && final_column >= 0) d += d_final_state.at(c, final_column);
         dstate.at(c, w) = d;
@@ -382,15 +197,15 @@ struct BackwardSpan {
     }
   }
 
-  void run() {
+  void run() const {
     const int64_t past = in.width - 1;
     const bool inputs = dx.defined() || (dstate.defined() && span.begin == 0);
     if (inputs) {
       const int64_t known = std::min(past, length() - span.end);
       for (int64_t i = known; i < past; ++i) {
-        dpre[i].fill(0.0f);
+        std::fill_n(scratch.dpre.row(i), in.channels, 0.0f);
       }
-      if (known > 0) differentiate(span.end, known, dpre[0].data(), false);
+      if (known > 0) differentiate(span.end, known, false);
     }
     const int64_t tiles = (span.end - span.begin + kTileRows - 1) / kTileRows;
     for (int64_t i = tiles - 1; i >= 0; --i) {
@@ -398,9 +213,10 @@ struct BackwardSpan {
       const int64_t rows = std::min(kTileRows, span.end - t);
       if (inputs) {
         // The first rows of what comes later are what follows this tile.
-        std::memmove(&dpre[rows], &dpre[0], past * sizeof(Row));
+        std::memmove(scratch.dpre.row(rows), scratch.dpre.data,
+                     past * scratch.dpre.stride * sizeof(float));
       }
-      differentiate(t, rows, dpre[0].data(), true);
+      differentiate(t, rows, true);
       if (dx.defined()) store_dx(t, rows);
     }
     if (dstate.defined() && span.begin == 0) store_dstate();
@@ -415,15 +231,15 @@ void causal_conv_forward(const ConvInputs& inputs, const std::vector<Sequence>& 
   const Plan plan = make_plan(sequences, inputs.x.size[2]);
   const int64_t width = inputs.weight.size[1];
   spread(plan, executor, [&](int64_t group, const Block& block) {
-    Taps weight;
-    load_weight(inputs.weight, block, false, weight);
+    const Scratch scratch(block.channels, width);
+    load_weight(inputs.weight, block, false, scratch.weight);
     for (int64_t i = plan.group_begin[group]; i < plan.group_begin[group + 1]; ++i) {
       const Span& span = plan.spans[i];
       const Sequence& s = *span.sequence;
       const Input in{tokens<const float>(inputs.x, s, block.c0),
                      state_of<const float>(inputs.state, s, block.c0), block.channels, width};
       forward_span(table, span, in, tokens<float>(y, s, block.c0),
-                   state_of<float>(final_state, s, block.c0), silu, weight);
+                   state_of<float>(final_state, s, block.c0), silu, scratch);
     }
   });
 }
@@ -440,11 +256,12 @@ void causal_conv_backward(const ConvInputs& inputs, const std::vector<Sequence>&
   std::vector<float> parts;
   if (dweight.defined()) parts.resize(plan.groups() * width * channels);
   spread(plan, executor, [&](int64_t group, const Block& block) {
-    Taps weight, reversed, sum;
-    Tile dpre, x_tile, other_tile;
-    load_weight(inputs.weight, block, false, weight);
-    load_weight(inputs.weight, block, true, reversed);
-    for (int64_t j = 0; j < width; ++j) sum[j].fill(0.0f);
+    const Scratch scratch(block.channels, width);
+    load_weight(inputs.weight, block, false, scratch.weight);
+    load_weight(inputs.weight, block, true, scratch.reversed);
+    for (int64_t j = 0; j < width; ++j) {
+      std::fill_n(scratch.dweight.row(j), block.channels, 0.0f);
+    }
     for (int64_t i = plan.group_begin[group]; i < plan.group_begin[group + 1]; ++i) {
       const Span& span = plan.spans[i];
       const Sequence& s = *span.sequence;
@@ -458,35 +275,30 @@ void causal_conv_backward(const ConvInputs& inputs, const std::vector<Sequence>&
                    .dx = tokens<float>(dx, s, block.c0),
                    .dstate = state_of<float>(dstate, s, block.c0),
                    .silu = silu,
-                   .weight = weight,
-                   .reversed = reversed,
-                   .dweight = dweight.defined() ? &sum : nullptr,
-                   .dpre = dpre,
-                   .x_tile = x_tile,
-                   .other_tile = other_tile}
+                   .want_dweight = dweight.defined(),
+                   .scratch = scratch}
           .run();
     }
     if (!dweight.defined()) return;
     for (int64_t j = 0; j < width; ++j) {
-      std::copy_n(sum[j].data(), block.channels,
+      std::copy_n(scratch.dweight.row(j), block.channels,
                   parts.data() + (group * width + j) * channels + block.c0);
     }
   });
   if (!dweight.defined()) return;
-  executor.run(plan.blocks, [&](int64_t b) {
-    const int64_t c0 = b * kChannels;
-    const int64_t n = std::min(kChannels, channels - c0);
+  constexpr int64_t kSums = 256;  // channels a task
+  executor.run((channels + kSums - 1) / kSums, [&](int64_t block) {
+    const int64_t c0 = block * kSums;
+    const int64_t n = std::min(kSums, channels - c0);
     for (int64_t j = 0; j < width; ++j) {
-      std::array<double, kChannels> sum{};
+      std::array<double, kSums> sum{};
       for (int64_t group = 0; group < plan.groups(); ++group) {
         const float* part = parts.data() + (group * width + j) * channels + c0;
         for (int64_t c = 0; c < n; ++c) sum[c] += part[c];
       }
-      float* out =
-          static_cast<float*>(dweight.data) + c0 * dweight.stride[0] + j * dweight.stride[1];
-      for (int64_t c = 0; c < n; ++c) {
-        out[c * dweight.stride[0]] = static_cast<float>(sum[c]);
-      }
+      const TapPlane<float> out{static_cast<float*>(dweight.data), dweight.stride[0],
+                                dweight.stride[1]};
+      for (int64_t c = 0; c < n; ++c) out.at(c0 + c, j) = static_cast<float>(sum[c]);
     }
   });
 }

@@ -163,6 +163,8 @@ void conv_tile(const ConvGradJob& job, const float* const* rows, int64_t r) {
 
 template <class Vec, int kTaps, class Job>
 void conv_rows(const Job& job) {
+  // Tokens at a time: their inputs and results, the weights and what SiLU needs have to fit the
+  // registers.
   constexpr int kTile = 4;
   constexpr int kMaxWidth = 16;
   const ConvWindow& in = job.in;
