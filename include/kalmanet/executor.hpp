@@ -14,8 +14,8 @@ class KALMANET_API Executor {
   // How many tasks can run at the same time (>= 1).
   virtual int concurrency() const noexcept = 0;
   // Calls task(i) once for every i in [0, n), in any order and on any thread, and returns when all
-  // are done. An exception thrown by a task is rethrown here. Called from inside one of its own
-  // tasks, it runs the new ones on the calling thread.
+  // are done. A task's exception is rethrown here (tasks not begun are left out then). Called from
+  // inside one of its own tasks, it runs the new ones on the calling thread.
   virtual void run(int64_t n, const std::function<void(int64_t)>& task) = 0;
 };
 

@@ -82,8 +82,8 @@ struct GkaOutputGrads {
   ConstView d_u_final;  // [N,H,K,V] optional
 };
 
-// Gradients to compute; an absent view is not computed. Shapes are those of the inputs; every
-// per-token scalar is [B,T,H].
+// Gradients to compute; an absent view is not computed, and one whose input is absent is an Error.
+// Shapes are those of the inputs; every per-token scalar is [B,T,H].
 struct GkaInputGrads {
   View dq, dk, dv;
   View dg, dgk, dalpha, dbeta;
@@ -102,7 +102,7 @@ struct GkaReport {
 
 // Whole sequences, chunk by chunk (DESIGN: chunked form). Linear time, constant memory a sequence.
 // dtypes: all of q, k, v, gates, o, x and residual share one: float32 (cpu), float32 or float64
-// (reference). States are float32 or float64 likewise.
+// (reference). States are float64 where q is, else float32.
 // Throws Error (see error.hpp) on anything that does not fit; nothing is written then.
 KALMANET_API GkaReport gka_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
                                    const GkaOptions& options = {});

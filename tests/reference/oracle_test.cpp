@@ -415,6 +415,60 @@ TEST(OneMeaning, WholeEqualsContinuationInPlace) {
   EXPECT_TRUE(identical(where, "u_final", parts.u0.view(), whole.u_final.view()));
 }
 
+// The gradient of a whole sequence is that of its second part, then of its first with the gradients
+// of the states in between. Longer than the blocks in which the backward recomputes its states.
+TEST(OneMeaning, GradientsChainThroughTheStates) {
+  CaseSpec spec = everything();
+  spec.T = 75;
+  const int64_t cut = 41;
+  Case<double> whole(spec), parts(spec);
+  const GkaOptions options = with(Solver::direct);
+  run_backward<double>(whole, options);
+
+  const auto part = [&](auto view, bool second) {
+    if (second) view.data = (double*)view.data + cut * view.stride[1];
+    view.size[1] = second ? spec.T - cut : cut;
+    return view;
+  };
+  Case<double> middle(
+      spec);  // h_final, u_final: the states at the cut; d_h0, d_u0: their gradients
+  for (int pass = 0; pass < 3; ++pass) {  // forward of the first; backward of the second, the first
+    const bool second = pass == 1;
+    GkaInputs in = parts.inputs();
+    for (ConstView* v :
+         {&in.q, &in.k, &in.v, &in.g, &in.gk, &in.alpha, &in.beta, &in.ridge_ratio}) {
+      *v = part(*v, second);
+    }
+    if (pass == 0) {
+      const GkaOutputs out = {
+          part(parts.o.view(), false), middle.h_final.view(), middle.u_final.view(), {}, {}};
+      reference::forward<double>(core::validate_forward(in, out, options), out);
+      continue;
+    }
+    GkaOutputGrads d_out = parts.output_grads();
+    GkaInputGrads grads = parts.grads();
+    d_out.d_o = part(d_out.d_o, second);
+    for (View* v : {&grads.dq, &grads.dk, &grads.dv, &grads.dg, &grads.dgk, &grads.dalpha,
+                    &grads.dbeta, &grads.d_ridge_ratio}) {
+      *v = part(*v, second);
+    }
+    if (second) {
+      in.h0 = middle.h_final.view();
+      in.u0 = middle.u_final.view();
+      grads.d_h0 = middle.d_h0.view();
+      grads.d_u0 = middle.d_u0.view();
+    } else {
+      d_out.d_h_final = middle.d_h0.view();
+      d_out.d_u_final = middle.d_u0.view();
+    }
+    reference::backward<double>(core::validate_backward(in, {}, d_out, grads, options), {}, d_out,
+                                grads);
+  }
+  for_each_gradient(parts, whole, [&](const char* tensor, const auto& got, const auto& want) {
+    EXPECT_TRUE(within({"backward in two parts", "", describe(spec)}, tensor, got, want, 1e-13));
+  });
+}
+
 TEST(OneMeaning, NoTokensPassTheStatesThrough) {
   CaseSpec spec = everything();
   spec.T = 0;
@@ -501,10 +555,13 @@ TEST(NotANumber, ShowsDownstreamOnly) {
     run_forward<double>(c, with(solver));
     for (int64_t t = 0; t < spec.T; ++t) {
       const std::vector<double> got = token(c.o.view(), t), want = token(clean.o.view(), t);
+      const std::vector<double> x = token(c.x.view(), t);
       for (int64_t j = 0; j < spec.H * spec.V; ++j) {
         const bool hit = t >= 10 && j >= spec.V;
         if (hit) {
           EXPECT_TRUE(std::isnan(got[j])) << name(solver) << " token " << t;
+          EXPECT_TRUE(std::isnan(x[spec.K + j]))
+              << "x hides it, " << name(solver) << " token " << t;
         } else {
           EXPECT_EQ(got[j], want[j]) << name(solver) << " token " << t;
         }
