@@ -9,11 +9,9 @@
 #include "cpu/kernel_table.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
+#include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
-
-// f_t at or below this counts as zero: kalmanet::kVanishedNorm.
-inline constexpr double kVanishedNorm64 = 0x1p-60;
 
 // Decays inside a chunk: every factor is a product of e^{g} <= 1, never a quotient.
 struct ChunkDecay {
@@ -155,28 +153,57 @@ void load_chunk(Chunk& c, const HeadInputs& in, int64_t t0, int64_t n) {
   }
 }
 
-// f_t, lambda_t and the iteration's constants, from the state H_0 before the chunk:
-//   f_t^2 = e^{2G_t} |H_0|^2 + 2 e^{G_t} sum_j M_tj k_j^T H_0 k_j + sum_ij M_ti M_tj (k_i . k_j)^2
-// All three terms are sums of nothing negative (H_0 is positive semi-definite), so no digits
-// cancel. `hk_lanes` [Kp][t] receives H_0 k_t (unused where h_is_zero).
+// kappa_j = k_j^T H_0 k_j and (k_i . k_j)^2, summed in the precision of Vec; `lanes` as
+// ridge_norms.
 template <class Vec>
-void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
-  if (h_is_zero) {
-    c.start_norm2 = 0.0;
-    for (int64_t t = 0; t < kLanes; ++t) c.kappa[t] = 0.0;
-  } else {
-    c.start_norm2 = squared_norm<Vec>(h, c.Kp, c.K, c.Kp);
-    lanes_product<Vec>(h, c.Kp, c.K, c.Kp, c.k_lanes, hk_lanes);
-    lanes_dot<Vec>(hk_lanes, c.k_lanes, c.K, c.kappa);
+void key_products(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
+  using T = Tile<Vec>;
+  using Elem = typename Vec::Elem;
+  alignas(64) Elem keys[kMaxHeadDim * kLanes];
+  for (int64_t i = 0; i < c.Kp * kLanes; ++i) keys[i] = c.k_lanes[i];
+  double kappa[kLanes] = {};
+  if (!h_is_zero) {
+    alignas(64) Elem hk[T::kRows * kLanes];
+    for (int64_t n = 0; n < c.Kp; n += T::kRows) {
+      T tile;
+      tile.clear();
+      tile.accumulate(h + n, c.Kp, c.K, keys);
+      tile.store(hk);
+      for (int64_t i = 0; i < T::kRows * kLanes; ++i) {
+        hk_lanes[n * kLanes + i] = static_cast<float>(hk[i]);
+        kappa[i % kLanes] += static_cast<double>(hk[i]) * keys[n * kLanes + i];
+      }
+    }
   }
-  float gram[kLanes * kLanes];
-  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, gram);
+  alignas(64) Elem gram[kLanes * kLanes];
+  for (int64_t n = 0; n < kLanes; n += T::kRows) {
+    T tile;
+    tile.clear();
+    tile.accumulate(c.k_lanes + n, kLanes, c.K, keys);
+    tile.store(gram + n * kLanes);
+  }
   for (int64_t i = 0; i < kLanes; ++i) {
+    c.kappa[i] = kappa[i];
     for (int64_t j = 0; j < kLanes; ++j) {
       const double e = gram[i * kLanes + j];
       c.gram2[i][j] = e * e;
     }
   }
+}
+
+// f_t, lambda_t and the iteration's constants, from the state H_0 before the chunk:
+//   f_t^2 = e^{2G_t} |H_0|^2 + 2 e^{G_t} sum_j M_tj k_j^T H_0 k_j + sum_ij M_ti M_tj (k_i . k_j)^2
+// All three terms are sums of nothing negative (H_0 is positive semi-definite), so no digits
+// cancel. `hk_lanes` [Kp][t] receives H_0 k_t (unused where h_is_zero).
+//
+// The decays are the float32 ones that the operator is applied with: where one direction holds
+// nearly all of H, its eigenvalue lies at the very edge f + lambda of the iteration's interval,
+// where r steps magnify a relative difference between f and the operator r^2-fold. So a chunk
+// solved in float64 has its products summed in float64 too (Vec = Wide).
+template <class Vec>
+void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
+  c.start_norm2 = h_is_zero ? 0.0 : squared_norm<Vec>(h, c.Kp, c.K, c.Kp);
+  key_products<Vec>(c, h, h_is_zero, hk_lanes);
   const ChunkDecay& d = *c.h_decay;
   for (int64_t t = 0; t < kLanes; ++t) {
     c.norm[t] = 0.0;
@@ -195,14 +222,14 @@ void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
       for (int64_t i = 0; i < kLanes; ++i) sum += row[i];
       inside += m[j] * sum;
     }
-    const double e = d.since_start64[t];
+    const double e = d.since_start[t];
     const double f = std::sqrt(e * e * c.start_norm2 + 2.0 * e * cross + inside);
-    if (f > kVanishedNorm64) {
+    if (f > kVanishedNorm) {
       c.norm[t] = f;
       c.lambda[t] = a * f;
       c.step[t] = 2.0 / (2.0 * a * f + f);
     }
-    if (!(f <= kVanishedNorm64) && !(f > kVanishedNorm64)) {  // a NaN must stay one
+    if (!(f <= kVanishedNorm) && !(f > kVanishedNorm)) {  // a NaN must stay one
       c.norm[t] = f;
       c.lambda[t] = c.step[t] = f;
     }

@@ -38,7 +38,11 @@ void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const Stat
   const float scale = static_cast<float>(job.in.scale);
   const bool gradients = job.phase != GkaBackwardJob::solve_only;
   load_chunk<Vec>(c, job.in, t0, n);
-  ridge_norms<Vec>(c, start.h, h_is_zero, b.hk);
+  if (h_is_zero) {
+    ridge_norms<typename Vec::Wide>(c, start.h, h_is_zero, b.hk);
+  } else {
+    ridge_norms<Vec>(c, start.h, h_is_zero, b.hk);
+  }
   rows_to_lanes<Vec>(c.v_rows, c.Vp, b.v_lanes);
   load_lanes<Vec>(job.d_o, t0, n, c.V, b.do_lanes);
   const bool want_inter = gradients && job.dg.data != nullptr;

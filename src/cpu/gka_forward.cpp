@@ -60,6 +60,7 @@ void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
     job.end = unit.sequence->end;
     job.state = state_at(scratch.data(), K);
     job.h_is_zero = !problem.inputs.h0.defined();
+    job.starts_sequence = true;
     job.scratch = scratch.data() + state_floats(K, V);
     job.iterations = &ranges[static_cast<size_t>(i)];
     load_state(problem.inputs.h0, unit.sequence->index, unit.head, K, K, job.state.h);
@@ -113,6 +114,7 @@ void forward_by_segments(const KernelTable& table, const core::GkaProblem& probl
     job.end = s.end_of(piece.segment);
     job.state = state_at(base + p * floats, K);
     job.h_is_zero = piece.segment == 0 && !problem.inputs.h0.defined();
+    job.starts_sequence = piece.segment == 0;
     job.scratch = scratch.data();
     job.iterations = &ranges[static_cast<size_t>(p)];
     table.gka_forward(job);

@@ -182,7 +182,13 @@ void solve_and_read_step(const StepToken& token, const GkaStepJob& job,
                        [&](int64_t n, typename Vec::Reg a) { Vec::store_f32(o + n, a); });
 }
 
-// amplification() of gka_forward.hpp for one token.
+// amplification() of gka_forward.hpp for one token. The step's states are rounded every token and
+// its first tokens have none with them that would average the errors: with 5, outputs stay within
+// 1e-5 down to ridge 0.005 from the first token on, and of 2000 tokens (K = 64 and 128, keys with
+// correlations 0 to 0.9) the first 15 to 51 are computed in float64 at ridge 0.02, the first 36 to
+// 119 at 0.005.
+inline constexpr double kLargestStepAmplification = 5.0;
+
 template <class Vec>
 double step_amplification(const StepToken& token, const GkaStepJob& job, double u_norm2,
                           const float* x, const float* o) {
@@ -253,12 +259,12 @@ void gka_step_head(const GkaStepJob& job) {
     const auto h_decay = static_cast<float>(gate_at<Vec>(in.gk, t));
     const auto u_decay = static_cast<float>(gate_at<Vec>(in.g, t));
     token.f = std::sqrt(update_h<Vec>(job.state.h, job.h_stride, in.K, Kp, h_decay, k));
-    if (token.f <= kVanishedNorm64) token.f = 0.0;
+    if (token.f <= kVanishedNorm) token.f = 0.0;
     update_u<Vec>(job.state.u, job.u_stride, in.K, Vp, u_decay, k, v);
     const double u_norm2 = squared_norm<Vec>(job.state.u, job.u_stride, in.K, Vp);
     float* const x = narrow.b;  // the float64 pass and the stores read x from here
     solve_and_read_step<Vec>(token, job, narrow, x, o);
-    if (step_amplification<Vec>(token, job, u_norm2, x, o) > kLargestAmplification) {
+    if (step_amplification<Vec>(token, job, u_norm2, x, o) > kLargestStepAmplification) {
       solve_and_read_step<typename Vec::Wide>(token, job, wide, x, o);
     }
     if (job.residual.data != nullptr) {

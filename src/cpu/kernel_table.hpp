@@ -58,8 +58,9 @@ struct IterationRange {
 struct GkaForwardJob {
   HeadInputs in;
   int64_t begin = 0, end = 0;
-  int64_t chunk_size = 0;  // 1..kLanes
-  bool h_is_zero = false;  // state.h is all zeros at `begin`
+  int64_t chunk_size = 0;        // 1..kLanes
+  bool h_is_zero = false;        // state.h is all zeros at `begin`
+  bool starts_sequence = false;  // `begin` is the call's first token of the sequence
   StateBuffers state;
   OutRows o, x;              // x optional
   OutColumn residual;        // optional
