@@ -1,0 +1,83 @@
+// kalmanet_bench: the CPU kernels beside OpenBLAS, in one process, turn by turn. Every case passes
+// the correctness gate of gate.hpp before it is timed.
+//
+//   kalmanet_bench [--quick] [--threads=2] [Google Benchmark's flags, e.g.
+//   --benchmark_filter=decode]
+#include <benchmark/benchmark.h>
+
+#include <charconv>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <string_view>
+
+#include "cases.hpp"
+#include "gate.hpp"
+#include "kalmanet/kalmanet.hpp"
+#include "peer.hpp"
+
+namespace kalmanet::bench {
+namespace {
+
+bool parse(int argc, char** argv, Settings& settings) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view flag = argv[i];
+    constexpr std::string_view kThreads = "--threads=";
+    if (flag == "--quick") {
+      settings.quick = true;
+    } else if (flag == "--spoil") {
+      settings.spoil = true;
+    } else if (flag.starts_with(kThreads)) {
+      const std::string_view number = flag.substr(kThreads.size());
+      const char* end = number.data() + number.size();
+      const auto [stop, error] = std::from_chars(number.data(), end, settings.threads);
+      if (error != std::errc() || stop != end || settings.threads < 1) {
+        std::fprintf(stderr, "--threads is \"%s\"; it takes a number >= 1\n",
+                     std::string(number).c_str());
+        return false;
+      }
+    } else {
+      std::fprintf(
+          stderr,
+          "unknown flag %s; there are --quick, --threads=N, --spoil (the gates must refuse) "
+          "and Google Benchmark's --benchmark_...\n",
+          argv[i]);
+      return false;
+    }
+  }
+  return true;
+}
+
+int run(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  Settings settings;
+  if (!parse(argc, argv, settings)) return 2;
+  set_num_threads(settings.threads);
+  benchmark::AddCustomContext("openblas_core", openblas_core());
+  benchmark::AddCustomContext("openblas_build", openblas_build());
+  benchmark::AddCustomContext("instruction_set", name(instruction_set()));
+  benchmark::AddCustomContext("threads", std::to_string(settings.threads));
+  register_sequence_cases(settings);
+  register_decode_cases(settings);
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  if (failed_gates() > 0) {
+    std::fprintf(stderr, "kalmanet_bench: %d case(s) gave a wrong answer and were not timed\n",
+                 failed_gates());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace kalmanet::bench
+
+int main(int argc, char** argv) {
+  try {
+    return kalmanet::bench::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kalmanet_bench: %s\n", error.what());
+    return 1;
+  }
+}
