@@ -166,6 +166,32 @@ void check_in_place(std::string_view argument, const View& out, std::string_view
   }
 }
 
+void check_distinct(std::span<const Named> written, std::span<const Named> read,
+                    std::initializer_list<std::pair<std::string_view, std::string_view>> in_place) {
+  const auto same = [](const Named& a, const Named& b) {
+    return a.view.defined() && a.view.data == b.view.data && a.view.numel() > 0 &&
+           b.view.numel() > 0;
+  };
+  for (size_t i = 0; i < written.size(); ++i) {
+    const Named& out = written[i];
+    for (const Named& other : written.first(i)) {
+      if (same(out, other)) {
+        fail(ErrorCode::invalid_argument, out.argument,
+             text("shares its memory with ", other.argument,
+                  "; every tensor that is written needs memory of its own"));
+      }
+    }
+    for (const Named& in : read) {
+      const std::pair<std::string_view, std::string_view> pair(out.argument, in.argument);
+      if (same(out, in) && std::find(in_place.begin(), in_place.end(), pair) == in_place.end()) {
+        fail(ErrorCode::invalid_argument, out.argument,
+             text("shares its memory with the input ", in.argument,
+                  "; only final states may be written in place, over their initial states"));
+      }
+    }
+  }
+}
+
 std::vector<Sequence> make_sequences(int64_t B, int64_t T, std::span<const int64_t> cu_seqlens) {
   std::vector<Sequence> sequences;
   if (cu_seqlens.empty()) {

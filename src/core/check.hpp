@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "core/problem.hpp"
@@ -50,6 +51,16 @@ void check_dtype(std::string_view argument, const ConstView& view, DType expecte
 // same memory in another layout.
 void check_in_place(std::string_view argument, const View& out, std::string_view in_name,
                     const ConstView& in);
+
+struct Named {
+  const char* argument;
+  ConstView view;
+};
+
+// No tensor that is written begins at the same address as another one of the call, except that
+// `in_place` pairs (written, read) may. Tensors side by side in one allocation are fine.
+void check_distinct(std::span<const Named> written, std::span<const Named> read,
+                    std::initializer_list<std::pair<std::string_view, std::string_view>> in_place);
 
 // The sequences of a batch of B rows of T tokens: the rows, or the packed ones between cu_seqlens.
 std::vector<Sequence> make_sequences(int64_t B, int64_t T, std::span<const int64_t> cu_seqlens);

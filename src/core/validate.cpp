@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "core/check.hpp"
 #include "core/text.hpp"
@@ -191,6 +193,14 @@ void check_state(const char* argument, const View& view, const GkaProblem& p, in
   check_dtype(argument, view, state_dtype(p), "states are float64 where q is, else float32");
 }
 
+std::vector<Named> named_inputs(const GkaInputs& in) {
+  return {{"q", in.q},       {"k", in.k},
+          {"v", in.v},       {"g", in.g},
+          {"gk", in.gk},     {"alpha", in.alpha},
+          {"beta", in.beta}, {"h0", in.h0},
+          {"u0", in.u0},     {"ridge_ratio", in.ridge_ratio}};
+}
+
 }  // namespace
 
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
@@ -204,6 +214,12 @@ GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
   check_state("u_final", out.u_final, p, p.V, "V");
   check_in_place("h_final", out.h_final, "h0", inputs.h0);
   check_in_place("u_final", out.u_final, "u0", inputs.u0);
+  const std::array<Named, 5> written = {{{"o", out.o},
+                                         {"x", out.x},
+                                         {"residual", out.residual},
+                                         {"h_final", out.h_final},
+                                         {"u_final", out.u_final}}};
+  check_distinct(written, named_inputs(inputs), {{"h_final", "h0"}, {"u_final", "u0"}});
   return p;
 }
 
@@ -253,6 +269,23 @@ GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
   needs("dbeta", grads.dbeta, "beta", inputs.beta);
   needs("d_h0", grads.d_h0, "h0", inputs.h0);
   needs("d_u0", grads.d_u0, "u0", inputs.u0);
+
+  const std::array<Named, 10> written = {{{"dq", grads.dq},
+                                          {"dk", grads.dk},
+                                          {"dv", grads.dv},
+                                          {"dg", grads.dg},
+                                          {"dgk", grads.dgk},
+                                          {"dalpha", grads.dalpha},
+                                          {"dbeta", grads.dbeta},
+                                          {"d_ridge_ratio", grads.d_ridge_ratio},
+                                          {"d_h0", grads.d_h0},
+                                          {"d_u0", grads.d_u0}}};
+  std::vector<Named> read = named_inputs(inputs);
+  read.insert(read.end(), {{"saved_x", saved_x},
+                           {"d_o", output_grads.d_o},
+                           {"d_h_final", output_grads.d_h_final},
+                           {"d_u_final", output_grads.d_u_final}});
+  check_distinct(written, read, {});
   return p;
 }
 

@@ -127,6 +127,7 @@ TEST(ChoiceOfBackend, SixteenBitsAreRefusedByBoth) {
       in.q = in.k = in.v = view({1, 3, 2, 4});
       GkaOutputs out;
       out.o = view({1, 3, 2, 4});
+      out.o.data = memory.data() + 2048;
       GkaOptions options;
       options.backend = backend;
       try {

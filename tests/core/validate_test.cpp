@@ -386,6 +386,21 @@ TEST(Validation, MistakesInOutputs) {
        kShape,
        "u_final",
        {"u0", "same strides"}},
+      {"x in o's memory",
+       [](Call& m) { m.out.x.data = m.out.o.data; },
+       kArgument,
+       "x",
+       {"shares its memory with o"}},
+      {"o over v",
+       [](Call& m) { m.out.o.data = const_cast<void*>(m.in.v.data); },
+       kArgument,
+       "o",
+       {"the input v"}},
+      {"u_final over h0",
+       [](Call& m) { m.out.u_final.data = const_cast<void*>(m.in.h0.data); },
+       kArgument,
+       "u_final",
+       {"the input h0"}},
   };
   for (const Mistake& mistake : mistakes) expect_error(mistake, Entry::forward);
 }
@@ -458,6 +473,21 @@ TEST(Validation, MistakesInGradients) {
       {"dbeta without beta", [](Call& m) { m.in.beta = {}; }, kArgument, "dbeta", {}},
       {"d_h0 without h0", [](Call& m) { m.in.h0 = {}; }, kArgument, "d_h0", {"h0 is absent"}},
       {"d_u0 without u0", [](Call& m) { m.in.u0 = {}; }, kArgument, "d_u0", {"u0 is absent"}},
+      {"one memory for dg and dgk",
+       [](Call& m) { m.grads.dgk = m.grads.dg; },
+       kArgument,
+       "dgk",
+       {"shares its memory with dg"}},
+      {"d_h0 over d_h_final",
+       [](Call& m) { m.grads.d_h0.data = const_cast<void*>(m.d_out.d_h_final.data); },
+       kArgument,
+       "d_h0",
+       {"the input d_h_final"}},
+      {"dq over q",
+       [](Call& m) { m.grads.dq.data = const_cast<void*>(m.in.q.data); },
+       kArgument,
+       "dq",
+       {"the input q"}},
   };
   for (const Mistake& mistake : mistakes) expect_error(mistake, Entry::backward);
 }
@@ -564,6 +594,7 @@ TEST(Validation, SixteenBitRidgeRatios) {
     };
     in.q = in.k = in.v = view({1, 2, 1, 1});
     out.o = view({1, 2, 1, 1});
+    out.o.data = memory.data() + 8;
     in.ridge_ratio = view({1, 2, 1});
     if (value.valid) {
       EXPECT_NO_THROW(core::validate_forward(in, out, {})) << value.bits;
