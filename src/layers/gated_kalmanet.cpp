@@ -10,6 +10,7 @@
 #include "kalmanet/conv.hpp"
 #include "kalmanet/error.hpp"
 #include "kalmanet/gka.hpp"
+#include "layers/head_norm.hpp"
 
 namespace kalmanet::layers {
 namespace {
@@ -110,9 +111,10 @@ class WeightImpl : public torch::nn::Module {
   Tensor weight;
 };
 
-Tensor linear(torch::nn::LinearImpl& layer, const Tensor& x) {
-  return at::linear(x, layer.weight,
-                    layer.bias.defined() ? OptionalTensor(layer.bias) : OptionalTensor());
+// rows [R,in] -> [R,out]. On rows rather than [B,T,in]: fewer operators run for the same product.
+Tensor linear(const torch::nn::LinearImpl& layer, const Tensor& rows) {
+  return layer.bias.defined() ? at::addmm(layer.bias, rows, layer.weight.t())
+                              : at::mm(rows, layer.weight.t());
 }
 
 // The number of tokens of the longest sequence; 0 where cu_seqlens is not valid (the operators
@@ -276,45 +278,48 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     if (o.use_v_conv) require_state("conv_v", state->conv_v, {N, o.v_heads() * V, W});
   }
 
+  // Everything between here and the operator works on rows [B*T, ...]: fewer views per product.
+  const Tensor rows = x.reshape({B * T, o.hidden_size});
+  const auto project = [&](const torch::nn::Linear& layer) {
+    return linear(*layer, rows).to(type);
+  };
   const auto convolve = [&](const Tensor& in, const Tensor& weight, Tensor GkaLayerState::* slot) {
-    if (step && T == 1 && !cu_seqlens) {
-      return causal_conv_step(in.squeeze(1), weight, state->*slot).unsqueeze(1);
-    }
+    if (step && T == 1 && !cu_seqlens) return causal_conv_step(in, weight, state->*slot);
     const OptionalTensor before =
         carried ? OptionalTensor(state->*slot) : OptionalTensor(std::nullopt);
-    ConvResult result =
-        causal_conv(in, weight, before, cu_seqlens, /*silu=*/true, state != nullptr);
+    ConvResult result = causal_conv(in.view({B, T, in.size(1)}), weight, before, cu_seqlens,
+                                    /*silu=*/true, state != nullptr);
     if (state != nullptr) state->*slot = std::move(result.final_state);
     return result.y;
   };
   const auto normalise = [&](const Tensor& t, int64_t heads) {
     const Tensor by_head = t.view({B, T, heads, K});
-    if (o.qk_norm == "fla") {
-      return by_head * at::rsqrt(by_head.square().sum(-1, true) + 1e-6);
-    }
-    return by_head / (at::linalg_vector_norm(by_head, 2, -1, true) + 1e-6);
+    if (o.qk_norm == "official") return unit_heads(by_head, 1e-6);
+    return by_head * at::rsqrt(by_head.square().sum(-1, true) + 1e-6);
   };
-  const Tensor q = normalise(
-      convolve(linear(*q_proj_, x).to(type), q_conv_, &GkaLayerState::conv_q), o.num_heads);
-  const Tensor k = normalise(
-      convolve(linear(*k_proj_, x).to(type), k_conv_, &GkaLayerState::conv_k), o.k_heads());
-  Tensor v = linear(*v_proj_, x).to(type);
+  const Tensor q =
+      normalise(convolve(project(q_proj_), q_conv_, &GkaLayerState::conv_q), o.num_heads);
+  const Tensor k =
+      normalise(convolve(project(k_proj_), k_conv_, &GkaLayerState::conv_k), o.k_heads());
+  Tensor v = project(v_proj_);
   if (o.use_v_conv) v = convolve(v, v_conv_, &GkaLayerState::conv_v);
   v = v.view({B, T, o.v_heads(), V});
 
+  const auto per_head = [&](const Tensor& gate) { return gate.view({B, T, H}); };
   OptionalTensor g, gk, alpha, beta, ridge;
-  if (o.use_beta_gate) beta = at::sigmoid(linear(*b_proj_, x).to(type)) + 1e-6;
-  if (alpha_proj_) alpha = at::sigmoid(linear(*alpha_proj_, x).to(type));
+  if (o.use_beta_gate) beta = per_head(at::sigmoid(project(b_proj_)) + 1e-6);
+  if (alpha_proj_) alpha = per_head(at::sigmoid(project(alpha_proj_)));
   if (o.fixed_alpha && *o.fixed_alpha != 1) {
     alpha = at::full({}, *o.fixed_alpha, q.options().requires_grad(false)).expand({B, T, H});
   }
   if (o.use_forgetting_gate) {
-    g = at::softplus(linear(*a_proj_, x).to(type) + dt_bias_.to(type)) * -A_log_.to(type).exp();
+    const Tensor rate = at::softplus(project(a_proj_) + dt_bias_.to(type));
+    g = per_head(rate * -A_log_.to(type).exp());
     if (o.use_forgetting_gate_kk) gk = g;
   }
   if (o.learned_ridge) {
-    ridge = at::exp(at::clamp(linear(*ridge_proj_, x).to(type), std::log(kMinLearnedRidge),
-                              std::log(kMaxLearnedRidge)));
+    ridge = per_head(at::exp(
+        at::clamp(project(ridge_proj_), std::log(kMinLearnedRidge), std::log(kMaxLearnedRidge))));
   }
 
   GkaOpOptions op;
@@ -346,9 +351,10 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   }
 
   OptionalTensor gate;
-  if (o.use_gate) gate = linear(*g_proj_, x).to(type).view({B, T, H, V});
+  if (o.use_gate) gate = project(g_proj_).view({B, T, H, V});
   out = gated_rms_norm(out, gate, o_norm_.to(type), o.norm_eps);
-  return linear(*o_proj_, out.to(o_proj_->weight.scalar_type()).view({B, T, H * V}));
+  out = out.view({B * T, H * V}).to(weight_type);
+  return linear(*o_proj_, out).view({B, T, o.hidden_size});
 }
 
 }  // namespace kalmanet::layers

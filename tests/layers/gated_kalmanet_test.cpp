@@ -128,6 +128,7 @@ std::vector<std::pair<std::string, GatedKalmaNetOptions>> variants() {
 }
 
 TEST(GatedKalmaNet, IsTheLayerOfTheEquations) {
+  const at::NoGradGuard no_grad;
   for (auto& [name, options] : variants()) {
     GatedKalmaNet exact = make_layer(options, at::kDouble);
     const Tensor x = make_input(options, 2, 9, at::kDouble);
@@ -286,10 +287,6 @@ TEST(GatedKalmaNet, InitialisationAndDecayGroups) {
               testing::UnorderedElementsAre("A_log", "dt_bias", "o_norm.weight", "b_proj.bias",
                                             "alpha_proj.bias", "ridge_proj.bias"));
 }
-
-struct Cut {
-  std::vector<int64_t> lengths;
-};
 
 TEST(GatedKalmaNet, AnyCutIsTheWhole) {
   const at::NoGradGuard no_grad;

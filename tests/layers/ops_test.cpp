@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "layers/head_norm.hpp"
 #include "layers/plain.hpp"
 #include "layers/plain_gka.hpp"
 
@@ -317,6 +318,32 @@ TEST(GatedRmsNorm, MatchesPlain) {
     }
   }
   EXPECT_ERROR(layers::gated_rms_norm(at::ones({2, 3}), at::ones({2, 4}), at::ones({3})), "gate: ");
+}
+
+TEST(UnitHeads, OnePassIsLibTorchsOperators) {
+  torch::manual_seed(kSeed);
+  for (const int64_t width : {1, 7, 32, 100}) {
+    Tensor exact = at::randn({3, 5, 2, width}, at::kDouble);
+    exact[0][0][0].zero_();     // the gradient of |t| is 0 there
+    exact[0][1][0].mul_(1e-6);  // where eps matters
+    exact.requires_grad_();
+    const Tensor single = exact.detach().to(at::kFloat).requires_grad_();
+    const Tensor want = layers::unit_heads(exact), got = layers::unit_heads(single);
+    EXPECT_NEAR_RELATIVE(got, want, 1e-6, "y");
+    const Tensor dy = at::randn_like(want);
+    const Tensor dt = torch::autograd::grad({want}, {exact}, {dy})[0];
+    const Tensor dt32 = torch::autograd::grad({got}, {single}, {dy.to(at::kFloat)})[0];
+    // Row by row: the zero and the tiny rows' gradients are 1e6 times the others'.
+    for (const auto& [a, b, t] : {std::tuple(0, 0, 0), {0, 1, 0}, {0, 1, 1}, {2, 4, 1}}) {
+      if (width > 1 || (a == 0 && b == 0 && t == 0)) {  // at width 1 it is eps / |t|, all rounding
+        EXPECT_NEAR_RELATIVE(dt32[a][b][t], dt[a][b][t], 1e-5, "gradient of row");
+      }
+    }
+    const at::NoGradGuard no_grad;
+    EXPECT_TRUE(at::equal(layers::unit_heads(single), got));
+    EXPECT_NEAR_RELATIVE(layers::unit_heads(single.transpose(1, 2)), want.transpose(1, 2), 1e-6,
+                         "transposed");
+  }
 }
 
 }  // namespace
