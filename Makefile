@@ -38,7 +38,7 @@ test-python: build
 	  .venv/bin/python -m pytest
 
 bench: build  ## speed against OpenBLAS and PyTorch
-	@tools/bench
+	@benchmarks/run
 
 format: setup  ## format all sources in place
 	@tools/format
