@@ -30,7 +30,8 @@ int main() {
   in.u0 = out.u_final;
   in.q = kalmanet::dense(&k[7 * K], {1, 1, 1, K});
   in.k = kalmanet::dense(zero.data(), {1, 1, 1, K});  // ... and writes nothing
-  in.v = out.o = kalmanet::dense(o.data(), {1, 1, 1, 1});
+  in.v = kalmanet::dense(zero.data(), {1, 1, 1, 1});
+  out.o = kalmanet::dense(o.data(), {1, 1, 1, 1});
   const kalmanet::GkaReport ran = kalmanet::gka_step(in, out, options);
   std::printf("asked for 7, got %.2f (%s)\n", o[0], kalmanet::name(ran.instruction_set));
 }
