@@ -164,6 +164,7 @@ TEST(GatedKalmaNet, LearnedRidgeFollowsTheToleranceDownToSmallRidges) {
 // The loss of a random projection of the output, by central differences in float64, for every
 // element of every parameter and of the input; the exact solver underneath.
 TEST(GatedKalmaNet, GradientsAreFiniteDifferences) {
+  at::set_num_threads(1);  // thousands of tiny calls
   for (const bool learned : {false, true}) {
     GatedKalmaNetOptions options = small_options();
     options.hidden_size = 4;
