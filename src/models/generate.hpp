@@ -19,8 +19,8 @@ struct SamplingOptions {
   int64_t top_k = 0;             // keep the k likeliest; 0: all
   double top_p = 1.0;            // then keep the likeliest that together reach p; in (0, 1]
   uint64_t seed = 0;
-  std::optional<int64_t> eos_token_id;  // stop there (the token is not handed to the callback)
-  int64_t vocab_limit = 0;              // only ids below it (a padded vocabulary); 0: all
+  std::optional<int64_t> eos_token_id = {};  // stop there (the token is not handed to the callback)
+  int64_t vocab_limit = 0;                   // only ids below it (a padded vocabulary); 0: all
 };
 
 // Draws tokens: the same seed and logits give the same tokens. Works in buffers that it keeps.

@@ -1,5 +1,5 @@
-// Fuzzer: any bytes as a safetensors file. Either an Error, or a header whose tensors all lie within
-// the file, one after another, each with the bytes its dtype and shape say.
+// Fuzzer: any bytes as a safetensors file. Either an Error, or a header whose tensors all lie
+// within the file, one after another, each with the bytes its dtype and shape say.
 #include <cstdint>
 #include <cstdlib>
 #include <span>
