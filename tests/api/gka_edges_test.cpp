@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -91,12 +92,25 @@ TEST(GkaEdges, MemoriesThatAreStillEmpty) {
 }
 
 TEST(GkaEdges, GatesThatWipeTheMemory) {
-  for (double strength : {-20.0, -88.0, -200.0, -1e4, -1e30}) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (double strength : {-20.0, -88.0, -200.0, -1e4, -1e30, -kInfinity}) {
     expect_oracle(everything(), "gates of " + std::to_string(strength), [&](Case<float>& c) {
       const std::vector<double> g = c.g.values(), gk = c.gk.values();
       testing::Random random(5);
       c.g.fill([&](int64_t i) { return random.uniform() < 0.1 ? strength : g[i]; });
       c.gk.fill([&](int64_t i) { return random.uniform() < 0.1 ? strength : gk[i]; });
+    });
+  }
+}
+
+// Not a setting of the layer, but the formulas hold: a positive gate lets the past grow.
+TEST(GkaEdges, GatesThatLetThePastGrow) {
+  for (double growth : {0.5, 2.0}) {
+    expect_oracle(everything(), "20 gates of " + std::to_string(growth), [&](Case<float>& c) {
+      const std::vector<double> g = c.g.values(), gk = c.gk.values();
+      const int64_t end = 20 * c.spec.H;
+      c.g.fill([&](int64_t i) { return i < end ? growth : g[i]; });
+      c.gk.fill([&](int64_t i) { return i < end ? growth : gk[i]; });
     });
   }
 }
