@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
+# Threads that wait for each other by spinning crawl where other tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A model that trains in a second.
 TINY_MODEL = ["--layers", "2", "--width", "16", "--heads", "2", "--num-iter", "10"]

@@ -8,26 +8,10 @@ from command import TINY_MODEL, TINY_RUN, checkpoint_steps, metrics, wait_for_st
 STEPS = 300
 
 
-def arguments(text, out):
-    return [
-        "train",
-        "--text",
-        text,
-        "--out",
-        out,
-        *TINY_MODEL,
-        *TINY_RUN,
-        "--steps",
-        STEPS,
-        "--checkpoint-every",
-        10,
-        "--eval-every",
-        50,
-        "--eval-tokens",
-        64,
-        "--final-eval-tokens",
-        64,
-    ]
+def arguments(text, out, steps=STEPS, checkpoint_every=10):
+    fixed = ["train", "--text", text, "--out", out, *TINY_MODEL, *TINY_RUN]
+    evaluation = ["--eval-every", 50, "--eval-tokens", 64, "--final-eval-tokens", 64]
+    return [*fixed, "--steps", steps, "--checkpoint-every", checkpoint_every, *evaluation]
 
 
 def weights(run):
@@ -60,15 +44,7 @@ def test_three_kills_change_no_bit(kalmanet, text, tmp_path):
 def test_an_interrupt_saves_and_says_how_to_go_on(kalmanet, text, tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
-        process = kalmanet.start(
-            *arguments(text, out)[:-6],
-            "--steps",
-            1000000,
-            "--checkpoint-every",
-            5,
-            "--eval-every",
-            1000000,
-        )
+        process = kalmanet.start(*arguments(text, out, 1000000, 5))
         wait_for_step(out, 5, process)
         process.send_signal(number)
         shown, errors = process.communicate(timeout=60)
