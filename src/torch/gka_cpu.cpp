@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
     const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
     const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
     const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
-    const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size, bool save_x,
-    bool want_residual, const std::string& backend) {
+    const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size, bool save_x,
+    bool want_residual, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
                    solver, num_iter, tolerance, chunk_size, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
@@ -113,9 +113,9 @@ gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Option
                  const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
                  const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
                  const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
-                 const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+                 const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
                  bool bp_lambda, const OptionalTensor& x, const Tensor& d_o,
-                 const OptionalTensor& dh, const OptionalTensor& du, const std::string& backend) {
+                 const OptionalTensor& dh, const OptionalTensor& du, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
                    solver, num_iter, tolerance, chunk_size, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
@@ -164,8 +164,8 @@ std::tuple<Tensor, Tensor> gka_step_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
     const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
     const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& cu_seqlens,
-    std::optional<double> scale, double ridge_ratio, const std::string& solver, int64_t num_iter,
-    double tolerance, int64_t chunk_size, bool want_residual, const std::string& backend) {
+    std::optional<double> scale, double ridge_ratio, const Text& solver, int64_t num_iter,
+    double tolerance, int64_t chunk_size, bool want_residual, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio,
                    solver, num_iter, tolerance, chunk_size, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;

@@ -9,6 +9,7 @@
 
 #include "kalmanet/kalmanet.hpp"
 #include "torch/anchor.hpp"
+#include "torch/views.hpp"
 
 namespace kalmanet::torch_ops {
 namespace {
@@ -42,7 +43,7 @@ std::string get_instruction_set() {
 }
 
 // Forces one of them for the process; "" goes back to the environment's choice or the fastest.
-void force_instruction_set(std::string text) {
+void force_instruction_set(Text text) {
   if (text.empty()) return reset_instruction_set();
   for (const InstructionSet isa :
        {InstructionSet::baseline, InstructionSet::avx2, InstructionSet::avx512}) {

@@ -18,6 +18,12 @@ namespace kalmanet::torch_ops {
 using Tensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A string argument of an operator. Not std::string: LibTorch's conversion to that (seen in 2.13)
+// allocates a copy at every call that it never frees: decoding grew by 64 bytes a call.
+struct Text : std::string {
+  using std::string::string;
+};
+
 // `name` is the argument's name in the operator's schema, for the error: kalmanet::Error where the
 // tensor has a dtype that no view has, or more than kMaxRank dimensions. An empty tensor gives a
 // defined view (its data is never read).
@@ -41,3 +47,18 @@ Solver solver_of(const std::string& text);    // "chebyshev", "direct", "cg"
 Backend backend_of(const std::string& text);  // "auto", "cpu", "reference"
 
 }  // namespace kalmanet::torch_ops
+
+template <>
+struct torch::stable::detail::ToImpl<kalmanet::torch_ops::Text> {
+  static kalmanet::torch_ops::Text call(StableIValue value, uint64_t /*extension_build_version*/,
+                                        bool /*is_internal*/) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);  // ours to delete
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    kalmanet::torch_ops::Text text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
