@@ -1,4 +1,4 @@
-// How work is spread over threads: one small interface, so that a host program can lend its own pool.
+// How work is spread over threads: a small interface, so that a host can lend its own pool.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Gated KalmaNet: forward, backward and decode over whole sequences, packed sequences or a few tokens.
+// Gated KalmaNet: forward, backward and decode of whole or packed sequences, or of a few tokens.
 //
 // Per batch element and head (docs/math.md derives every formula):
 //
@@ -24,9 +24,9 @@
 
 namespace kalmanet {
 
-inline constexpr int64_t kMaxHeadDim = 256;        // K and V are 1..256
-inline constexpr int kAutoNumIter = 0;             // num_iter = "auto"
-inline constexpr double kVanishedNorm = 0x1p-60;   // f_t at or below this counts as zero: x_t = 0
+inline constexpr int64_t kMaxHeadDim = 256;       // K and V are 1..256
+inline constexpr int kAutoNumIter = 0;            // num_iter = "auto"
+inline constexpr double kVanishedNorm = 0x1p-60;  // f_t at or below this counts as zero: x_t = 0
 
 enum class Solver {
   chebyshev,  // num_iter steps of the Chebyshev iteration: the published solver
@@ -60,7 +60,7 @@ struct GkaOutputs {
   View h_final;
   View u_final;
   View x;         // [B,T,H,K] optional: x_t, which spares the backward one solve
-  View residual;  // [B,T,H] optional: |(H_t + lambda_t I) x_t - q_t| / |q_t| (0 where q_t or f_t is 0)
+  View residual;  // [B,T,H] optional: |(H_t + lambda_t I) x_t - q_t| / |q_t|, 0 where f_t or q_t is
 };
 
 struct GkaOptions {
@@ -70,7 +70,7 @@ struct GkaOptions {
   int num_iter = 30;        // >= 1, or kAutoNumIter: from the smallest a_t of each chunk and head
   double tolerance = 1e-5;  // relative error of x_t that kAutoNumIter aims at; > 0
   bool bp_lambda = true;    // false: f_t is a constant to the gradient (da_t stays)
-  int64_t chunk_size = 0;   // 0: the backend's choice; else 1..256. Never changes the answer's meaning
+  int64_t chunk_size = 0;   // 0: the backend's choice; else 1..256. Never changes the meaning
   Backend backend = Backend::automatic;
   Executor* executor = nullptr;  // null: default_executor()
 };
@@ -100,7 +100,7 @@ struct GkaReport {
   int max_iterations = 0;
 };
 
-// Whole sequences, chunk by chunk (DESIGN: chunked form). Linear time, constant memory a sequence.
+// Whole sequences, chunk by chunk (docs/math.md). Linear time, constant memory a sequence.
 // dtypes: all of q, k, v, gates, o, x and residual share one: float32 (cpu), float32 or float64
 // (reference). States are float64 where q is, else float32.
 // Throws Error (see error.hpp) on anything that does not fit; nothing is written then.

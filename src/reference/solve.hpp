@@ -28,7 +28,7 @@ Real frobenius_norm(const Array<Real>& H);
 template <class Real>
 void solve_exact(const Array<Real>& H, Real lambda, const Real* q, Real* x, int64_t K);
 
-// chebyshev(r), DESIGN: on the interval [lambda, lambda + f] that holds every eigenvalue.
+// chebyshev(r), on the interval [lambda, lambda + f] that holds every eigenvalue.
 //   step = 2 / (2 lambda + f)        rho2 = ( f / (2 lambda + f) / 2 )^2
 //   x_prev = 0,  x = step q,  w = 2
 //   r times:  w = 1 / (1 - rho2 w)

@@ -66,8 +66,7 @@ TEST(Errors, BeginWithTheArgumentsNameOnce) {
   EXPECT_STREQ(Error(ErrorCode::unsupported, "q", "q: shape [2]").what(), "q: shape [2]");
 }
 
-// kappa = 51 at 0.02: R = 0.7544; 2 R^44 = 8.2e-6 <= 1e-5 < 2 R^43. DESIGN: 44 at 0.02, 87 at
-// 0.005, 194 at 0.001.
+// kappa = 51 at 0.02: R = 0.7543; 2 R^44 = 8.2e-6 <= 1e-5 < 2 R^43 = 1.1e-5.
 TEST(ChebyshevNumIter, IsTheSmallestWithinTheTolerance) {
   EXPECT_EQ(chebyshev_num_iter(0.02, 1e-5), 44);
   EXPECT_EQ(chebyshev_num_iter(0.005, 1e-5), 87);
