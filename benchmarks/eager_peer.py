@@ -182,9 +182,19 @@ def main():
         ratios = [e / o for e, o in zip(wall[name], wall["ours"])]
         result[f"{name}_over_ours"] = statistics.median(ratios)
         result[f"{name}_over_ours_range"] = [min(ratios), max(ratios)]
-        result[f"{name}_over_ours_cpu"] = statistics.median(cpu[name]) / statistics.median(
-            cpu["ours"]
-        )
+    # One thread each, by its processor time: the ratio that a busy machine cannot disturb much.
+    torch.set_num_threads(1)
+    one = {"ours": [], "eager": []}
+    for _ in range(1 if args.quick else 3):
+        for name, spent in one.items():
+            spent.append(seconds_of(work[name])[1])
+    result["one_thread"] = {
+        "ours_ms": 1e3 * statistics.median(one["ours"]),
+        "eager_ms": 1e3 * statistics.median(one["eager"]),
+        "eager_over_ours": statistics.median(one["eager"]) / statistics.median(one["ours"]),
+        "ours_gflops": 1e-9 * operations / statistics.median(one["ours"]),
+        "eager_gflops": 1e-9 * operations / statistics.median(one["eager"]),
+    }
     for name in work:
         r = result[name]
         print(
@@ -194,7 +204,8 @@ def main():
     print(
         f"ours is {result['eager_over_ours']:.2f} times as fast as eager (C={best[0]}, group="
         f"{best[1] or 'all'}), {result['eager_batched_over_ours']:.2f} times as fast as eager with "
-        "C=64 and all chunk-heads in one batch"
+        f"C=64 and all chunk-heads in one batch; on one thread each, by its processor time, "
+        f"{result['one_thread']['eager_over_ours']:.2f} times as fast as the former"
     )
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
