@@ -317,6 +317,26 @@ TEST(Float32, IsRoundedOnceByTheOracle) {
   });
 }
 
+// A Cholesky factorisation a token in plain float32: what a direct solver of that precision is held
+// to.
+TEST(Float32, NaiveCholeskyIsNearTheExactOracle) {
+  for (double ridge_ratio : {0.02, 0.001}) {
+    CaseSpec spec = everything();
+    spec.K = 48;
+    spec.T = 100;
+    spec.ridge_tensor = false;
+    spec.ridge_ratio = ridge_ratio;
+    Case<float> naive(spec);
+    Case<double> exact = to_double(naive);
+    run_forward<float>(naive, with(Solver::direct, ridge_ratio));
+    run_forward<double>(exact, with(Solver::direct, ridge_ratio));
+    const double error = relative_error(naive.o.view(), exact.o.view());
+    EXPECT_GT(error, 0x1p-24) << describe(spec);
+    EXPECT_LT(error, 1e-4) << describe(spec);
+    std::printf("naive float32 Cholesky, %s: error of o %.2e\n", describe(spec).c_str(), error);
+  }
+}
+
 TEST(Backend, RefusesSixteenBits) {
   CaseSpec spec;
   Case<float> c(spec);
