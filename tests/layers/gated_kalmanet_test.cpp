@@ -76,8 +76,10 @@ Tensor plain_layer(layers::GatedKalmaNetImpl& layer, const Tensor& x, int64_t nu
   return at::matmul(y.reshape({B, T, H * V}), p("o_proj.weight").t());
 }
 
-// Makes the layer from a fixed seed; its norm weight is moved off 1 so that it matters.
+// Makes the layer from a fixed seed; its norm weight is moved off 1 so that it matters. One thread:
+// on tensors this small a second one only waits.
 GatedKalmaNet make_layer(const GatedKalmaNetOptions& options, at::ScalarType type = at::kFloat) {
+  at::set_num_threads(1);
   torch::manual_seed(kSeed);
   GatedKalmaNet layer(options);
   const at::NoGradGuard no_grad;
@@ -164,7 +166,6 @@ TEST(GatedKalmaNet, LearnedRidgeFollowsTheToleranceDownToSmallRidges) {
 // The loss of a random projection of the output, by central differences in float64, for every
 // element of every parameter and of the input; the exact solver underneath.
 TEST(GatedKalmaNet, GradientsAreFiniteDifferences) {
-  at::set_num_threads(1);  // thousands of tiny calls
   for (const bool learned : {false, true}) {
     GatedKalmaNetOptions options = small_options();
     options.hidden_size = 4;
