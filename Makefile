@@ -55,7 +55,7 @@ docs: build  ## check the docs: links, commands, flags and quoted code
 
 fuzz: setup  ## fuzz the readers of model files (FUZZ_SECONDS=600 each)
 	cmake --preset fuzz
-	cmake --build --preset fuzz --parallel $(JOBS)
+	cmake --build --preset fuzz --parallel $(JOBS) --target fuzzers
 	@tools/fuzz $(FUZZ_SECONDS)
 
 clean:  ## remove build/; .venv and trained models stay
