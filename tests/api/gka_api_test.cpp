@@ -135,6 +135,22 @@ TEST(GkaApi, AnErrorLeavesOutputsAlone) {
   }
 }
 
+// The backward takes saved_x for the solutions instead of solving again: with zeros in it, da_t,
+// which is -(z_t . x_t) f_t, is zero.
+TEST(GkaApi, TheBackwardUsesSavedSolutions) {
+  const CaseSpec spec = everything();
+  for (Backend backend : {Backend::cpu, Backend::reference}) {
+    Case<float> c(spec);
+    GkaOptions options;
+    options.backend = backend;
+    c.x.fill([](int64_t) { return 0.0; });
+    gka_backward(c.inputs(), c.x.view(), c.output_grads(), c.grads(), options);
+    for (double e : c.d_ridge_ratio.values()) ASSERT_EQ(e, 0) << name(backend);
+    gka_backward(c.inputs(), {}, c.output_grads(), c.grads(), options);
+    for (double e : c.d_ridge_ratio.values()) ASSERT_NE(e, 0) << name(backend);
+  }
+}
+
 TEST(GkaApi, ReportsAutomaticIterations) {
   CaseSpec spec = everything();
   spec.ridge_tensor = false;
