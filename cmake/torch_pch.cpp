@@ -1,1 +1,2 @@
-// Owns the precompiled torch/torch.h that the rooms on full LibTorch share (cmake/TorchPackage.cmake).
+// Owns the precompiled torch/torch.h that the rooms on full LibTorch share
+// (cmake/TorchPackage.cmake).

@@ -316,6 +316,7 @@ void causal_conv_step(const ConstView& x, const ConstView& weight, const View& s
     return view;
   };
   std::vector<Sequence> sequences;
+  sequences.reserve(static_cast<size_t>(x.size[0]));
   for (int64_t n = 0; n < x.size[0]; ++n) sequences.push_back({n, n, 0, 1});
   ConvInputs inputs;
   inputs.x = one_token(x);
