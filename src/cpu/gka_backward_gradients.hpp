@@ -2,6 +2,8 @@
 // gka_backward.hpp).
 #pragma once
 
+#include <cmath>
+
 #include "cpu/gka_backward_solve.hpp"
 #include "cpu/gka_gate_gradient.hpp"
 #include "cpu/lanes.hpp"
@@ -16,8 +18,8 @@ void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
   lanes_dot<Vec>(b.dm, c.q_lanes, c.K, dm_q);
   for (int64_t t = 0; t < kLanes; ++t) {
     const double f = c.norm[t];
-    b.w[t] = f == 0.0 || !job.bp_lambda ? 0.0f : static_cast<float>(b.z_dot_x[t] * c.ridge[t] / f);
-    b.h_sum[t] = 0.0f;
+    b.w[t] = f == 0.0 || !job.bp_lambda ? 0.0 : b.z_dot_x[t] * c.ridge[t] / f;
+    b.h_sum[t] = 0.0;
     if (t >= c.n) continue;
     const int64_t at = c.t0 + t;
     if (job.dalpha.data != nullptr) {
@@ -28,11 +30,11 @@ void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
     }
   }
   const ChunkDecay& d = *c.h_decay;
-  for (int64_t i = 0; i < kLanes * kLanes; ++i) b.p[i] = 0.0f;
+  for (int64_t i = 0; i < kLanes * kLanes; ++i) b.p[i] = 0.0;
   for (int64_t i = 0; i < c.n; ++i) {
     const float* mi = d.rows + i * kLanes;
     for (int64_t t = 0; t <= i; ++t) {
-      const float weight = mi[t] * b.w[i];
+      const double weight = mi[t] * b.w[i];
       b.h_sum[t] += weight * d.since_start[i];
       for (int64_t j = 0; j < kLanes; ++j) b.p[t * kLanes + j] += weight * mi[j];
     }
@@ -96,10 +98,14 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
 
   // Weights [4 * kLanes][t] of the stacked rows m, z, x, k.
   alignas(64) float s[4 * kLanes * kLanes];
+  // h_t H_0 k_t as (h_t |H_0|) (H_0 / |H_0|) k_t: either factor alone would leave float32's range
+  // for keys of 1e-8.
   alignas(64) float minus_2h[kLanes];
+  const double h_norm = std::sqrt(c.start_norm2);
+  const Reg inverse_norm = Vec::set1(h_norm > 0.0 ? static_cast<float>(1.0 / h_norm) : 0.0f);
   const int64_t block = kLanes * kLanes;
   for (int64_t i = 0; i < kLanes; ++i) {
-    minus_2h[i] = -2.0f * b.h_sum[i];
+    minus_2h[i] = static_cast<float>(-2.0 * b.h_sum[i] * h_norm);
     for (int64_t t = 0; t < kLanes; ++t) {
       const int64_t at = i * kLanes + t;
       const float decay = c.h_decay->rows[at];
@@ -109,7 +115,9 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
     }
   }
   lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, s + 3 * block);
-  for (int64_t i = 0; i < block; ++i) s[3 * block + i] *= -2.0f * b.p[i];
+  for (int64_t i = 0; i < block; ++i) {
+    s[3 * block + i] = static_cast<float>(-2.0 * b.p[i] * s[3 * block + i]);
+  }
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
     T tile;
     tile.clear();
@@ -120,7 +128,8 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
       float* out = b.out_k + n * kLanes + at;
       Reg sum = Vec::add(Vec::load(out), acc);
       if (!h_is_zero) {
-        sum = Vec::fma(Vec::load(minus_2h + lane), Vec::load(b.hk + n * kLanes + at), sum);
+        const Reg hk = Vec::mul(inverse_norm, Vec::load(b.hk + n * kLanes + at));
+        sum = Vec::fma(Vec::load(minus_2h + lane), hk, sum);
       }
       Vec::store(out, sum);
     });
@@ -194,7 +203,7 @@ void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const flo
   float* z_rows = m_rows + kLanes * row;  // -e^{G_i} z_i, beside x_i
   float* x_rows = z_rows + kLanes * row;
   float* k_rows = x_rows + kLanes * row;
-  float h_weight = 0.0f;
+  double h_weight = 0.0;
   for (int64_t i = 0; i < kLanes; ++i) {
     const float wm = scale * du.since_start[i];
     const float wz = -dh.since_start[i];
@@ -207,11 +216,15 @@ void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const flo
   rank_update<Vec>(job.carry.u, c.Vp, c.K, c.Vp, du.total, m_rows, row, b.do_rows, c.Vp, c.n);
   rank_update<Vec>(job.carry.h, row, c.K, row, dh.total, z_rows, row, x_rows, row, c.n);
   for (int64_t i = 0; i < kLanes; ++i) {
-    for (int64_t n = 0; n < row; ++n) z_rows[i * row + n] = -b.h_sum[i] * k_rows[i * row + n];
+    for (int64_t n = 0; n < row; ++n) {
+      z_rows[i * row + n] = static_cast<float>(-b.h_sum[i] * k_rows[i * row + n]);
+    }
   }
   rank_update<Vec>(job.carry.h, row, c.K, row, 1.0f, z_rows, row, k_rows, row, c.n);
-  if (!h_is_zero && h_weight != 0.0f) {
-    for (int64_t i = 0; i < c.K * row; ++i) job.carry.h[i] -= h_weight * h[i];
+  if (!h_is_zero && h_weight != 0.0) {
+    for (int64_t i = 0; i < c.K * row; ++i) {
+      job.carry.h[i] -= static_cast<float>(h_weight * h[i]);
+    }
   }
 }
 

@@ -18,9 +18,9 @@ struct BackwardChunk {
   float* out_k;       // lanes [Kp][t]: dq, dk
   float *v_lanes, *do_lanes, *do_rows, *out_v;
   double z_dot_x[kLanes], dm_dot_x[kLanes];
-  float w[kLanes];                // w_t
-  float h_sum[kLanes];            // h_t
-  float p[kLanes * kLanes];       // P
+  double w[kLanes];               // w_t; with h_t and P in float64, for 1 / f^3 overflows float32
+  double h_sum[kLanes];           // h_t
+  double p[kLanes * kLanes];      // P
   float m_k[kLanes * kLanes];     // [i][t]: scale N_it (m_i . k_t)
   float do_v[kLanes * kLanes];    // [i][t]: do_i . v_t
   float x_k[kLanes * kLanes];     // [i][t]: x_i . k_t

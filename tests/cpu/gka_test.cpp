@@ -32,8 +32,21 @@ constexpr double kGradientBound = 1e-4;
 }
 
 // Forward, decode step and backward of one problem on every instruction set against the oracle.
-void check_against_oracle(const CaseSpec& spec, const GkaOptions& base, WorstErrors& worst) {
+// Keys, and the states made of them, are multiplied by `key_size`.
+void check_against_oracle(const CaseSpec& spec, const GkaOptions& base, WorstErrors& worst,
+                          double key_size = 1.0) {
   Case<float> c(spec);
+  if (key_size != 1.0) {
+    const auto scale = [](Tensor<float>& tensor, double by) {
+      const std::vector<double> old = tensor.values();
+      tensor.fill([&](int64_t i) { return by * old[static_cast<size_t>(i)]; });
+    };
+    scale(c.k, key_size);
+    scale(c.h0, key_size * key_size);
+    scale(c.u0, key_size);
+    // Else the first token's D would come out at 1 / key_size^3 or be drowned by it.
+    scale(c.d_h_final, 1.0 / (key_size * key_size));
+  }
   GkaOptions options = base;
   options.ridge_ratio = spec.ridge_ratio;
   Case<double> expected = oracle_results(c, options);
@@ -166,6 +179,24 @@ TEST(GkaCpu, MatchesOracleForFewerQueryKeyOrValueHeads) {
     ++turn;
   }
   worst.print("worst relative errors over head counts:");
+}
+
+// Keys so small that H, f and the gradients' 1 / f^3 come near the ends of float32's range.
+TEST(GkaCpu, MatchesOracleForTinyAndLargeKeys) {
+  WorstErrors worst;
+  for (double size : {1e-8, 1e-5, 1e5}) {
+    for (bool states : {false, true}) {
+      CaseSpec spec;
+      spec.T = 40;
+      spec.K = 24;
+      spec.V = 8;
+      spec.h0 = spec.u0 = states;
+      spec.seed = 7000;
+      set_gates(spec, 63);
+      check_against_oracle(spec, {}, worst, size);
+    }
+  }
+  worst.print("worst relative errors over the size of keys:");
 }
 
 TEST(GkaCpu, MatchesOracleForOtherOptions) {
