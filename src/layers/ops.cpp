@@ -55,6 +55,12 @@ void refuse_double_backward(const char* what) {
               "create_graph");
 }
 
+// Tells autograd that `state` was written to: a graph that saved it then refuses to run backward
+// instead of using the new values.
+void mark_written(const Tensor& state) {
+  state.unsafeGetTensorImpl()->bump_version();
+}
+
 // ---- GKA ----
 
 using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
@@ -281,6 +287,8 @@ Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, cons
               ridge_per_token(widened(ridge), q, k, v), cu_seqlens, options.scale,
               options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
               options.chunk_size, /*want_residual=*/false, options.backend);
+  mark_written(h);
+  mark_written(u);
   return o.to(v_in.scalar_type());
 }
 
@@ -311,7 +319,9 @@ Tensor causal_conv_step(const Tensor& x, const Tensor& weight, Tensor state, boo
     return result.y.squeeze(1);
   }
   static const auto op = find_operator<ConvStep>("kalmanet::causal_conv_step");
-  return op.call(widened(x), flat_weight(widened(weight)), state, silu).to(x.scalar_type());
+  const Tensor y = op.call(widened(x), flat_weight(widened(weight)), state, silu);
+  mark_written(state);
+  return y.to(x.scalar_type());
 }
 
 Tensor gated_rms_norm(const Tensor& o, const OptionalTensor& gate, const Tensor& weight,

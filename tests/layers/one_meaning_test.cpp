@@ -95,6 +95,21 @@ TEST(GatedKalmaNet, GradientsFlowThroughACarriedState) {
   }
 }
 
+TEST(GatedKalmaNet, AStepOnAStateThatAGraphNeedsIsNoticed) {
+  const GatedKalmaNetOptions options = small_options();
+  GatedKalmaNet layer = make_layer(options);
+  GkaLayerState state;
+  layer->forward(make_input(options, 1, 9), {}, &state);
+  const GkaLayerState saved = state;  // the same tensors: the next call saves them for its backward
+  const Tensor y = layer->forward(make_input(options, 1, 9), {}, &state);
+  {
+    const at::NoGradGuard no_grad;
+    GkaLayerState stepped = saved;
+    layer->forward(make_input(options, 1, 1), {}, &stepped);
+  }
+  EXPECT_ERROR(y.sum().backward(), "modified by an inplace operation");
+}
+
 TEST(GatedKalmaNet, SixteenBits) {
   const GatedKalmaNetOptions options = small_options();
   GatedKalmaNet wide = make_layer(options), low = make_layer(options, at::kBFloat16);
