@@ -104,13 +104,6 @@ Tensor AttentionImpl::attend(const Tensor& q, const Tensor& k, const Tensor& v) 
 
 void AttentionImpl::append(AttentionState& state, const Tensor& k, const Tensor& v) const {
   const int64_t B = k.size(0), T = k.size(2), length = state.length + T;
-  if (length > max_positions_) {
-    throw Error(ErrorCode::invalid_argument, "max_position_embeddings",
-                "the sequence would reach " + std::to_string(length) +
-                    " tokens, but `*` layers of "
-                    "this model keep at most max_position_embeddings = " +
-                    std::to_string(max_positions_) + "; generate fewer tokens or start anew");
-  }
   if (state.k.defined() &&
       (state.k.size(0) != B || state.k.size(1) != num_kv_heads_ || state.k.size(3) != head_dim_)) {
     throw Error(ErrorCode::invalid_shape, "state",

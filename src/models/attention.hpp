@@ -39,7 +39,7 @@ class AttentionImpl : public torch::nn::Module {
   // `rope`: the tables of x's T positions. cu_seqlens as in HybridLanguageModel: each packed
   // sequence is attended to alone; not together with a state. With gradients on, a state's tensors
   // stay part of the graph.
-  // Throws Error beyond max_position_embeddings.
+  // At most max_position_embeddings tokens in all: the model checks that before any layer runs.
   at::Tensor forward(const at::Tensor& x, const RopeTables& rope,
                      const std::optional<at::Tensor>& cu_seqlens, AttentionState* state);
 

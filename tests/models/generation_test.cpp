@@ -1,5 +1,4 @@
 // Sampling, generation, and model folders.
-#include <ATen/CPUGeneratorImpl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -7,9 +6,9 @@
 #include <fstream>
 #include <limits>
 
-#include "kalmanet/error.hpp"
 #include "models/generate.hpp"
 #include "models/io.hpp"
+#include "models/message_of.hpp"
 #include "models/small_model.hpp"
 #include "models/temporary_folder.hpp"
 #include "models/tokenizer.hpp"
@@ -20,17 +19,6 @@ namespace {
 using at::Tensor;
 using testing::HasSubstr;
 namespace fs = std::filesystem;
-
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& e) {
-    return e.what();
-  } catch (const std::exception& e) {
-    return std::string("not a kalmanet::Error: ") + e.what();
-  }
-  return "accepted";
-}
 
 // ---- sampling ----
 

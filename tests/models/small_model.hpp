@@ -1,6 +1,7 @@
 // Small models for the tests, with weights large enough that every part of them matters.
 #pragma once
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
 #include <string>
