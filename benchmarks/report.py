@@ -177,7 +177,7 @@ def bars(kernels, eager):
 def speed_rows(speed):
     rows = []
     for context in dict.fromkeys(r["context"] for r in speed["results"]):
-        by_name = {r["name"]: r for r in speed["results"] if r["context"] == context}
+        by_name = {r["model"]: r for r in speed["results"] if r["context"] == context}
         gka, attention = by_name["gka"], by_name["attention"]
         rows.append([f"{context} x {gka['batch']}"])
         for r in (gka, attention):
