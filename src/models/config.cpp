@@ -334,6 +334,10 @@ ModelConfig parse_config(std::string_view json_text, const std::string& source) 
   if (in.get("attention_dropout", dropout, 0.0, 1.0) && dropout != 0) {
     in.reject("attention_dropout", "it is not built; it must be 0", ErrorCode::unsupported);
   }
+  double rotary = 1;
+  if (in.get("partial_rotary_factor", rotary, 0.0, 1.0, true) && rotary != 1) {
+    in.reject("partial_rotary_factor", "it is not built; it must be 1", ErrorCode::unsupported);
+  }
   bool sliding = false;
   if (in.get("use_sliding_window", sliding) && sliding) {
     in.reject("use_sliding_window", "it is not built yet; it must be false",
@@ -341,7 +345,7 @@ ModelConfig parse_config(std::string_view json_text, const std::string& source) 
   }
   c.extra = in.rest();
   // Read to be checked, written back as they came.
-  for (const char* key : {"attention_dropout", "use_sliding_window"}) {
+  for (const char* key : {"attention_dropout", "partial_rotary_factor", "use_sliding_window"}) {
     if (in.has(key)) c.extra.emplace(key, json.at(key).dump());
   }
   validate(c, source);

@@ -72,7 +72,6 @@ struct ModelConfig {
   int64_t max_position_embeddings = 32768;  // limits `*` layers only
   double rms_norm_eps = 1e-6;
   double rope_theta = 1e6;  // in a file: rope_theta, or rope_parameters {rope_type, rope_theta}
-  double partial_rotary_factor = 1.0;  // only 1 is built
   bool attention_bias = false;
   bool tie_word_embeddings = false;
   std::string torch_dtype = "float32";  // float32 | bfloat16 | float16; of the weights on disk

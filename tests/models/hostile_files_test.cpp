@@ -322,6 +322,7 @@ TEST(HostileFiles, ConfigTable) {
       {"attention_bias", "1", {"true or false"}},
       {"attention_dropout", "0.1", {"attention_dropout", "must be 0"}},
       {"use_sliding_window", "true", {"use_sliding_window"}},
+      {"partial_rotary_factor", "0.5", {"partial_rotary_factor", "must be 1"}},
       {"torch_dtype", "\"float64\"", {"torch_dtype", "bfloat16"}},
       {"eos_token_id", "257", {"eos_token_id", "vocab_size-1 = 256"}},
       {"eos_token_id", "[1,2]", {"eos_token_id", "one token id"}},
