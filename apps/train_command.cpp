@@ -43,6 +43,7 @@ const std::vector<Preset>& presets() {
         {"--lr", "0.003"},
         {"--warmup", "60"},
         {"--minutes", "4.5"},
+        {"--final-eval-tokens", "131072"},
         {"--held-out", "0.05"}}},
       // 0.8 million parameters at a context of 64, for the works of Shakespeare (a megabyte).
       {"shakespeare",

@@ -31,7 +31,7 @@ std::string kept_lines(const std::string& text, int64_t keep_through) {
 }  // namespace
 
 MetricsFile::MetricsFile(const std::filesystem::path& path, int64_t keep_through) : path_(path) {
-  if (std::filesystem::exists(path)) {
+  if (std::filesystem::is_regular_file(path)) {
     const std::string kept =
         keep_through < 0 ? "" : kept_lines(models::read_text(path, kMaxMetricsBytes), keep_through);
     models::write_file(path, kept);

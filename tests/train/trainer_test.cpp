@@ -31,7 +31,7 @@ TrainOptions tiny_options(const fs::path& folder) {
   options.eval_every = 5;
   options.checkpoint_every = 4;
   options.log_every = 1;
-  options.threads = 2;
+  options.threads = 1;
   return options;
 }
 
@@ -122,7 +122,7 @@ TEST_P(Resume, IsBitForBit) {
 }
 INSTANTIATE_TEST_SUITE_P(Trainer, Resume,
                          testing::Values("plain", "accumulate", "bf16", "sequential", "attention"),
-                         [](const auto& info) { return std::string(info.param); });
+                         [](const auto& each) { return std::string(each.param); });
 
 TEST(Trainer, AnotherSeedGivesOtherWeights) {
   const TemporaryFolder folder;
