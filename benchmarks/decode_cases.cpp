@@ -17,7 +17,11 @@
 namespace kalmanet::bench {
 namespace {
 
-constexpr int64_t kTokens = 64;  // of the sequence that is decoded again and again
+// Of the sequence, decoded again and again: enough different keys to fill every direction of the
+// widest H, for a state of few keys is solved in float64 and says nothing of a long sequence.
+constexpr int64_t kTokens = 512;
+constexpr int64_t kChecked = 64;  // its first tokens, compared with the reference
+constexpr int64_t kRound = 64;    // tokens timed at a time
 constexpr int kProducts = kNumIter + 1;
 
 GkaReport step(Problem& p, int64_t t) {
@@ -34,25 +38,26 @@ GkaReport step(Problem& p, int64_t t) {
   return gka_step(in, out, options);
 }
 
-// All tokens one by one from empty states, against the reference's whole sequence.
+// The first tokens one by one from empty states, against the reference; then the others.
 bool check_decode(Problem& p, const Settings& settings) {
   const Shape& s = p.shape;
   Gate gate("decode " + s.text() + " on " + name(instruction_set()), settings);
   std::fill(p.h.begin(), p.h.end(), 0.0f);
   std::fill(p.u.begin(), p.u.end(), 0.0f);
-  for (int64_t t = 0; t < s.T; ++t) step(p, t);
-  Floats o(p.o.size()), h(p.h.size()), u(p.u.size());
+  for (int64_t t = 0; t < kChecked; ++t) step(p, t);
+  Floats o(static_cast<size_t>(kChecked * s.H * s.V)), h(p.h.size()), u(p.u.size());
   GkaOutputs out;
-  out.o = dense(o.data(), {1, s.T, s.H, s.V});
+  out.o = dense(o.data(), {1, kChecked, s.H, s.V});
   out.h_final = dense(h.data(), {1, s.H, s.K, s.K});
   out.u_final = dense(u.data(), {1, s.H, s.K, s.V});
   GkaOptions options;
   options.num_iter = kNumIter;
   options.backend = Backend::reference;
-  gka_forward(p.inputs(), out, options);
-  gate.compare("o", p.o, o, kOutputBound);
+  gka_forward(p.inputs(0, kChecked), out, options);
+  gate.compare("o", Floats(p.o.begin(), p.o.begin() + std::ssize(o)), o, kOutputBound);
   gate.compare("state H", p.h, h, kOutputBound);
   gate.compare("state U", p.u, u, kOutputBound);
+  for (int64_t t = kChecked; t < s.T; ++t) step(p, t);
   return gate.passed();
 }
 
@@ -67,7 +72,8 @@ void run_decode(benchmark::State& state, const Settings& settings, InstructionSe
     VectorProducts products(H, K, kProducts);
     products.run(false);
     products.run(true);
-    const double heads = static_cast<double>(kTokens * H);
+    const double heads = static_cast<double>(kRound * H);
+    int64_t next = 0;
     // One thread each, by its processor time. A round: 64 tokens of ours, then 64 times the
     // products of all heads; both about as long, and short enough that many rounds see the same
     // machine.
@@ -76,12 +82,13 @@ void run_decode(benchmark::State& state, const Settings& settings, InstructionSe
       double best = std::numeric_limits<double>::infinity();
       for (const bool transposed : {false, true}) {  // the peer may choose its direction
         best = std::min(best, cpu_seconds_of(Cpu::thread, [&] {
-                          for (int64_t t = 0; t < kTokens; ++t) products.run(transposed);
+                          for (int64_t t = 0; t < kRound; ++t) products.run(transposed);
                         }));
       }
       const double seconds = cpu_seconds_of(Cpu::thread, [&] {
-        for (int64_t t = 0; t < kTokens; ++t) step(problem, t);
+        for (int64_t t = 0; t < kRound; ++t) step(problem, next + t);
       });
+      next = (next + kRound) % kTokens;
       state.SetIterationTime(seconds);
       ours.add(1e6 * seconds / heads);
       peer.add(1e6 * best / heads);
