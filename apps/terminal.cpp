@@ -112,8 +112,10 @@ void ProgressBar::draw() {
   std::string bar;
   if (room >= 5) {
     const int filled = static_cast<int>(share * room + 0.5);
-    bar = "[" + bold(std::string(static_cast<size_t>(filled), '=')) +
-          std::string(static_cast<size_t>(room - filled), ' ') + "] ";
+    bar = '[';
+    bar += bold(std::string(static_cast<size_t>(filled), '='));
+    bar.append(static_cast<size_t>(room - filled), ' ');
+    bar += "] ";
   } else if (static_cast<int>(text.size()) >= columns()) {
     text.resize(static_cast<size_t>(std::max(1, columns() - 1)));
   }
