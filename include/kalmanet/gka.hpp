@@ -96,8 +96,13 @@ struct GkaReport {
   Backend backend = Backend::cpu;
   InstructionSet instruction_set = InstructionSet::baseline;
   int64_t chunk_size = 0;
-  int min_iterations = 0;  // solver steps, smallest and largest over chunks and heads
+  // Over chunks and heads (tokens and heads in gka_step):
+  int min_iterations = 0;  // steps of the iteration (direct: after the first, exact application)
   int max_iterations = 0;
+  int64_t solves = 0;          // chunks solved
+  int64_t direct_solves = 0;   // of them, those that the direct solver solved: it hands a chunk to
+                               // Chebyshev's iteration where that is cheaper at the same tolerance
+  int64_t factorizations = 0;  // K x K matrices factored or inverted for them
 };
 
 // Whole sequences, chunk by chunk (docs/math.md). Linear time, constant memory a sequence.

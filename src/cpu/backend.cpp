@@ -20,7 +20,7 @@ class CpuBackend final : public core::GkaBackend {
   Backend id() const noexcept override { return Backend::cpu; }
 
   std::string describe() const override {
-    std::string text = "float32, chebyshev; instruction sets:";
+    std::string text = "float32; chebyshev, direct, cg; instruction sets:";
     for (InstructionSet isa : available_instruction_sets()) text += std::string(" ") + name(isa);
     return text + "; using " + name(instruction_set());
   }
@@ -31,10 +31,6 @@ class CpuBackend final : public core::GkaBackend {
              " is not computed by the cpu backend yet (float32 is)" +
              (problem.dtype == DType::float64 ? "; pass backend=reference for the float64 oracle"
                                               : "");
-    }
-    if (problem.options.solver != Solver::chebyshev) {
-      return std::string("solver ") + name(problem.options.solver) +
-             " is not computed by the cpu backend yet (chebyshev is); pass backend=reference";
     }
     return "";
   }

@@ -107,20 +107,4 @@ void relative_residual(const Chunk& c, const float* h, bool h_is_zero, const flo
   }
 }
 
-// The number of iterations for a chunk: given, or from its smallest ridge ratio.
-template <class Vec>
-int choose_num_iter(const Chunk& c, const HeadInputs& in, IterationRange* range) {
-  int r = in.num_iter;
-  if (r == 0) {
-    double smallest = c.ridge[0];
-    for (int64_t t = 1; t < c.n; ++t) smallest = c.ridge[t] < smallest ? c.ridge[t] : smallest;
-    r = chebyshev_num_iter(smallest, in.tolerance);
-  }
-  if (range != nullptr) {
-    if (range->max == 0 || r < range->min) range->min = r;
-    if (r > range->max) range->max = r;
-  }
-  return r;
-}
-
 }  // namespace kalmanet::cpu

@@ -30,7 +30,7 @@ struct Backward {
   Segments segments_of(const core::Sequence& sequence) const {
     const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
     const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))));
-    return cut(sequence, chunk_size, std::max<int64_t>(1, root));
+    return cut(sequence, chunk_size, whole_windows(root, problem.options.solver));
   }
   int64_t chunk_state_floats(const Segments& s) const { return (s.tokens / chunk_size) * floats(); }
 
@@ -73,19 +73,32 @@ struct Backward {
   }
 };
 
-// The states of a segment's chunks, the carried gradients and the kernel's scratch, in one lease.
+// Rows of z (and x) of one segment, where the solver solves ahead.
+int64_t solution_floats(const Backward& b, const Segments& s) {
+  return solves_ahead(b.problem.options.solver) ? 2 * padded(s.tokens * b.K()) : 0;
+}
+
+// The states of a segment's chunks, the carried gradients, the solutions and the kernel's scratch,
+// in one lease.
 int64_t lease_floats(const Backward& b, const Segments& s) {
-  return b.floats() + b.chunk_state_floats(s) + backward_scratch_floats(b.K(), b.V());
+  return b.floats() + b.chunk_state_floats(s) + solution_floats(b, s) +
+         backward_scratch_floats(b.K(), b.V(), b.problem.options.solver);
 }
 
 void assign_lease(const Backward& b, const Segments& s, float* lease, GkaBackwardJob& job) {
   job.carry = state_at(lease, b.K());
   job.chunk_states = lease + b.floats();
-  job.scratch = lease + b.floats() + b.chunk_state_floats(s);
+  float* const solutions = job.chunk_states + b.chunk_state_floats(s);
+  job.scratch = solutions + solution_floats(b, s);
+  if (solution_floats(b, s) == 0) return;
+  // Addressed by token, of which the segment's first is job.begin.
+  const int64_t first = job.begin * b.K();
+  job.z_rows = OutRows{solutions - first, b.K(), 1, false};
+  job.x_rows = OutRows{solutions + solution_floats(b, s) / 2 - first, b.K(), 1, false};
 }
 
 // Everything of one head, last segment first.
-void backward_head(const Backward& b, const Unit& unit, IterationRange& range) {
+void backward_head(const Backward& b, const Unit& unit, SolverCount& count) {
   const Segments s = b.segments_of(*unit.sequence);
   FloatBuffer states(s.count * b.floats());
   float* const starts = states.data();
@@ -95,7 +108,7 @@ void backward_head(const Backward& b, const Unit& unit, IterationRange& range) {
   for (int64_t i = s.count - 1; i >= 0; --i) {
     GkaBackwardJob job = b.job_of(unit, s, i, starts + i * b.floats());
     assign_lease(b, s, lease.data(), job);
-    job.iterations = &range;
+    job.count = &count;
     b.table.gka_backward(job);
   }
   b.store_carry(unit, state_at(lease.data(), b.K()));
@@ -103,7 +116,7 @@ void backward_head(const Backward& b, const Unit& unit, IterationRange& range) {
 
 // Three passes: states before all segments, all segments' solves, then the gradients in order.
 void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int64_t group,
-                          std::vector<IterationRange>& ranges) {
+                          std::vector<SolverCount>& counts) {
   const core::GkaProblem& problem = b.problem;
   struct Piece {
     size_t unit;
@@ -133,7 +146,7 @@ void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int
     scan_segment_states(b.table, problem, units[i], segments[i], b.chunk_size,
                         starts + first_state[i], h, !h);
   });
-  ranges.resize(pieces.size());
+  counts.resize(pieces.size());
   const auto run_piece = [&](size_t p, GkaBackwardJob::Phase phase, float* lease) {
     const Piece& piece = pieces[p];
     const Unit& unit = units[piece.unit];
@@ -143,7 +156,7 @@ void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int
     job.phase = phase;
     job.z_rows = solution_rows(z, unit);
     if (!b.saved_x.defined()) job.x_rows = solution_rows(x, unit);
-    if (phase == GkaBackwardJob::solve_only) job.iterations = &ranges[p];
+    if (phase == GkaBackwardJob::solve_only) job.count = &counts[p];
     b.table.gka_backward(job);
   };
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
@@ -190,20 +203,20 @@ GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
   const std::vector<Unit> units = units_of(problem);
   const int64_t group = std::lcm(std::lcm(problem.q_group, problem.k_group), problem.v_group);
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
-  std::vector<IterationRange> ranges;
+  std::vector<SolverCount> counts;
   pass_carry_through(b);
   if (enough_units(tasks, problem.executor->concurrency())) {
-    ranges.resize(units.size());
+    counts.resize(units.size());
     problem.executor->run(tasks, [&](int64_t task) {
       for (int64_t u = task * group; u < (task + 1) * group; ++u) {
         const auto i = static_cast<size_t>(u);
-        backward_head(b, units[i], ranges[i]);
+        backward_head(b, units[i], counts[i]);
       }
     });
   } else {
-    backward_by_segments(b, units, group, ranges);
+    backward_by_segments(b, units, group, counts);
   }
-  merge_iterations(ranges, report);
+  merge_counts(counts, report);
   return report;
 }
 

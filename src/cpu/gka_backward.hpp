@@ -31,12 +31,19 @@ void load_solutions(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
   if (job.saved_x.data == nullptr) b.x = load(job.x_rows, b.solve_x[0]);
 }
 
+// Tokens of a segment that a chunk has, and where its window ends (prepare_solver).
+struct ChunkPlace {
+  int64_t t0, n;
+  int64_t window_chunks;
+};
+
 template <class Vec>
-void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const StateBuffers& start,
-                    bool h_is_zero, int64_t t0, int64_t n) {
+void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, GkaBackwardJob::Phase phase,
+                    const StateBuffers& start, bool h_is_zero, const ChunkPlace& place) {
   Chunk& c = b.c;
+  const int64_t t0 = place.t0, n = place.n;
   const float scale = static_cast<float>(job.in.scale);
-  const bool gradients = job.phase != GkaBackwardJob::solve_only;
+  const bool gradients = phase != GkaBackwardJob::solve_only;
   load_chunk<Vec>(c, job.in, t0, n);
   if (h_is_zero) {
     ridge_norms<typename Vec::Wide>(c, start.h, h_is_zero, b.hk);
@@ -56,10 +63,10 @@ void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const Stat
       b.x = b.solve_x[0];
       load_lanes<Vec>(job.saved_x, t0, n, c.K, b.x);
     }
-    if (job.phase == GkaBackwardJob::gradients_only) {
+    if (phase == GkaBackwardJob::gradients_only) {
       load_solutions<Vec>(b, job);
     } else {
-      solve_chunk<Vec>(b, job, start.h);
+      solve_chunk<Vec>(b, job, start.h, place.window_chunks);
     }
     if (!gradients) {
       store_lanes<Vec>(b.z, nullptr, job.z_rows, t0, n, c.K);
@@ -112,12 +119,22 @@ void gka_backward_segment(const GkaBackwardJob& job) {
     advance_h<Vec>(b.c, to.h, b.m);
     advance_u<Vec>(b.c, to.u, b.m);
   }
-  // Then the gradients, last chunk first.
-  for (int64_t i = chunks - 1; i >= 0; --i) {
+  const auto run = [&](int64_t i, GkaBackwardJob::Phase phase) {
     const int64_t t0 = job.begin + i * job.chunk_size;
     const int64_t n = job.end - t0 < job.chunk_size ? job.end - t0 : job.chunk_size;
-    backward_chunk<Vec>(b, job, state_of(i), job.h_is_zero && i == 0, t0, n);
+    const ChunkPlace place{t0, n, kBlockChunks - i % kBlockChunks};
+    backward_chunk<Vec>(b, job, phase, state_of(i), job.h_is_zero && i == 0, place);
+  };
+  // The direct solver's blocks grow forwards, so its solves come before the first gradient.
+  auto phase = job.phase;
+  if (phase == GkaBackwardJob::solve_only || solves_ahead(job.in.solver)) {
+    for (int64_t i = 0; i < chunks && phase != GkaBackwardJob::gradients_only; ++i) {
+      run(i, GkaBackwardJob::solve_only);
+    }
+    if (phase == GkaBackwardJob::solve_only) return;
+    phase = GkaBackwardJob::gradients_only;
   }
+  for (int64_t i = chunks - 1; i >= 0; --i) run(i, phase);
 }
 
 }  // namespace kalmanet::cpu

@@ -1,9 +1,9 @@
 // The backward of one chunk, first half: the gradient of the mix and the adjoint solve.
 #pragma once
 
-#include "cpu/chebyshev.hpp"
 #include "cpu/chunk.hpp"
 #include "cpu/lanes.hpp"
+#include "cpu/solver.hpp"
 
 namespace kalmanet::cpu {
 
@@ -13,6 +13,8 @@ struct BackwardChunk {
   float *x, *z, *dm, *m;  // lanes [Kp][t]; x and z point into solve buffers
   float *solve_x[2], *solve_z[2];
   double* wide[4];    // of a sequence's first chunk
+  ChunkSolver<Vec> solver;
+  ChunkSolver<typename Vec::Wide> wide_solver;  // of a sequence's first chunk
   float* hk;          // lanes: H_0 k_t
   float* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
   float* out_k;       // lanes [Kp][t]: dq, dk
@@ -48,6 +50,8 @@ void carve_backward(BackwardChunk<Vec>& b, const HeadInputs& in, Arena& arena) {
   b.do_lanes = arena.take(v);
   b.do_rows = arena.take(v);
   b.out_v = arena.take(v);
+  carve_solver<Vec>(b.solver, in, kBlockChunks, arena);
+  carve_solver<typename Vec::Wide>(b.wide_solver, in, 1, arena);
 }
 
 // dm_t; with `inter` (lanes [Kp][t], optional) the part of it that reads U_0.
@@ -76,11 +80,13 @@ void gradient_of_mix(BackwardChunk<Vec>& b, const float* u, float scale, float* 
 }
 
 // z_t = (H_t + lambda_t I)^{-1} (alpha_t dm_t), and x_t where the forward did not save it.
+// `window_chunks`: prepare_solver.
 template <class Vec>
-void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* h) {
+void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* h,
+                 int64_t window_chunks) {
   using Reg = typename Vec::Reg;
   Chunk& c = b.c;
-  const int num_iter = choose_num_iter<Vec>(c, job.in, job.iterations);
+  prepare_solver<Vec>(b.solver, c, job.in, h, false, window_chunks, job.count);
   float* rhs = b.out_k;
   for (int64_t i = 0; i < c.Kp; ++i) {
     for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
@@ -88,9 +94,9 @@ void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* 
       Vec::store(rhs + i * kLanes + lane, Vec::mul(Vec::load(c.alpha + lane), d));
     }
   }
-  b.z = chebyshev<Vec>(c, h, false, rhs, num_iter, b.solve_z[0], b.solve_z[1]);
+  b.z = solve_chunk_system<Vec>(b.solver, c, h, false, rhs, b.solve_z[0], b.solve_z[1]);
   if (job.saved_x.data == nullptr) {
-    b.x = chebyshev<Vec>(c, h, false, c.q_lanes, num_iter, b.solve_x[0], b.solve_x[1]);
+    b.x = solve_chunk_system<Vec>(b.solver, c, h, false, c.q_lanes, b.solve_x[0], b.solve_x[1]);
   }
 }
 
@@ -100,7 +106,7 @@ template <class Vec>
 void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
   using Wide = typename Vec::Wide;
   Chunk& c = b.c;
-  const int num_iter = choose_num_iter<Vec>(c, job.in, job.iterations);
+  prepare_solver<Wide>(b.wide_solver, c, job.in, nullptr, true, 1, job.count);
   double* const dm = b.wide[0];
   double* const rhs = b.wide[1];
   // dm again, in float64: what token j <= t adds is N_tj (v_j . do_t) k_j.
@@ -124,9 +130,11 @@ void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
       b.dm[at] = static_cast<float>(dm[at]);
     }
   }
-  const double* z = chebyshev<Wide>(c, nullptr, true, rhs, num_iter, b.wide[2], b.wide[3]);
+  const double* z =
+      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, rhs, b.wide[2], b.wide[3]);
   double* const other = z == b.wide[2] ? b.wide[3] : b.wide[2];
-  const double* x = chebyshev<Wide>(c, nullptr, true, c.q_lanes, num_iter, other, rhs);
+  const double* x =
+      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, c.q_lanes, other, rhs);
   b.z = b.solve_z[0];
   b.x = b.solve_x[0];
   for (int64_t i = 0; i < c.Kp * kLanes; ++i) {

@@ -49,12 +49,12 @@ void pass_states_through(const core::GkaProblem& problem, const GkaOutputs& outp
 // One task a head: states stay in the thread's cache from first token to last.
 void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
                       const GkaOutputs& outputs, const std::vector<Unit>& units, int64_t chunk_size,
-                      std::vector<IterationRange>& ranges) {
+                      std::vector<SolverCount>& counts) {
   const int64_t K = problem.K, V = problem.V;
-  ranges.resize(units.size());
+  counts.resize(units.size());
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
-    ScratchLease scratch(forward_scratch_floats(K, V) + state_floats(K, V));
+    ScratchLease scratch(forward_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
     GkaForwardJob job = forward_job(problem, outputs, unit, chunk_size);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
@@ -62,7 +62,7 @@ void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
     job.h_is_zero = !problem.inputs.h0.defined();
     job.starts_sequence = true;
     job.scratch = scratch.data() + state_floats(K, V);
-    job.iterations = &ranges[static_cast<size_t>(i)];
+    job.count = &counts[static_cast<size_t>(i)];
     load_state(problem.inputs.h0, unit.sequence->index, unit.head, K, K, job.state.h);
     load_state(problem.inputs.u0, unit.sequence->index, unit.head, K, V, job.state.u);
     table.gka_forward(job);
@@ -74,7 +74,7 @@ void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
 // all segments at once.
 void forward_by_segments(const KernelTable& table, const core::GkaProblem& problem,
                          const GkaOutputs& outputs, const std::vector<Unit>& units,
-                         int64_t chunk_size, std::vector<IterationRange>& ranges) {
+                         int64_t chunk_size, std::vector<SolverCount>& counts) {
   const int64_t K = problem.K, V = problem.V;
   const int64_t floats = state_floats(K, V);
   const int64_t num_units = static_cast<int64_t>(units.size());
@@ -91,7 +91,7 @@ void forward_by_segments(const KernelTable& table, const core::GkaProblem& probl
     const core::Sequence& sequence = *units[static_cast<size_t>(i)].sequence;
     const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
     Segments& s = segments[static_cast<size_t>(i)];
-    s = cut(sequence, chunk_size, std::max<int64_t>(1, (chunks + wanted - 1) / wanted));
+    s = cut(sequence, chunk_size, whole_windows((chunks + wanted - 1) / wanted, problem.options.solver));
     first_state[static_cast<size_t>(i)] = static_cast<int64_t>(pieces.size()) * floats;
     for (int64_t j = 0; j < s.count; ++j) pieces.push_back({i, j});
   }
@@ -103,12 +103,12 @@ void forward_by_segments(const KernelTable& table, const core::GkaProblem& probl
     scan_segment_states(table, problem, units[i], segments[i], chunk_size, base + first_state[i], h,
                         !h);
   });
-  ranges.resize(pieces.size());
+  counts.resize(pieces.size());
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
     const Piece& piece = pieces[static_cast<size_t>(p)];
     const size_t i = static_cast<size_t>(piece.unit);
     const Segments& s = segments[i];
-    ScratchLease scratch(forward_scratch_floats(K, V));
+    ScratchLease scratch(forward_scratch_floats(K, V, problem.options.solver));
     GkaForwardJob job = forward_job(problem, outputs, units[i], chunk_size);
     job.begin = s.begin_of(piece.segment);
     job.end = s.end_of(piece.segment);
@@ -116,7 +116,7 @@ void forward_by_segments(const KernelTable& table, const core::GkaProblem& probl
     job.h_is_zero = piece.segment == 0 && !problem.inputs.h0.defined();
     job.starts_sequence = piece.segment == 0;
     job.scratch = scratch.data();
-    job.iterations = &ranges[static_cast<size_t>(p)];
+    job.count = &counts[static_cast<size_t>(p)];
     table.gka_forward(job);
     if (piece.segment + 1 == s.count) store_final_states(problem, outputs, units[i], job.state);
   });
@@ -163,14 +163,14 @@ GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   GkaReport report{Backend::cpu, instruction_set(), chosen_chunk_size(problem), 0, 0};
   const KernelTable& table = kernels();
   const std::vector<Unit> units = units_of(problem);
-  std::vector<IterationRange> ranges;
+  std::vector<SolverCount> counts;
   pass_states_through(problem, outputs);
   if (enough_units(static_cast<int64_t>(units.size()), problem.executor->concurrency())) {
-    forward_by_units(table, problem, outputs, units, report.chunk_size, ranges);
+    forward_by_units(table, problem, outputs, units, report.chunk_size, counts);
   } else {
-    forward_by_segments(table, problem, outputs, units, report.chunk_size, ranges);
+    forward_by_segments(table, problem, outputs, units, report.chunk_size, counts);
   }
-  merge_iterations(ranges, report);
+  merge_counts(counts, report);
   return report;
 }
 
@@ -178,13 +178,13 @@ GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   GkaReport report{Backend::cpu, instruction_set(), 1, 0, 0};
   const KernelTable& table = kernels();
   const std::vector<Unit> units = units_of(problem);
-  std::vector<IterationRange> ranges(units.size());
+  std::vector<SolverCount> counts(units.size());
   const int64_t K = problem.K, V = problem.V;
   pass_states_through(problem, outputs);
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
     const int64_t row = unit.sequence->row, n = unit.sequence->index;
-    ScratchLease scratch(step_scratch_floats(K, V) + state_floats(K, V));
+    ScratchLease scratch(step_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
     const StateBuffers buffers = state_at(scratch.data(), K);
     GkaStepJob job;
     job.in = head_inputs(problem, *unit.sequence, unit.head);
@@ -198,12 +198,12 @@ GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
     job.x = out_rows_of(outputs.x, row, unit.head);
     job.residual = out_column_of(outputs.residual, row, unit.head);
     job.scratch = scratch.data() + state_floats(K, V);
-    job.iterations = &ranges[static_cast<size_t>(i)];
+    job.count = &counts[static_cast<size_t>(i)];
     table.gka_step(job);
     if (job.state.h == buffers.h) store_state(buffers.h, outputs.h_final, n, unit.head, K, K);
     if (job.state.u == buffers.u) store_state(buffers.u, outputs.u_final, n, unit.head, K, V);
   });
-  merge_iterations(ranges, report);
+  merge_counts(counts, report);
   return report;
 }
 

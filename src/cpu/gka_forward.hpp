@@ -1,10 +1,10 @@
 // The chunked forward of one head, and the scan that carries its states alone.
 #pragma once
 
-#include "cpu/chebyshev.hpp"
 #include "cpu/chunk.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
+#include "cpu/solver.hpp"
 
 namespace kalmanet::cpu {
 
@@ -59,11 +59,12 @@ SolveBuffers<Elem> take_solve_buffers(Arena& arena, int64_t Kp) {
 // x (float32 lanes [Kp][t]) and o (lanes [Vp][t]) of a chunk; returns x.
 template <class Vec>
 const float* solve_and_read(const Chunk& c, const HeadInputs& in, const StateBuffers& state,
-                            bool h_is_zero, int num_iter,
+                            bool h_is_zero, const ChunkSolver<Vec>& solver,
                             const SolveBuffers<typename Vec::Elem>& buffers, float* x_narrow,
                             float* o) {
   using Elem = typename Vec::Elem;
-  const Elem* x = chebyshev<Vec>(c, state.h, h_is_zero, c.q_lanes, num_iter, buffers.a, buffers.b);
+  const Elem* x = solve_chunk_system<Vec>(solver, c, state.h, h_is_zero, c.q_lanes, buffers.a,
+                                          buffers.b);
   mix<Vec>(c, x, buffers.m);
   read_out<Vec>(c, state.u, buffers.m, in.scale, o);
   if constexpr (sizeof(Elem) == sizeof(float)) {
@@ -109,22 +110,31 @@ void gka_forward_segment(const GkaForwardJob& job) {
   const auto narrow = take_solve_buffers<float>(arena, c.Kp);
   const auto wide = take_solve_buffers<double>(arena, c.Kp);
   float* const o = arena.take(c.Vp * kLanes);
+  ChunkSolver<Vec> solver;
+  ChunkSolver<Wide> wide_solver;
+  carve_solver<Vec>(solver, in, kBlockChunks, arena);
+  carve_solver<Wide>(wide_solver, in, 1, arena);
+  int64_t window_chunks = kBlockChunks;  // from this chunk to its window's end
   bool h_is_zero = job.h_is_zero;
   for (int64_t t0 = job.begin; t0 < job.end; t0 += job.chunk_size) {
     const int64_t n = job.end - t0 < job.chunk_size ? job.end - t0 : job.chunk_size;
     load_chunk<Vec>(c, in, t0, n);
     bool ill = job.starts_sequence && t0 == job.begin;
-    if (!ill) ridge_norms<Vec>(c, job.state.h, h_is_zero, narrow.m);
-    const int num_iter = choose_num_iter<Vec>(c, in, job.iterations);
     const float* x = nullptr;
+    SolverCount* count = job.count;
     if (!ill) {
-      x = solve_and_read<Vec>(c, in, job.state, h_is_zero, num_iter, narrow, nullptr, o);
+      ridge_norms<Vec>(c, job.state.h, h_is_zero, narrow.m);
+      prepare_solver<Vec>(solver, c, in, job.state.h, h_is_zero, window_chunks, count);
+      count = nullptr;
+      x = solve_and_read<Vec>(c, in, job.state, h_is_zero, solver, narrow, nullptr, o);
       ill = amplification<Vec>(c, in, job.state.u, x, o) > kLargestAmplification;
     }
     if (ill) {
       ridge_norms<Wide>(c, job.state.h, h_is_zero, narrow.m);
-      x = solve_and_read<Wide>(c, in, job.state, h_is_zero, num_iter, wide, narrow.a, o);
+      prepare_solver<Wide>(wide_solver, c, in, job.state.h, h_is_zero, 1, count);
+      x = solve_and_read<Wide>(c, in, job.state, h_is_zero, wide_solver, wide, narrow.a, o);
     }
+    window_chunks = window_chunks == 1 ? kBlockChunks : window_chunks - 1;
     if (job.residual.data != nullptr) {
       float r[kLanes];
       relative_residual<Vec>(c, job.state.h, h_is_zero, c.q_lanes, x, r);

@@ -83,6 +83,7 @@ HeadInputs head_inputs(const core::GkaProblem& problem, const core::Sequence& se
   in.ridge = column_of(x.ridge_ratio, sequence.row, head);
   in.scale = problem.scale;
   in.ridge_ratio = problem.options.ridge_ratio;
+  in.solver = problem.options.solver;
   in.num_iter = problem.options.num_iter;
   in.tolerance = problem.options.tolerance;
   return in;

@@ -24,6 +24,11 @@ bool enough_units(int64_t units, int threads) {
   return threads == 1 || units >= 4 * threads || units % threads == 0;
 }
 
+int64_t whole_windows(int64_t chunks, Solver solver) {
+  const int64_t window = solver == Solver::direct ? kBlockChunks : 1;
+  return std::max<int64_t>(1, (chunks + window - 1) / window) * window;
+}
+
 Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_per_segment) {
   Segments s;
   s.begin = sequence.begin;
@@ -61,12 +66,15 @@ void scan_segment_states(const KernelTable& table, const core::GkaProblem& probl
   }
 }
 
-void merge_iterations(const std::vector<IterationRange>& ranges, GkaReport& report) {
-  for (const IterationRange& range : ranges) {
-    if (range.max == 0) continue;
+void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report) {
+  for (const SolverCount& count : counts) {
+    if (count.chunks == 0) continue;
     report.min_iterations =
-        report.max_iterations == 0 ? range.min : std::min(report.min_iterations, range.min);
-    report.max_iterations = std::max(report.max_iterations, range.max);
+        report.solves == 0 ? count.min : std::min(report.min_iterations, count.min);
+    report.max_iterations = std::max(report.max_iterations, count.max);
+    report.solves += count.chunks;
+    report.direct_solves += count.direct_chunks;
+    report.factorizations += count.sweeps;
   }
 }
 

@@ -29,6 +29,8 @@ struct Segments {
   int64_t begin_of(int64_t i) const { return begin + i * tokens; }
   int64_t end_of(int64_t i) const { return i + 1 == count ? end : begin + (i + 1) * tokens; }
 };
+// `chunks` (at least one), rounded up to whole windows where the solver works by windows.
+int64_t whole_windows(int64_t chunks, Solver solver);
 Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_per_segment);
 
 // states[i] (state_floats each, i < segments.count) <- the states before segment i, H and/or U.
@@ -36,7 +38,7 @@ void scan_segment_states(const KernelTable& table, const core::GkaProblem& probl
                          const Unit& unit, const Segments& segments, int64_t chunk_size,
                          float* states, bool h, bool u);
 
-// The smallest and the largest of all tasks' iteration counts, into the report.
-void merge_iterations(const std::vector<IterationRange>& ranges, GkaReport& report);
+// All tasks' counts into the report.
+void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report);
 
 }  // namespace kalmanet::cpu

@@ -8,69 +8,10 @@
 #include "cpu/gka_forward.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
+#include "cpu/step_solver.hpp"
 #include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
-
-// y[n] = sum_{c < rows} x[c] M[c][n] for n < cols (a multiple of kLanes): rows of M are read in
-// order, eight accumulators at a time (two multiply-adds a cycle of latency 4), epilogue(n,
-// register of y).
-template <class Vec, class Epilogue>
-KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, int64_t cols,
-                                     const typename Vec::Elem* x, Epilogue&& epilogue) {
-  using Reg = typename Vec::Reg;
-  constexpr int kBlock = 8;
-  int64_t n = 0;
-  for (; n + kBlock * Vec::kWidth <= cols; n += kBlock * Vec::kWidth) {
-    Reg acc[kBlock];
-#pragma GCC unroll 8
-    for (int i = 0; i < kBlock; ++i) acc[i] = Vec::zero();
-    for (int64_t c = 0; c < rows; ++c) {
-      const Reg xc = Vec::set1(x[c]);
-      const float* row = m + c * ld + n;
-#pragma GCC unroll 8
-      for (int i = 0; i < kBlock; ++i) {
-        acc[i] = Vec::fma(xc, Vec::load_f32(row + i * Vec::kWidth), acc[i]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kBlock; ++i) epilogue(n + i * Vec::kWidth, acc[i]);
-  }
-  // Four registers at a time, split over even and odd rows to keep eight sums in flight.
-  constexpr int kSmall = Vec::kWidth == 16 ? 1 : 16 / Vec::kWidth;
-  for (; n < cols; n += kSmall * Vec::kWidth) {
-    Reg acc[4][kSmall];
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kSmall; ++i) acc[p][i] = Vec::zero();
-    }
-    int64_t c = 0;
-    for (; c + 4 <= rows; c += 4) {
-#pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p) {
-        const Reg xc = Vec::set1(x[c + p]);
-#pragma GCC unroll 4
-        for (int i = 0; i < kSmall; ++i) {
-          acc[p][i] =
-              Vec::fma(xc, Vec::load_f32(m + (c + p) * ld + n + i * Vec::kWidth), acc[p][i]);
-        }
-      }
-    }
-    for (; c < rows; ++c) {
-      const Reg xc = Vec::set1(x[c]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kSmall; ++i) {
-        acc[0][i] = Vec::fma(xc, Vec::load_f32(m + c * ld + n + i * Vec::kWidth), acc[0][i]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kSmall; ++i) {
-      epilogue(n + i * Vec::kWidth,
-               Vec::add(Vec::add(acc[0][i], acc[1][i]), Vec::add(acc[2][i], acc[3][i])));
-    }
-  }
-}
 
 // H <- decay H + k k^T; returns |H|_F^2.
 template <class Vec>
@@ -120,57 +61,18 @@ double gate_at(const Column& gate, int64_t t) {
   return gate.data == nullptr ? 1.0 : std::exp(static_cast<double>(gate.data[t * gate.stride]));
 }
 
-// One token: its ridge, and what the solver makes of it.
-struct StepToken {
-  const float* q;
-  double f = 0, ridge = 0, alpha = 1, scale = 1;
-  int num_iter = 0;
-};
-
-// The Chebyshev iteration (chebyshev.hpp) for one token; returns which of x and other has the
-// solution.
-template <class Vec>
-typename Vec::Elem* chebyshev_step(const StepToken& token, const float* h, int64_t ld, int64_t K,
-                                   int64_t Kp, typename Vec::Elem* x, typename Vec::Elem* other) {
-  using Reg = typename Vec::Reg;
-  using Elem = typename Vec::Elem;
-  const double lambda = token.ridge * token.f;
-  const double step = 2.0 / (2.0 * lambda + token.f);
-  const double rho = 0.5 / (2.0 * token.ridge + 1.0);
-  for (int64_t n = 0; n < Kp; ++n) {
-    x[n] = static_cast<Elem>(step) * token.q[n];
-    other[n] = 0;
-  }
-  const Reg lam = Vec::set1(static_cast<Elem>(lambda));
-  double w = 2.0;
-  for (int iteration = 0; iteration < token.num_iter; ++iteration) {
-    w = 1.0 / (1.0 - rho * rho * w);
-    const Reg momentum = Vec::set1(static_cast<Elem>(w - 1.0));
-    const Reg gain = Vec::set1(static_cast<Elem>(step * w));
-    row_combination<Vec>(h, ld, K, Kp, x, [&](int64_t n, Reg hx) {
-      const Reg xn = Vec::load(x + n);
-      const Reg residual = Vec::sub(Vec::fma(lam, xn, hx), Vec::load_f32(token.q + n));
-      const Reg moved = Vec::fma(momentum, Vec::sub(xn, Vec::load(other + n)), xn);
-      Vec::store(other + n, Vec::fnma(gain, residual, moved));
-    });
-    Elem* next = other;
-    other = x;
-    x = next;
-  }
-  return x;
-}
-
 // x of one token and o = scale U^T (q + alpha (x - q)); x is all zeros where f counts as zero.
 template <class Vec>
 void solve_and_read_step(const StepToken& token, const GkaStepJob& job,
-                         const SolveBuffers<typename Vec::Elem>& buffers, float* x_out, float* o) {
+                         const SolveBuffers<typename Vec::Elem>& buffers,
+                         const StepWork<typename Vec::Elem>& work, float* x_out, float* o) {
   using Elem = typename Vec::Elem;
   const int64_t K = job.in.K, Kp = padded(K), Vp = padded(job.in.V);
   const Elem* x = buffers.a;
   if (token.f == 0.0) {
     for (int64_t c = 0; c < Kp; ++c) buffers.a[c] = 0;
   } else {
-    x = chebyshev_step<Vec>(token, job.state.h, job.h_stride, K, Kp, buffers.a, buffers.b);
+    x = solve_step<Vec>(token, job.state.h, job.h_stride, K, Kp, work, buffers.a, buffers.b);
   }
   for (int64_t c = 0; c < Kp; ++c) {
     const Elem q = token.q[c];
@@ -228,6 +130,16 @@ SolveBuffers<Vec> take_step_buffers(Arena& arena, int64_t Kp) {
 }
 
 template <class Vec>
+void count_step(const StepToken& token, SolverCount* count) {
+  if (count == nullptr) return;
+  if (count->chunks == 0 || token.num_iter < count->min) count->min = token.num_iter;
+  if (token.num_iter > count->max) count->max = token.num_iter;
+  ++count->chunks;
+  count->direct_chunks += token.solver == Solver::direct;
+  count->sweeps += token.solver == Solver::direct;
+}
+
+template <class Vec>
 void gka_step_head(const GkaStepJob& job) {
   const HeadInputs& in = job.in;
   const int64_t Kp = padded(in.K), Vp = padded(in.V);
@@ -238,6 +150,8 @@ void gka_step_head(const GkaStepJob& job) {
   float* const o = arena.take(Vp);
   const auto narrow = take_step_buffers<float>(arena, Kp);
   const auto wide = take_step_buffers<double>(arena, Kp);
+  const auto work = take_step_work<float>(arena, Kp, in.solver);
+  const auto wide_work = take_step_work<double>(arena, Kp, in.solver);
   for (int64_t t = job.begin; t < job.end; ++t) {
     const float beta = in.beta.data == nullptr ? 1.0f : in.beta.data[t * in.beta.stride];
     StepToken token;
@@ -247,12 +161,12 @@ void gka_step_head(const GkaStepJob& job) {
                       ? in.ridge_ratio
                       : static_cast<double>(in.ridge.data[t * in.ridge.stride]);
     token.scale = in.scale;
-    token.num_iter = in.num_iter != 0 ? in.num_iter : chebyshev_num_iter(token.ridge, in.tolerance);
-    if (job.iterations != nullptr) {
-      IterationRange& range = *job.iterations;
-      if (range.max == 0 || token.num_iter < range.min) range.min = token.num_iter;
-      if (token.num_iter > range.max) range.max = token.num_iter;
+    token.solver = in.solver;
+    if (in.solver != Solver::direct) {
+      token.num_iter =
+          in.num_iter != 0 ? in.num_iter : chebyshev_num_iter(token.ridge, in.tolerance);
     }
+    count_step<Vec>(token, job.count);
     load_vector<Vec>(in.q, t, in.K, 1.0f, q);
     load_vector<Vec>(in.k, t, in.K, beta, k);
     load_vector<Vec>(in.v, t, in.V, beta, v);
@@ -263,9 +177,9 @@ void gka_step_head(const GkaStepJob& job) {
     update_u<Vec>(job.state.u, job.u_stride, in.K, Vp, u_decay, k, v);
     const double u_norm2 = squared_norm<Vec>(job.state.u, job.u_stride, in.K, Vp);
     float* const x = narrow.b;  // the float64 pass and the stores read x from here
-    solve_and_read_step<Vec>(token, job, narrow, x, o);
+    solve_and_read_step<Vec>(token, job, narrow, work, x, o);
     if (step_amplification<Vec>(token, job, u_norm2, x, o) > kLargestStepAmplification) {
-      solve_and_read_step<typename Vec::Wide>(token, job, wide, x, o);
+      solve_and_read_step<typename Vec::Wide>(token, job, wide, wide_work, x, o);
     }
     if (job.residual.data != nullptr) {
       job.residual.data[t * job.residual.stride] = residual_of_step<Vec>(token, job, x, wide.a);

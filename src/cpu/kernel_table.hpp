@@ -6,6 +6,7 @@
 
 #include "cpu/conv_kernels.hpp"
 #include "cpu/norm_kernels.hpp"
+#include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
 
@@ -39,7 +40,8 @@ struct HeadInputs {
   Column g, gk, alpha, beta, ridge;
   double scale = 1;
   double ridge_ratio = 0;  // where `ridge` is absent
-  int num_iter = 0;        // 0: from the chunk's smallest ridge ratio and the tolerance
+  Solver solver = Solver::chebyshev;
+  int num_iter = 0;  // 0: from the chunk's smallest ridge ratio and the tolerance
   double tolerance = 0;
 };
 
@@ -50,8 +52,12 @@ struct StateBuffers {
   float* u = nullptr;
 };
 
-struct IterationRange {
-  int min = 0, max = 0;
+// What the solver did, over the chunks of a job (tokens, where it goes token by token).
+struct SolverCount {
+  int min = 0, max = 0;  // steps of the iteration
+  int64_t chunks = 0;
+  int64_t direct_chunks = 0;  // of them, those solved directly
+  int64_t sweeps = 0;         // matrices inverted or factored
 };
 
 // Tokens [begin, end) of one head, chunk by chunk; `state` goes from before `begin` to after `end`.
@@ -65,7 +71,7 @@ struct GkaForwardJob {
   OutRows o, x;              // x optional
   OutColumn residual;        // optional
   float* scratch = nullptr;  // forward_scratch_floats(K, V)
-  IterationRange* iterations = nullptr;
+  SolverCount* count = nullptr;
 };
 
 // Advances the states over tokens [begin, end) with the forward's arithmetic and nothing else; a
@@ -78,8 +84,14 @@ struct GkaScanJob {
   float* scratch = nullptr;
 };
 
+// Whether a backward solves all chunks of a segment, in order, before its first gradient.
+constexpr bool solves_ahead(Solver solver) {
+  return solver == Solver::direct;
+}
+
 // Gradients of tokens [begin, end) of one head, last chunk first. What `phase` leaves out must have
 // been done before: solve_only writes z (and x where it was not saved), gradients_only reads them.
+// With a solver that solves ahead, `both` uses z_rows and x_rows as well.
 struct GkaBackwardJob {
   enum Phase { solve_only, gradients_only, both };
   Phase phase = both;
@@ -97,7 +109,7 @@ struct GkaBackwardJob {
   OutRows dq, dk, dv;  // all optional
   OutColumn dg, dgk, dalpha, dbeta, d_ridge;
   float* scratch = nullptr;  // backward_scratch_floats(K, V)
-  IterationRange* iterations = nullptr;
+  SolverCount* count = nullptr;
 };
 
 // Tokens [begin, end) of one head one by one; state as above, but its rows may have any stride.
@@ -109,7 +121,7 @@ struct GkaStepJob {
   OutRows o, x;
   OutColumn residual;
   float* scratch = nullptr;  // step_scratch_floats(K, V)
-  IterationRange* iterations = nullptr;
+  SolverCount* count = nullptr;
 };
 
 struct KernelTable {

@@ -52,12 +52,12 @@ struct Tile {
 
   // acc[r][t] += sum_{c < inner} A(c, r) X[c][t], A(c, r) = a[c * ld + r], or a[r * ld + c]
   // transposed.
-  template <bool kTransposed = false>
-  KALMANET_INLINE void accumulate(const float* a, int64_t ld, int64_t inner, const Elem* x) {
+  template <bool kTransposed = false, class A, class X>
+  KALMANET_INLINE void accumulate(const A* a, int64_t ld, int64_t inner, const X* x) {
     for (int64_t c = 0; c < inner; ++c) {
       Reg xc[kVecs];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) xc[v] = Vec::load(x + c * kLanes + v * Vec::kWidth);
+      for (int v = 0; v < kVecs; ++v) xc[v] = load_as<Vec>(x + c * kLanes + v * Vec::kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Reg b = Vec::set1(static_cast<Elem>(kTransposed ? a[r * ld + c] : a[c * ld + r]));
@@ -139,9 +139,9 @@ void lanes_dot(const A* a, const B* b, int64_t rows, double* dot) {
 
 // M[c][n] = decay * M[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple of
 // kLanes). M, A and B are row-major with strides ldm, lda, ldb.
-template <class Vec, int kRows, int kVecs>
-KALMANET_INLINE void rank_update_block(float* m, int64_t ldm, float decay, const float* a,
-                                       int64_t lda, const float* b, int64_t ldb, int64_t count) {
+template <class Vec, int kRows, int kVecs, class Elem = typename Vec::Elem>
+KALMANET_INLINE void rank_update_block(Elem* m, int64_t ldm, Elem decay, const Elem* a, int64_t lda,
+                                       const Elem* b, int64_t ldb, int64_t count) {
   using Reg = typename Vec::Reg;
   Reg acc[kRows][kVecs];
   const Reg d = Vec::set1(decay);
@@ -170,9 +170,9 @@ KALMANET_INLINE void rank_update_block(float* m, int64_t ldm, float decay, const
   }
 }
 
-template <class Vec, int kVecs>
-KALMANET_INLINE void rank_update_panel(float* m, int64_t ldm, int64_t rows, float decay,
-                                       const float* a, int64_t lda, const float* b, int64_t ldb,
+template <class Vec, int kVecs, class Elem = typename Vec::Elem>
+KALMANET_INLINE void rank_update_panel(Elem* m, int64_t ldm, int64_t rows, Elem decay,
+                                       const Elem* a, int64_t lda, const Elem* b, int64_t ldb,
                                        int64_t count) {
   // 4 rows x 4 registers of AVX-512, 4 x 2 of the others: 16 and 8 accumulators.
   int64_t c = 0;
@@ -184,9 +184,9 @@ KALMANET_INLINE void rank_update_panel(float* m, int64_t ldm, int64_t rows, floa
   }
 }
 
-template <class Vec>
-void rank_update(float* m, int64_t ldm, int64_t rows, int64_t cols, float decay, const float* a,
-                 int64_t lda, const float* b, int64_t ldb, int64_t count) {
+template <class Vec, class Elem = typename Vec::Elem>
+void rank_update(Elem* m, int64_t ldm, int64_t rows, int64_t cols, Elem decay, const Elem* a,
+                 int64_t lda, const Elem* b, int64_t ldb, int64_t count) {
   constexpr int kPanel = Vec::kWidth == 16 ? 4 : 2;
   constexpr int64_t kWide = kPanel * Vec::kWidth;
   int64_t n = 0;

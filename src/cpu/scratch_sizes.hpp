@@ -5,25 +5,57 @@
 
 namespace kalmanet::cpu {
 
+// Chunks are grouped by windows of this many, counted from the sequence's start, and no block of
+// the direct solver reaches across a window: so blocks do not depend on where threads cut a
+// sequence. At 4 chunks (64 tokens) the K^3 operations of a sweep are K / 64 products of K x K a
+// token, already less than one inner step; longer blocks would pay more for their own keys than
+// they save.
+inline constexpr int64_t kBlockChunks = 4;
+
 // A chunk's keys (rows and lanes), queries (lanes) and values (rows): chunk.hpp.
 constexpr int64_t chunk_floats(int64_t K, int64_t V) {
   return 3 * padded(K) * kLanes + padded(V) * kLanes;
 }
+// Elements of a direct block of `chunks` chunks: L^{-1}, R^{-1}, W twice, two of [token or row][t],
+// two of lanes (DirectBlock).
+constexpr int64_t direct_elems(int64_t K, int64_t chunks) {
+  const int64_t tokens = chunks * kLanes;
+  const int64_t rows = padded(K) > tokens ? padded(K) : tokens;
+  return padded(K) * padded(K) + tokens * tokens + 2 * tokens * padded(K) + 2 * rows * kLanes +
+         2 * padded(K) * kLanes;
+}
+// What a solver keeps beside its two buffers: the float32 one over a block, the float64 one over a
+// chunk (ChunkSolver).
+constexpr int64_t solver_floats(int64_t K, Solver solver) {
+  switch (solver) {
+    case Solver::chebyshev:
+      return 0;
+    case Solver::direct:
+      return direct_elems(K, kBlockChunks) + 2 * direct_elems(K, 1);
+    case Solver::cg:
+      return 3 * 2 * padded(K) * kLanes;
+  }
+  return 0;
+}
 // Two buffers of the solver and the mix, in float32 and in float64; the output.
-constexpr int64_t forward_scratch_floats(int64_t K, int64_t V) {
-  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes;
+constexpr int64_t forward_scratch_floats(int64_t K, int64_t V, Solver solver) {
+  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes + solver_floats(K, solver);
 }
 // The decayed keys.
 constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
   return chunk_floats(K, V) + padded(K) * kLanes;
 }
 // 12 blocks of keys' width and 4 of values', and the solver's in float64: BackwardChunk.
-constexpr int64_t backward_scratch_floats(int64_t K, int64_t V) {
-  return chunk_floats(K, V) + (20 * padded(K) + 4 * padded(V)) * kLanes;
+constexpr int64_t backward_scratch_floats(int64_t K, int64_t V, Solver solver) {
+  return chunk_floats(K, V) + (20 * padded(K) + 4 * padded(V)) * kLanes + solver_floats(K, solver);
 }
-// q and k, the solver's three vectors in float32 and in float64; v, o: one token.
-constexpr int64_t step_scratch_floats(int64_t K, int64_t V) {
-  return (2 + 3 + 2 * 3) * padded(K) + 2 * padded(V);
+// q and k, the solver's three vectors in float32 and in float64; v, o: one token. Beside them:
+// direct, the matrix and an elimination's panels; cg, two vectors; either in float32 and float64.
+constexpr int64_t step_scratch_floats(int64_t K, int64_t V, Solver solver) {
+  const int64_t beside = solver == Solver::direct ? padded(K) * padded(K) + 2 * kLanes * padded(K)
+                         : solver == Solver::cg   ? 2 * padded(K)
+                                                  : 0;
+  return (2 + 3 + 2 * 3) * padded(K) + 2 * padded(V) + 3 * beside;
 }
 
 }  // namespace kalmanet::cpu
