@@ -18,6 +18,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/chebyshev.hpp"
 #include "cpu/chunk.hpp"
 #include "cpu/inverse_factor.hpp"
 #include "cpu/lanes.hpp"
@@ -37,6 +38,7 @@ struct DirectBlock {
   Elem *s, *s2;           // [token, or row of H_0][t]
   Elem* applied;          // lanes [Kp][t]: Z
   Elem* start;            // lanes: M^{-1} b
+  Elem* correction[2];    // lanes: what is added to x
   bool active = false;
   bool h_is_zero = false;  // L = sqrt(mu) I, and l is not used
   double mu = 0;
@@ -45,6 +47,7 @@ struct DirectBlock {
   double shift[kLanes];  // delta_t of the current chunk
   double gain[kLanes];   // e^{-G_t}, 0 for what has no solution (f_t = 0) or is no token
   double ratio = 1;     // largest of rho_t and 1 / rho_t over the current chunk
+  double cancellation = 0;  // largest kt_j^T (H_0 + mu I)^{-1} kt_j so far
 };
 
 template <class Vec>
@@ -65,6 +68,7 @@ void carve_direct(DirectBlock<Vec>& d, int64_t K, int64_t capacity, Arena& arena
   d.s2 = take(rows * kLanes);
   d.applied = take(d.Kp * kLanes);
   d.start = take(d.Kp * kLanes);
+  for (Elem*& p : d.correction) p = take(d.Kp * kLanes);
   d.active = false;
 }
 
@@ -77,6 +81,7 @@ void start_block(DirectBlock<Vec>& d, const float* h, bool h_is_zero, double mu)
   d.mu = mu;
   d.decay = 1.0;
   d.chunks = 0;
+  d.cancellation = 0.0;
   if (h_is_zero) return;
   for (int64_t from = 0; from < d.Kp; from += kLanes) {
     for (int64_t c = 0; c < from + kLanes; ++c) {
@@ -142,7 +147,12 @@ void append_chunk(DirectBlock<Vec>& d, const Chunk& c) {
     for (int64_t i = 0; i < d.Kp; ++i) row[i] = w[i * kLanes + t];
   }
   multiply_by_keys<Vec>(d, tokens, w, d.s);
-  for (int64_t t = 0; t < kLanes; ++t) d.s[(from + t) * kLanes + t] += 1;
+  for (int64_t t = 0; t < kLanes; ++t) {
+    Elem& diagonal = d.s[(from + t) * kLanes + t];
+    const double w2 = diagonal;
+    if (w2 > d.cancellation) d.cancellation = w2;
+    diagonal += 1;
+  }
   append_rows<Vec>(d.r, from, d.s, d.s2);
   ++d.chunks;
 }
@@ -201,11 +211,11 @@ inline int direct_steps(double ratio, double tolerance) {
   return steps > 0.0 ? static_cast<int>(steps) : 0;
 }
 
-// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk that append_chunk and
+// (I + delta_t M_t^{-1}) x_t = M_t^{-1} b_t for every token of the chunk that append_chunk and
 // load_shifts took last. b, x, other: [Kp][t]; returns which of x and other holds the solution.
 template <class Vec, class B>
-typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const B* b, int steps,
-                                 typename Vec::Elem* x, typename Vec::Elem* other) {
+typename Vec::Elem* iterate_direct(const DirectBlock<Vec>& d, const B* b, int steps,
+                                   typename Vec::Elem* x, typename Vec::Elem* other) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
   alignas(64) Elem gain[kLanes], delta[kLanes], step[kLanes], momentum[kLanes], weight[kLanes];
@@ -245,6 +255,40 @@ typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const B* b, int step
     x = next;
   }
   return x;
+}
+
+// Whether a float32 solution needs correcting by its residual. M_t^{-1} b takes what the block's
+// keys have already explained off a larger (H_0 + mu I)^{-1} b: along a key k_j that is
+// k_j^T (H_0 + mu I)^{-1} k_j times larger than what remains, and so is the rounding error of x
+// along it, where U reads x and where the gradient of k_j is a small difference. The residual,
+// which is one of H_t, restores it; its own solution need not have more than two digits.
+inline constexpr double kLargestCancellation = 1.0;
+inline constexpr double kCorrectionTolerance = 0.01;
+
+// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk, as above.
+template <class Vec, class B>
+typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk& c, const float* h,
+                                 bool h_is_zero, const B* b, int steps, typename Vec::Elem* x,
+                                 typename Vec::Elem* other, bool corrected) {
+  using Reg = typename Vec::Reg;
+  using Elem = typename Vec::Elem;
+  Elem* const solution = iterate_direct<Vec>(d, b, steps, x, other);
+  if (!corrected || sizeof(Elem) != sizeof(float) || !(d.cancellation > kLargestCancellation)) {
+    return solution;
+  }
+  Elem* const residual = solution == x ? other : x;
+  alignas(64) Elem lambda[kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) lambda[t] = static_cast<Elem>(c.lambda[t]);
+  apply_h<Vec>(c, h, h_is_zero, solution, [&](int64_t at, int lane, Reg hx) {
+    const Reg ax = Vec::fma(Vec::load(lambda + lane), Vec::load(solution + at), hx);
+    Vec::store(residual + at, Vec::sub(load_as<Vec>(b + at), ax));
+  });
+  const Elem* change = iterate_direct<Vec>(d, residual, direct_steps(d.ratio, kCorrectionTolerance),
+                                           d.correction[0], d.correction[1]);
+  for (int64_t at = 0; at < d.Kp * kLanes; at += Vec::kWidth) {
+    Vec::store(solution + at, Vec::add(Vec::load(solution + at), Vec::load(change + at)));
+  }
+  return solution;
 }
 
 }  // namespace kalmanet::cpu

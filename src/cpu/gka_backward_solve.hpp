@@ -94,9 +94,9 @@ void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* 
       Vec::store(rhs + i * kLanes + lane, Vec::mul(Vec::load(c.alpha + lane), d));
     }
   }
-  b.z = solve_chunk_system<Vec>(b.solver, c, h, false, rhs, b.solve_z[0], b.solve_z[1]);
+  b.z = solve_chunk_system<Vec>(b.solver, c, h, false, rhs, b.solve_z[0], b.solve_z[1], true);
   if (job.saved_x.data == nullptr) {
-    b.x = solve_chunk_system<Vec>(b.solver, c, h, false, c.q_lanes, b.solve_x[0], b.solve_x[1]);
+    b.x = solve_chunk_system<Vec>(b.solver, c, h, false, c.q_lanes, b.solve_x[0], b.solve_x[1], true);
   }
 }
 
@@ -131,10 +131,10 @@ void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
     }
   }
   const double* z =
-      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, rhs, b.wide[2], b.wide[3]);
+      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, rhs, b.wide[2], b.wide[3], true);
   double* const other = z == b.wide[2] ? b.wide[3] : b.wide[2];
   const double* x =
-      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, c.q_lanes, other, rhs);
+      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, c.q_lanes, other, rhs, true);
   b.z = b.solve_z[0];
   b.x = b.solve_x[0];
   for (int64_t i = 0; i < c.Kp * kLanes; ++i) {

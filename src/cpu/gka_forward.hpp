@@ -64,7 +64,7 @@ const float* solve_and_read(const Chunk& c, const HeadInputs& in, const StateBuf
                             float* o) {
   using Elem = typename Vec::Elem;
   const Elem* x = solve_chunk_system<Vec>(solver, c, state.h, h_is_zero, c.q_lanes, buffers.a,
-                                          buffers.b);
+                                          buffers.b, false);
   mix<Vec>(c, x, buffers.m);
   read_out<Vec>(c, state.u, buffers.m, in.scale, o);
   if constexpr (sizeof(Elem) == sizeof(float)) {

@@ -17,12 +17,12 @@ constexpr int64_t chunk_floats(int64_t K, int64_t V) {
   return 3 * padded(K) * kLanes + padded(V) * kLanes;
 }
 // Elements of a direct block of `chunks` chunks: L^{-1}, R^{-1}, W twice, two of [token or row][t],
-// two of lanes (DirectBlock).
+// four of lanes (DirectBlock).
 constexpr int64_t direct_elems(int64_t K, int64_t chunks) {
   const int64_t tokens = chunks * kLanes;
   const int64_t rows = padded(K) > tokens ? padded(K) : tokens;
   return padded(K) * padded(K) + tokens * tokens + 2 * tokens * padded(K) + 2 * rows * kLanes +
-         2 * padded(K) * kLanes;
+         4 * padded(K) * kLanes;
 }
 // What a solver keeps beside its two buffers: the float32 one over a block, the float64 one over a
 // chunk (ChunkSolver).

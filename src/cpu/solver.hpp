@@ -72,10 +72,11 @@ void prepare_solver(ChunkSolver<Vec>& s, const Chunk& c, const HeadInputs& in, c
 
 // Solves (H_t + lambda_t I) x_t = b_t for every token of the prepared chunk. b, x, other: lanes
 // [Kp][t]; returns which of x and other holds the solution.
+// `corrected`: direct, with corrections where they are needed.
 template <class Vec, class B>
 typename Vec::Elem* solve_chunk_system(const ChunkSolver<Vec>& s, const Chunk& c, const float* h,
                                        bool h_is_zero, const B* b, typename Vec::Elem* x,
-                                       typename Vec::Elem* other) {
+                                       typename Vec::Elem* other, bool corrected) {
   if (s.solver == Solver::cg) {
     conjugate_gradients<Vec>(c, h, h_is_zero, b, s.plan.steps, x, other, s.extra[0], s.extra[1]);
     return x;
@@ -87,7 +88,7 @@ typename Vec::Elem* solve_chunk_system(const ChunkSolver<Vec>& s, const Chunk& c
     for (int64_t i = 0; i < c.Kp * kLanes; ++i) x[i] = 0;
     return x;
   }
-  return solve_direct<Vec>(s.block, b, s.plan.steps, x, other);
+  return solve_direct<Vec>(s.block, c, h, h_is_zero, b, s.plan.steps, x, other, corrected);
 }
 
 }  // namespace kalmanet::cpu
