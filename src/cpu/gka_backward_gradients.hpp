@@ -136,6 +136,37 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
   }
 }
 
+// z_t^T H_0 x_t. Where few keys have been seen z and x are long and all but orthogonal to them: the
+// product is then a small part of |z| |H_0| |x| and needs float64. Random vectors beside a mature
+// state come to about 1 / K of it.
+template <class Vec>
+void state_products(const BackwardChunk<Vec>& b, const float* h, float* zh, double* z_h_x) {
+  constexpr double kSmallestShare = 1e-3;
+  const Chunk& c = b.c;
+  lanes_product<Vec>(h, c.Kp, c.K, c.Kp, b.z, zh);
+  lanes_dot<Vec>(zh, b.x, c.K, z_h_x);
+  double x2[kLanes], z2[kLanes], product2 = 0.0, size2 = 0.0;
+  lanes_dot<Vec>(b.x, b.x, c.K, x2);
+  lanes_dot<Vec>(b.z, b.z, c.K, z2);
+  for (int64_t t = 0; t < c.n; ++t) {
+    product2 += z_h_x[t] * z_h_x[t];
+    size2 += x2[t] * z2[t] * c.start_norm2;
+  }
+  if (!(product2 < kSmallestShare * kSmallestShare * size2)) return;
+  using WideTile = Tile<typename Vec::Wide>;
+  alignas(64) double product[WideTile::kRows * kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) z_h_x[t] = 0.0;
+  for (int64_t n = 0; n < c.Kp; n += WideTile::kRows) {
+    WideTile tile;
+    tile.clear();
+    tile.accumulate(h + n, c.Kp, c.K, b.z);
+    tile.store(product);
+    for (int64_t i = 0; i < WideTile::kRows * kLanes; ++i) {
+      z_h_x[i % kLanes] += product[i] * b.x[n * kLanes + i];
+    }
+  }
+}
+
 // dgk and dg of the chunk's tokens, from D, E (after the chunk) and H_0, U_0.
 template <class Vec>
 void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const StateBuffers& start,
@@ -162,10 +193,7 @@ void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const S
   }
   if (job.dgk.data == nullptr) return;
   double z_h_x[kLanes] = {};
-  if (!h_is_zero) {
-    lanes_product<Vec>(start.h, c.Kp, c.K, c.Kp, b.z, zh);
-    lanes_dot<Vec>(zh, b.x, c.K, z_h_x);
-  }
+  if (!h_is_zero) state_products<Vec>(b, start.h, zh, z_h_x);
   Interactions<Vec> h;
   const ChunkDecay& d = *c.h_decay;
   for (int64_t i = 0; i < c.n; ++i) {
