@@ -20,17 +20,15 @@ class CpuBackend final : public core::GkaBackend {
   Backend id() const noexcept override { return Backend::cpu; }
 
   std::string describe() const override {
-    std::string text = "float32; chebyshev, direct, cg; instruction sets:";
+    std::string text = "float32 and float64; chebyshev, direct, cg; instruction sets:";
     for (InstructionSet isa : available_instruction_sets()) text += std::string(" ") + name(isa);
     return text + "; using " + name(instruction_set());
   }
 
   std::string refuses(const core::GkaProblem& problem) const override {
-    if (problem.dtype != DType::float32) {
+    if (problem.dtype != DType::float32 && problem.dtype != DType::float64) {
       return std::string(name(problem.dtype)) +
-             " is not computed by the cpu backend yet (float32 is)" +
-             (problem.dtype == DType::float64 ? "; pass backend=reference for the float64 oracle"
-                                              : "");
+             " is not computed by the cpu backend yet (float32 and float64 are)";
     }
     return "";
   }

@@ -1,4 +1,4 @@
-// The CPU backend: GKA in float32 by vector kernels chosen at run time.
+// The CPU backend: GKA by vector kernels chosen at run time.
 #pragma once
 
 #include "core/backend.hpp"

@@ -13,8 +13,8 @@
 namespace kalmanet::cpu {
 
 // b, x, r, p, ap: lanes [Kp][t]; x receives the solution.
-template <class Vec, class B>
-void conjugate_gradients(const Chunk& c, const float* h, bool h_is_zero, const B* b, int num_iter,
+template <class Vec, class B, class S>
+void conjugate_gradients(const Chunk<S>& c, const S* h, bool h_is_zero, const B* b, int num_iter,
                          typename Vec::Elem* x, typename Vec::Elem* r, typename Vec::Elem* p,
                          typename Vec::Elem* ap) {
   using Elem = typename Vec::Elem;

@@ -8,12 +8,13 @@
 // is small once x converges, so less is lost to rounding). H_t x is never formed from H_t:
 //   H_t y = e^{G_t} H_0 y + sum_{j <= t} M_tj k_j (k_j . y)
 //
-// Everything is generic over the vector type, and so over the precision of x: float32, or float64
-// (a vector type's Wide) with the same float32 inputs.
+// Everything is generic over the vector type, and so over the precision of x: that of the chunk's
+// storage, or float64 (a vector type's Wide) with the same float32 inputs.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/chunk.hpp"
 #include "cpu/lanes.hpp"
@@ -22,8 +23,8 @@
 namespace kalmanet::cpu {
 
 // epilogue(at, lane, register of H_t y_t) for every register of lanes [Kp][t].
-template <class Vec, class Epilogue>
-KALMANET_INLINE void apply_h(const Chunk& c, const float* h, bool h_is_zero,
+template <class Vec, class S, class Epilogue>
+KALMANET_INLINE void apply_h(const Chunk<S>& c, const S* h, bool h_is_zero,
                              const typename Vec::Elem* y, Epilogue&& epilogue) {
   using T = Tile<Vec>;
   alignas(64) typename Vec::Elem s[kLanes * kLanes];  // [j][t]: M_tj (k_j . y_t)
@@ -43,10 +44,11 @@ KALMANET_INLINE void apply_h(const Chunk& c, const float* h, bool h_is_zero,
 }
 
 // Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk. b, x, other: [Kp][t], b in
-// float32 or in x's precision; returns which of x and other holds the solution.
-template <class Vec, class B>
-typename Vec::Elem* chebyshev(const Chunk& c, const float* h, bool h_is_zero, const B* b,
-                              int num_iter, typename Vec::Elem* x, typename Vec::Elem* other) {
+// the chunk's storage or in x's precision; returns which of x and other holds the solution.
+template <class Vec, class S, class B>
+typename Vec::Elem* chebyshev(const Chunk<S>& c, const std::type_identity_t<S>* h, bool h_is_zero,
+                              const B* b, int num_iter, typename Vec::Elem* x,
+                              typename Vec::Elem* other) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
   alignas(64) Elem momentum[kLanes], gain[kLanes], lambda[kLanes];
@@ -85,9 +87,9 @@ typename Vec::Elem* chebyshev(const Chunk& c, const float* h, bool h_is_zero, co
 }
 
 // |(H_t + lambda_t I) x_t - b_t| / |b_t| a token; 0 where b_t or f_t is 0.
-template <class Vec>
-void relative_residual(const Chunk& c, const float* h, bool h_is_zero, const float* b,
-                       const float* x, float* out) {
+template <class Vec, class S>
+void relative_residual(const Chunk<S>& c, const S* h, bool h_is_zero, const S* b, const S* x,
+                       double* out) {
   using Wide = typename Vec::Wide;
   using Reg = typename Wide::Reg;
   // In float64: the residual of a good solution is the small difference of large numbers.
@@ -98,12 +100,12 @@ void relative_residual(const Chunk& c, const float* h, bool h_is_zero, const flo
   for (int64_t t = 0; t < kLanes; ++t) lambda[t] = c.lambda[t];
   apply_h<Wide>(c, h, h_is_zero, wide_x, [&](int64_t at, int lane, Reg hx) {
     Wide::store(r, Wide::sub(Wide::fma(Wide::load(lambda + lane), Wide::load(wide_x + at), hx),
-                             Wide::load_f32(b + at)));
+                             load_as<Wide>(b + at)));
     for (int i = 0; i < Wide::kWidth; ++i) r2[lane + i] += r[i] * r[i];
   });
   lanes_dot<Vec>(b, b, c.K, b2);
   for (int64_t t = 0; t < kLanes; ++t) {
-    out[t] = c.norm[t] == 0.0 || b2[t] == 0.0 ? 0.0f : static_cast<float>(std::sqrt(r2[t] / b2[t]));
+    out[t] = c.norm[t] == 0.0 || b2[t] == 0.0 ? 0.0 : std::sqrt(r2[t] / b2[t]);
   }
 }
 

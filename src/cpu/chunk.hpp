@@ -14,52 +14,55 @@
 namespace kalmanet::cpu {
 
 // Decays inside a chunk: every factor is a product of e^{g} <= 1, never a quotient.
+template <class S>
 struct ChunkDecay {
-  float rows[kLanes * kLanes];   // [t][j]: M_tj
-  float lanes[kLanes * kLanes];  // [j][t]: M_tj
-  float since_start[kLanes];     // e^{G_t}
-  float to_end[kLanes];          // e^{G_C - G_t}
+  S rows[kLanes * kLanes];   // [t][j]: M_tj
+  S lanes[kLanes * kLanes];  // [j][t]: M_tj
+  S since_start[kLanes];     // e^{G_t}
+  S to_end[kLanes];          // e^{G_C - G_t}
   double since_start64[kLanes];
-  float total;  // e^{G_C}
+  S total;  // e^{G_C}
 };
 
 // Hands out pieces of a scratch buffer, each aligned as the buffer (64 bytes).
+template <class S>
 class Arena {
  public:
-  explicit Arena(float* base) : next_(base) {}
-  float* take(int64_t floats) {
-    float* p = next_;
-    next_ += padded(floats);
+  KALMANET_INLINE explicit Arena(S* base) : next_(base) {}
+  KALMANET_INLINE S* take(int64_t elements) {
+    S* p = next_;
+    next_ += padded(elements);
     return p;
   }
 
  private:
-  float* next_;
+  S* next_;
 };
 
+template <class S>
 struct Chunk {
   int64_t K, V, Kp, Vp;
   int64_t t0 = 0;  // first token
   int64_t n = 0;   // tokens
   // lanes [Kp][t] and rows [t][Kp] of the keys; lanes of the queries; rows of the values. Keys and
   // values are multiplied by beta. Rows and lanes from token n on are zeros.
-  float *k_lanes, *k_rows, *q_lanes, *v_rows;
-  ChunkDecay* h_decay;  // of gk
-  ChunkDecay* u_decay;  // of g; the same object where both gates are one tensor
-  ChunkDecay decay_storage[2];
+  S *k_lanes, *k_rows, *q_lanes, *v_rows;
+  ChunkDecay<S>* h_decay;  // of gk
+  ChunkDecay<S>* u_decay;  // of g; the same object where both gates are one tensor
+  ChunkDecay<S> decay_storage[2];
   double ridge[kLanes];   // a_t
   double norm[kLanes];    // f_t, 0 where it counts as zero
   double lambda[kLanes];  // a_t f_t
   double step[kLanes];    // of the iteration: 2 / (2 lambda + f); 0 where f_t counts as zero
   double rho2[kLanes];
-  float alpha[kLanes];
+  S alpha[kLanes];
   double gram2[kLanes][kLanes];  // (k_i . k_j)^2
   double kappa[kLanes];          // k_j^T H_0 k_j
   double start_norm2;            // |H_0|_F^2
 };
 
-template <class Vec>
-void carve_chunk(Chunk& c, const HeadInputs& in, Arena& arena) {
+template <class Vec, class S>
+void carve_chunk(Chunk<S>& c, const HeadInputs& in, Arena<S>& arena) {
   c.K = in.K;
   c.V = in.V;
   c.Kp = padded(in.K);
@@ -70,13 +73,13 @@ void carve_chunk(Chunk& c, const HeadInputs& in, Arena& arena) {
   c.v_rows = arena.take(c.Vp * kLanes);
 }
 
-template <class Vec>
-void load_decay(ChunkDecay& d, const Column& gate, int64_t t0, int64_t n) {
+template <class Vec, class S>
+void load_decay(ChunkDecay<S>& d, const Column& gate, int64_t t0, int64_t n) {
   double factor[kLanes];
   for (int64_t t = 0; t < kLanes; ++t) {
     factor[t] = gate.data == nullptr || t >= n
                     ? 1.0
-                    : std::exp(static_cast<double>(gate.data[(t0 + t) * gate.stride]));
+                    : std::exp(static_cast<double>(value_at<S>(gate, t0 + t, 0)));
   }
   double row[kLanes] = {};  // M_tj of the current t
   double start = 1.0;
@@ -88,39 +91,39 @@ void load_decay(ChunkDecay& d, const Column& gate, int64_t t0, int64_t n) {
       row[t] = 1.0;
     }
     for (int64_t j = 0; j < kLanes; ++j) {
-      const float m = real && j <= t ? static_cast<float>(row[j]) : 0.0f;
+      const S m = real && j <= t ? static_cast<S>(row[j]) : 0;
       d.rows[t * kLanes + j] = m;
       d.lanes[j * kLanes + t] = m;
     }
     d.since_start64[t] = real ? start : 0.0;
-    d.since_start[t] = static_cast<float>(d.since_start64[t]);
+    d.since_start[t] = static_cast<S>(d.since_start64[t]);
   }
   // The last real row holds e^{G_C - G_j}.
-  for (int64_t t = 0; t < kLanes; ++t) d.to_end[t] = t < n ? static_cast<float>(row[t]) : 0.0f;
-  d.total = static_cast<float>(start);
+  for (int64_t t = 0; t < kLanes; ++t) d.to_end[t] = t < n ? static_cast<S>(row[t]) : 0;
+  d.total = static_cast<S>(start);
 }
 
 // Rows of keys or values, times beta.
-template <class Vec>
-void load_rows(const Rows& src, const Column& beta, int64_t t0, int64_t n, int64_t width,
-               float* rows) {
+template <class Vec, class S>
+void load_rows(const Rows& src, const Column& beta, int64_t t0, int64_t n, int64_t width, S* rows) {
   const int64_t cols = padded(width);
   for (int64_t t = 0; t < kLanes; ++t) {
-    float* row = rows + t * cols;
+    S* row = rows + t * cols;
     if (t < n) {
-      const float* p = src.data + (t0 + t) * src.token_stride;
-      const float b = beta.data == nullptr ? 1.0f : beta.data[(t0 + t) * beta.stride];
+      const S* p = row_of<S>(src, t0 + t);
+      const S b = value_at<S>(beta, t0 + t, 1);
       for (int64_t c = 0; c < width; ++c) row[c] = b * p[c * src.stride];
-      for (int64_t c = width; c < cols; ++c) row[c] = 0.0f;
+      for (int64_t c = width; c < cols; ++c) row[c] = 0;
     } else {
-      for (int64_t c = 0; c < cols; ++c) row[c] = 0.0f;
+      for (int64_t c = 0; c < cols; ++c) row[c] = 0;
     }
   }
 }
 
 // Keys, values and decays: all that the states need. `h`, `u`: which of the two.
-template <class Vec>
-void load_chunk_for_states(Chunk& c, const HeadInputs& in, int64_t t0, int64_t n, bool h, bool u) {
+template <class Vec, class S>
+void load_chunk_for_states(Chunk<S>& c, const HeadInputs& in, int64_t t0, int64_t n, bool h,
+                           bool u) {
   c.t0 = t0;
   c.n = n;
   c.h_decay = &c.decay_storage[0];
@@ -137,26 +140,24 @@ void load_chunk_for_states(Chunk& c, const HeadInputs& in, int64_t t0, int64_t n
   if (u) load_rows<Vec>(in.v, in.beta, t0, n, in.V, c.v_rows);
 }
 
-template <class Vec>
-void load_chunk(Chunk& c, const HeadInputs& in, int64_t t0, int64_t n) {
+template <class Vec, class S>
+void load_chunk(Chunk<S>& c, const HeadInputs& in, int64_t t0, int64_t n) {
   load_chunk_for_states<Vec>(c, in, t0, n, true, true);
   rows_to_lanes<Vec>(c.k_rows, c.Kp, c.k_lanes);
   load_lanes<Vec>(in.q, t0, n, in.K, c.q_lanes);
   for (int64_t t = 0; t < kLanes; ++t) {
     const bool real = t < n;
-    c.alpha[t] =
-        !real ? 0.0f
-              : (in.alpha.data == nullptr ? 1.0f : in.alpha.data[(t0 + t) * in.alpha.stride]);
+    c.alpha[t] = real ? value_at<S>(in.alpha, t0 + t, 1) : 0;
     c.ridge[t] = !real || in.ridge.data == nullptr
                      ? in.ridge_ratio
-                     : static_cast<double>(in.ridge.data[(t0 + t) * in.ridge.stride]);
+                     : static_cast<double>(value_at<S>(in.ridge, t0 + t, 0));
   }
 }
 
 // kappa_j = k_j^T H_0 k_j and (k_i . k_j)^2, summed in the precision of Vec; `lanes` as
 // ridge_norms.
-template <class Vec>
-void key_products(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
+template <class Vec, class S>
+void key_products(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   using T = Tile<Vec>;
   using Elem = typename Vec::Elem;
   alignas(64) Elem keys[kMaxHeadDim * kLanes];
@@ -170,7 +171,7 @@ void key_products(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
       tile.accumulate(h + n, c.Kp, c.K, keys);
       tile.store(hk);
       for (int64_t i = 0; i < T::kRows * kLanes; ++i) {
-        hk_lanes[n * kLanes + i] = static_cast<float>(hk[i]);
+        hk_lanes[n * kLanes + i] = static_cast<S>(hk[i]);
         kappa[i % kLanes] += static_cast<double>(hk[i]) * keys[n * kLanes + i];
       }
     }
@@ -196,15 +197,15 @@ void key_products(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
 // All three terms are sums of nothing negative (H_0 is positive semi-definite), so no digits
 // cancel. `hk_lanes` [Kp][t] receives H_0 k_t (unused where h_is_zero).
 //
-// The decays are the float32 ones that the operator is applied with: where one direction holds
-// nearly all of H, its eigenvalue lies at the very edge f + lambda of the iteration's interval,
-// where r steps magnify a relative difference between f and the operator r^2-fold. So a chunk
-// solved in float64 has its products summed in float64 too (Vec = Wide).
-template <class Vec>
-void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
+// The decays are the storage's (float32) ones that the operator is applied with: where one
+// direction holds nearly all of H, its eigenvalue lies at the very edge f + lambda of the
+// iteration's interval, where r steps magnify a relative difference between f and the operator
+// r^2-fold. So a chunk solved in float64 has its products summed in float64 too (Vec = Wide).
+template <class Vec, class S>
+void ridge_norms(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   c.start_norm2 = h_is_zero ? 0.0 : squared_norm<Vec>(h, c.Kp, c.K, c.Kp);
   key_products<Vec>(c, h, h_is_zero, hk_lanes);
-  const ChunkDecay& d = *c.h_decay;
+  const ChunkDecay<S>& d = *c.h_decay;
   for (int64_t t = 0; t < kLanes; ++t) {
     c.norm[t] = 0.0;
     c.lambda[t] = c.step[t] = 0.0;
@@ -212,7 +213,7 @@ void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
     const double rho = 0.5 / (2.0 * a + 1.0);
     c.rho2[t] = rho * rho;
     if (t >= c.n) continue;
-    const float* m = d.rows + t * kLanes;
+    const S* m = d.rows + t * kLanes;
     double cross = 0.0, inside = 0.0;
     for (int64_t j = 0; j <= t; ++j) {
       cross += m[j] * c.kappa[j];
@@ -237,18 +238,18 @@ void ridge_norms(Chunk& c, const float* h, bool h_is_zero, float* hk_lanes) {
 }
 
 // H <- e^{G_C} H + sum_j e^{G_C - G_j} k_j k_j^T, U likewise. `weighted` has room for [kLanes][Kp].
-template <class Vec>
-void advance_h(const Chunk& c, float* h, float* weighted) {
-  const ChunkDecay& d = *c.h_decay;
+template <class Vec, class S>
+void advance_h(const Chunk<S>& c, S* h, S* weighted) {
+  const ChunkDecay<S>& d = *c.h_decay;
   for (int64_t j = 0; j < c.n; ++j) {
     for (int64_t i = 0; i < c.Kp; ++i)
       weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
   }
   rank_update<Vec>(h, c.Kp, c.K, c.Kp, d.total, weighted, c.Kp, c.k_rows, c.Kp, c.n);
 }
-template <class Vec>
-void advance_u(const Chunk& c, float* u, float* weighted) {
-  const ChunkDecay& d = *c.u_decay;
+template <class Vec, class S>
+void advance_u(const Chunk<S>& c, S* u, S* weighted) {
+  const ChunkDecay<S>& d = *c.u_decay;
   for (int64_t j = 0; j < c.n; ++j) {
     for (int64_t i = 0; i < c.Kp; ++i)
       weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];

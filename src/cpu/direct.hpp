@@ -50,11 +50,11 @@ struct DirectBlock {
   double cancellation = 0;  // largest kt_j^T (H_0 + mu I)^{-1} kt_j so far
 };
 
-template <class Vec>
-void carve_direct(DirectBlock<Vec>& d, int64_t K, int64_t capacity, Arena& arena) {
+template <class Vec, class S>
+void carve_direct(DirectBlock<Vec>& d, int64_t K, int64_t capacity, Arena<S>& arena) {
   using Elem = typename Vec::Elem;
-  constexpr int64_t kFloats = sizeof(Elem) / sizeof(float);
-  const auto take = [&](int64_t n) { return reinterpret_cast<Elem*>(arena.take(kFloats * n)); };
+  constexpr int64_t kEach = sizeof(Elem) / sizeof(S);
+  const auto take = [&](int64_t n) { return reinterpret_cast<Elem*>(arena.take(kEach * n)); };
   const int64_t tokens = capacity * kLanes;
   d.K = K;
   d.Kp = padded(K);
@@ -73,8 +73,8 @@ void carve_direct(DirectBlock<Vec>& d, int64_t K, int64_t capacity, Arena& arena
 }
 
 // L^{-1} for the state before the next chunk. mu > 0.
-template <class Vec>
-void start_block(DirectBlock<Vec>& d, const float* h, bool h_is_zero, double mu) {
+template <class Vec, class S>
+void start_block(DirectBlock<Vec>& d, const S* h, bool h_is_zero, double mu) {
   using Elem = typename Vec::Elem;
   d.active = true;
   d.h_is_zero = h_is_zero;
@@ -85,7 +85,7 @@ void start_block(DirectBlock<Vec>& d, const float* h, bool h_is_zero, double mu)
   if (h_is_zero) return;
   for (int64_t from = 0; from < d.Kp; from += kLanes) {
     for (int64_t c = 0; c < from + kLanes; ++c) {
-      for (int64_t t = 0; t < kLanes; ++t) d.s[c * kLanes + t] = h[c * d.Kp + from + t];
+      for (int64_t t = 0; t < kLanes; ++t) d.s[c * kLanes + t] = static_cast<Elem>(h[c * d.Kp + from + t]);
     }
     for (int64_t t = 0; t < kLanes; ++t) {
       Elem& diagonal = d.s[(from + t) * kLanes + t];
@@ -128,8 +128,8 @@ void multiply_by_keys(const DirectBlock<Vec>& d, int64_t tokens, const typename 
 }
 
 // Takes in the keys of chunk c.
-template <class Vec>
-void append_chunk(DirectBlock<Vec>& d, const Chunk& c) {
+template <class Vec, class S>
+void append_chunk(DirectBlock<Vec>& d, const Chunk<S>& c) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
   alignas(64) Elem scale[kLanes];
@@ -159,8 +159,8 @@ void append_chunk(DirectBlock<Vec>& d, const Chunk& c) {
 
 // The chunk's shifts in the block's scale, after its keys are in. A token without a solution takes
 // part with the block's own shift and a right-hand side of zero.
-template <class Vec>
-void load_shifts(DirectBlock<Vec>& d, const Chunk& c) {
+template <class Vec, class S>
+void load_shifts(DirectBlock<Vec>& d, const Chunk<S>& c) {
   d.ratio = 1.0;
   for (int64_t t = 0; t < kLanes; ++t) {
     d.shift[t] = d.gain[t] = 0.0;
@@ -266,14 +266,14 @@ inline constexpr double kLargestCancellation = 1.0;
 inline constexpr double kCorrectionTolerance = 0.01;
 
 // Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk, as above.
-template <class Vec, class B>
-typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk& c, const float* h,
+template <class Vec, class B, class S>
+typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk<S>& c, const S* h,
                                  bool h_is_zero, const B* b, int steps, typename Vec::Elem* x,
                                  typename Vec::Elem* other, bool corrected) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
   Elem* const solution = iterate_direct<Vec>(d, b, steps, x, other);
-  if (!corrected || sizeof(Elem) != sizeof(float) || !(d.cancellation > kLargestCancellation)) {
+  if (!corrected || !kHasWider<Vec> || !(d.cancellation > kLargestCancellation)) {
     return solution;
   }
   Elem* const residual = solution == x ? other : x;

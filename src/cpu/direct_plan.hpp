@@ -43,8 +43,8 @@ struct ShiftRange {
   bool finite = true;
 };
 
-template <class Vec>
-ShiftRange shift_range(const Chunk& c) {
+template <class Vec, class S>
+ShiftRange shift_range(const Chunk<S>& c) {
   ShiftRange r;
   double first = 0.0, last = 0.0;
   int64_t first_t = 0, last_t = 0;
@@ -86,16 +86,16 @@ struct ChunkPlan {
 };
 
 // Chebyshev's steps for the chunk's smallest ridge ratio; many where they are beyond counting.
-template <class Vec>
-int chebyshev_steps(const Chunk& c, double tolerance) {
+template <class Vec, class S>
+int chebyshev_steps(const Chunk<S>& c, double tolerance) {
   double smallest = c.ridge[0];
   for (int64_t t = 1; t < c.n; ++t) smallest = c.ridge[t] < smallest ? c.ridge[t] : smallest;
   return smallest > 1e-10 ? chebyshev_num_iter(smallest, tolerance) : 1 << 20;
 }
 
 // `window_chunks`: chunks from this one to its window's end.
-template <class Vec>
-ChunkPlan plan_direct(const Chunk& c, const DirectBlock<Vec>& d, bool h_is_zero,
+template <class Vec, class S>
+ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_zero,
                       int64_t window_chunks, double tolerance) {
   ChunkPlan plan;
   const ShiftRange r = shift_range<Vec>(c);

@@ -13,8 +13,9 @@
 namespace kalmanet::cpu {
 namespace {
 
+template <class S>
 struct Backward {
-  const KernelTable& table;
+  const GkaKernels<S>& table;
   const core::GkaProblem& problem;
   const ConstView& saved_x;
   const GkaOutputGrads& output_grads;
@@ -34,9 +35,9 @@ struct Backward {
   }
   int64_t chunk_state_floats(const Segments& s) const { return (s.tokens / chunk_size) * floats(); }
 
-  GkaBackwardJob job_of(const Unit& unit, const Segments& s, int64_t segment, float* start) const {
+  GkaBackwardJob<S> job_of(const Unit& unit, const Segments& s, int64_t segment, S* start) const {
     const int64_t row = unit.sequence->row, head = unit.head;
-    GkaBackwardJob job;
+    GkaBackwardJob<S> job;
     job.in = head_inputs(problem, *unit.sequence, head);
     job.bp_lambda = problem.options.bp_lambda;
     job.begin = s.begin_of(segment);
@@ -61,12 +62,12 @@ struct Backward {
     return job;
   }
 
-  void load_carry(const Unit& unit, const StateBuffers& carry) const {
+  void load_carry(const Unit& unit, const StateBuffers<S>& carry) const {
     const int64_t n = unit.sequence->index;
     load_state(output_grads.d_h_final, n, unit.head, K(), K(), carry.h);
     load_state(output_grads.d_u_final, n, unit.head, K(), V(), carry.u);
   }
-  void store_carry(const Unit& unit, const StateBuffers& carry) const {
+  void store_carry(const Unit& unit, const StateBuffers<S>& carry) const {
     const int64_t n = unit.sequence->index;
     store_state(carry.h, grads.d_h0, n, unit.head, K(), K());
     store_state(carry.u, grads.d_u0, n, unit.head, K(), V());
@@ -74,39 +75,44 @@ struct Backward {
 };
 
 // Rows of z (and x) of one segment, where the solver solves ahead.
-int64_t solution_floats(const Backward& b, const Segments& s) {
+template <class S>
+int64_t solution_floats(const Backward<S>& b, const Segments& s) {
   return solves_ahead(b.problem.options.solver) ? 2 * padded(s.tokens * b.K()) : 0;
 }
 
 // The states of a segment's chunks, the carried gradients, the solutions and the kernel's scratch,
 // in one lease.
-int64_t lease_floats(const Backward& b, const Segments& s) {
+template <class S>
+int64_t lease_floats(const Backward<S>& b, const Segments& s) {
   return b.floats() + b.chunk_state_floats(s) + solution_floats(b, s) +
          backward_scratch_floats(b.K(), b.V(), b.problem.options.solver);
 }
 
-void assign_lease(const Backward& b, const Segments& s, float* lease, GkaBackwardJob& job) {
+template <class S>
+void assign_lease(const Backward<S>& b, const Segments& s, S* lease, GkaBackwardJob<S>& job) {
   job.carry = state_at(lease, b.K());
   job.chunk_states = lease + b.floats();
-  float* const solutions = job.chunk_states + b.chunk_state_floats(s);
+  S* const solutions = job.chunk_states + b.chunk_state_floats(s);
   job.scratch = solutions + solution_floats(b, s);
   if (solution_floats(b, s) == 0) return;
   // Addressed by token, of which the segment's first is job.begin.
   const int64_t first = job.begin * b.K();
-  job.z_rows = OutRows{solutions - first, b.K(), 1, false};
-  job.x_rows = OutRows{solutions + solution_floats(b, s) / 2 - first, b.K(), 1, false};
+  const DType dtype = sizeof(S) == sizeof(float) ? DType::float32 : DType::float64;
+  job.z_rows = OutRows{solutions - first, dtype, b.K(), 1, false};
+  job.x_rows = OutRows{solutions + solution_floats(b, s) / 2 - first, dtype, b.K(), 1, false};
 }
 
 // Everything of one head, last segment first.
-void backward_head(const Backward& b, const Unit& unit, SolverCount& count) {
+template <class S>
+void backward_head(const Backward<S>& b, const Unit& unit, SolverCount& count) {
   const Segments s = b.segments_of(*unit.sequence);
-  FloatBuffer states(s.count * b.floats());
-  float* const starts = states.data();
+  Buffer<S> states(s.count * b.floats());
+  S* const starts = states.data();
   scan_segment_states(b.table, b.problem, unit, s, b.chunk_size, starts, true, true);
-  ScratchLease lease(lease_floats(b, s));
+  ScratchLease<S> lease(lease_floats(b, s));
   b.load_carry(unit, state_at(lease.data(), b.K()));
   for (int64_t i = s.count - 1; i >= 0; --i) {
-    GkaBackwardJob job = b.job_of(unit, s, i, starts + i * b.floats());
+    GkaBackwardJob<S> job = b.job_of(unit, s, i, starts + i * b.floats());
     assign_lease(b, s, lease.data(), job);
     job.count = &count;
     b.table.gka_backward(job);
@@ -115,7 +121,8 @@ void backward_head(const Backward& b, const Unit& unit, SolverCount& count) {
 }
 
 // Three passes: states before all segments, all segments' solves, then the gradients in order.
-void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int64_t group,
+template <class S>
+void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, int64_t group,
                           std::vector<SolverCount>& counts) {
   const core::GkaProblem& problem = b.problem;
   struct Piece {
@@ -130,14 +137,14 @@ void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int
     first_state[i] = static_cast<int64_t>(pieces.size()) * b.floats();
     for (int64_t j = 0; j < segments[i].count; ++j) pieces.push_back({i, j});
   }
-  FloatBuffer states(static_cast<int64_t>(pieces.size()) * b.floats());
-  float* const starts = states.data();
+  Buffer<S> states(static_cast<int64_t>(pieces.size()) * b.floats());
+  S* const starts = states.data();
   const int64_t row_floats = problem.H * problem.K;
   const int64_t solution_floats = problem.B * problem.T * row_floats;
-  FloatBuffer z(solution_floats), x(b.saved_x.defined() ? 0 : solution_floats);
-  const auto solution_rows = [&](FloatBuffer& buffer, const Unit& unit) {
-    float* at = buffer.data() + unit.sequence->row * problem.T * row_floats + unit.head * problem.K;
-    return OutRows{at, row_floats, 1, false};
+  Buffer<S> z(solution_floats), x(b.saved_x.defined() ? 0 : solution_floats);
+  const auto solution_rows = [&](Buffer<S>& buffer, const Unit& unit) {
+    S* at = buffer.data() + unit.sequence->row * problem.T * row_floats + unit.head * problem.K;
+    return OutRows{at, DTypeOf<S>::value, row_floats, 1, false};
   };
 
   problem.executor->run(2 * static_cast<int64_t>(units.size()), [&](int64_t task) {
@@ -147,34 +154,34 @@ void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int
                         starts + first_state[i], h, !h);
   });
   counts.resize(pieces.size());
-  const auto run_piece = [&](size_t p, GkaBackwardJob::Phase phase, float* lease) {
+  const auto run_piece = [&](size_t p, typename GkaBackwardJob<S>::Phase phase, S* lease) {
     const Piece& piece = pieces[p];
     const Unit& unit = units[piece.unit];
-    GkaBackwardJob job = b.job_of(unit, segments[piece.unit], piece.segment,
-                                  starts + first_state[piece.unit] + piece.segment * b.floats());
+    GkaBackwardJob<S> job = b.job_of(unit, segments[piece.unit], piece.segment,
+                                     starts + first_state[piece.unit] + piece.segment * b.floats());
     assign_lease(b, segments[piece.unit], lease, job);
     job.phase = phase;
     job.z_rows = solution_rows(z, unit);
     if (!b.saved_x.defined()) job.x_rows = solution_rows(x, unit);
-    if (phase == GkaBackwardJob::solve_only) job.count = &counts[p];
+    if (phase == GkaBackwardJob<S>::solve_only) job.count = &counts[p];
     b.table.gka_backward(job);
   };
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
     const auto at = static_cast<size_t>(p);
-    ScratchLease lease(lease_floats(b, segments[pieces[at].unit]));
-    run_piece(at, GkaBackwardJob::solve_only, lease.data());
+    ScratchLease<S> lease(lease_floats(b, segments[pieces[at].unit]));
+    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data());
   });
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
   problem.executor->run(tasks, [&](int64_t task) {
     for (int64_t u = task * group; u < (task + 1) * group; ++u) {
       const auto i = static_cast<size_t>(u);
       const Segments& s = segments[i];
-      ScratchLease lease(lease_floats(b, s));
-      const StateBuffers carry = state_at(lease.data(), b.K());
+      ScratchLease<S> lease(lease_floats(b, s));
+      const StateBuffers<S> carry = state_at(lease.data(), b.K());
       b.load_carry(units[i], carry);
       const auto first = static_cast<size_t>(first_state[i] / b.floats());
       for (int64_t j = s.count - 1; j >= 0; --j) {
-        run_piece(first + static_cast<size_t>(j), GkaBackwardJob::gradients_only, lease.data());
+        run_piece(first + static_cast<size_t>(j), GkaBackwardJob<S>::gradients_only, lease.data());
       }
       b.store_carry(units[i], carry);
     }
@@ -182,11 +189,12 @@ void backward_by_segments(const Backward& b, const std::vector<Unit>& units, int
 }
 
 // The gradient of an empty sequence's states passes through.
-void pass_carry_through(const Backward& b) {
+template <class S>
+void pass_carry_through(const Backward<S>& b) {
   for (const core::Sequence& sequence : b.problem.sequences) {
     if (sequence.length() != 0) continue;
-    ScratchLease lease(b.floats());
-    const StateBuffers carry = state_at(lease.data(), b.K());
+    ScratchLease<S> lease(b.floats());
+    const StateBuffers<S> carry = state_at(lease.data(), b.K());
     for (int64_t head = 0; head < b.problem.H; ++head) {
       b.load_carry({&sequence, head}, carry);
       b.store_carry({&sequence, head}, carry);
@@ -194,12 +202,12 @@ void pass_carry_through(const Backward& b) {
   }
 }
 
-}  // namespace
-
-GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
-                   const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
+template <class S>
+GkaReport backward_stored(const core::GkaProblem& problem, const ConstView& saved_x,
+                          const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
   GkaReport report{Backend::cpu, instruction_set(), chosen_chunk_size(problem), 0, 0};
-  const Backward b{kernels(), problem, saved_x, output_grads, grads, report.chunk_size};
+  const Backward<S> b{kernels_of<S>(kernels()), problem, saved_x, output_grads, grads,
+                      report.chunk_size};
   const std::vector<Unit> units = units_of(problem);
   const int64_t group = std::lcm(std::lcm(problem.q_group, problem.k_group), problem.v_group);
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
@@ -218,6 +226,15 @@ GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
   }
   merge_counts(counts, report);
   return report;
+}
+
+}  // namespace
+
+GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+                   const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
+  return problem.dtype == DType::float64
+             ? backward_stored<double>(problem, saved_x, output_grads, grads)
+             : backward_stored<float>(problem, saved_x, output_grads, grads);
 }
 
 }  // namespace kalmanet::cpu

@@ -21,10 +21,11 @@
 namespace kalmanet::cpu {
 
 // z, and x where the forward did not save it, as solve_only left them.
-template <class Vec>
-void load_solutions(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
-  const auto load = [&](const OutRows& from, float* to) {
-    load_lanes<Vec>(Rows{from.data, from.token_stride, from.stride}, b.c.t0, b.c.n, b.c.K, to);
+template <class Vec, class S = typename Vec::Elem>
+void load_solutions(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
+  const auto load = [&](const OutRows& from, S* to) {
+    load_lanes<Vec>(Rows{from.data, from.dtype, from.token_stride, from.stride}, b.c.t0, b.c.n,
+                    b.c.K, to);
     return to;
   };
   b.z = load(job.z_rows, b.solve_z[0]);
@@ -37,13 +38,14 @@ struct ChunkPlace {
   int64_t window_chunks;
 };
 
-template <class Vec>
-void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, GkaBackwardJob::Phase phase,
-                    const StateBuffers& start, bool h_is_zero, const ChunkPlace& place) {
-  Chunk& c = b.c;
+template <class Vec, class S = typename Vec::Elem>
+void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
+                    typename GkaBackwardJob<S>::Phase phase, const StateBuffers<S>& start,
+                    bool h_is_zero, const ChunkPlace& place) {
+  Chunk<S>& c = b.c;
   const int64_t t0 = place.t0, n = place.n;
-  const float scale = static_cast<float>(job.in.scale);
-  const bool gradients = phase != GkaBackwardJob::solve_only;
+  const S scale = static_cast<S>(job.in.scale);
+  const bool gradients = phase != GkaBackwardJob<S>::solve_only;
   load_chunk<Vec>(c, job.in, t0, n);
   if (h_is_zero) {
     ridge_norms<typename Vec::Wide>(c, start.h, h_is_zero, b.hk);
@@ -53,24 +55,26 @@ void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, GkaBackwar
   rows_to_lanes<Vec>(c.v_rows, c.Vp, b.v_lanes);
   load_lanes<Vec>(job.d_o, t0, n, c.V, b.do_lanes);
   const bool want_inter = gradients && job.dg.data != nullptr;
-  float* const inter = want_inter ? b.stack_rows : nullptr;  // free until the rows are stacked
+  S* const inter = want_inter ? b.stack_rows : nullptr;  // free until the rows are stacked
   gradient_of_mix<Vec>(b, start.u, scale, inter);
-  if (h_is_zero) {
+  if (kHasWider<Vec> && h_is_zero) {
     if (!gradients) return;  // cheaper to solve again than to store in float64
-    solve_first_chunk<Vec>(b, job);
+    if constexpr (kHasWider<Vec>) solve_first_chunk<Vec>(b, job);
   } else {
     if (job.saved_x.data != nullptr) {
       b.x = b.solve_x[0];
       load_lanes<Vec>(job.saved_x, t0, n, c.K, b.x);
     }
-    if (phase == GkaBackwardJob::gradients_only) {
+    if (phase == GkaBackwardJob<S>::gradients_only) {
       load_solutions<Vec>(b, job);
     } else {
-      solve_chunk<Vec>(b, job, start.h, place.window_chunks);
+      solve_chunk<Vec>(b, job, start.h, h_is_zero, place.window_chunks);
     }
     if (!gradients) {
-      store_lanes<Vec>(b.z, nullptr, job.z_rows, t0, n, c.K);
-      if (job.saved_x.data == nullptr) store_lanes<Vec>(b.x, nullptr, job.x_rows, t0, n, c.K);
+      store_lanes<Vec, S>(b.z, nullptr, job.z_rows, t0, n, c.K);
+      if (job.saved_x.data == nullptr) {
+        store_lanes<Vec, S>(b.x, nullptr, job.x_rows, t0, n, c.K);
+      }
       return;
     }
     lanes_dot<Vec>(b.z, b.x, c.K, b.z_dot_x);
@@ -89,15 +93,16 @@ void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, GkaBackwar
   gradient_of_values<Vec>(b, job.carry.u);
   gradient_of_keys<Vec>(b, job.carry.h, job.carry.u, h_is_zero, scale);
   // The solver's second buffer is free by now, whichever holds z.
-  float* free_lanes = b.z == b.solve_z[0] ? b.solve_z[1] : b.solve_z[0];
+  S* free_lanes = b.z == b.solve_z[0] ? b.solve_z[1] : b.solve_z[0];
   gradient_of_gates<Vec>(b, job, start, h_is_zero, free_lanes);
   carry_gradients<Vec>(b, job, start.h, h_is_zero, scale);
   store_gradients<Vec>(b, job);
 }
 
 template <class Vec>
-void gka_backward_segment(const GkaBackwardJob& job) {
-  Arena arena(job.scratch);
+void gka_backward_segment(const GkaBackwardJob<typename Vec::Elem>& job) {
+  using S = typename Vec::Elem;
+  Arena<S> arena(job.scratch);
   BackwardChunk<Vec> b;
   carve_backward<Vec>(b, job.in, arena);
   const int64_t K = job.in.K, V = job.in.V;
@@ -106,12 +111,12 @@ void gka_backward_segment(const GkaBackwardJob& job) {
   const int64_t chunks = (job.end - job.begin + job.chunk_size - 1) / job.chunk_size;
   auto state_of = [&](int64_t chunk) {
     if (chunk == 0) return job.start;
-    float* at = job.chunk_states + (chunk - 1) * (h_floats + u_floats);
-    return StateBuffers{at, at + h_floats};
+    S* at = job.chunk_states + (chunk - 1) * (h_floats + u_floats);
+    return StateBuffers<S>{at, at + h_floats};
   };
   // First forwards: the states before each chunk, by the forward's own arithmetic.
   for (int64_t i = 0; i + 1 < chunks; ++i) {
-    const StateBuffers from = state_of(i), to = state_of(i + 1);
+    const StateBuffers<S> from = state_of(i), to = state_of(i + 1);
     for (int64_t n = 0; n < h_floats; ++n) to.h[n] = from.h[n];
     for (int64_t n = 0; n < u_floats; ++n) to.u[n] = from.u[n];
     load_chunk_for_states<Vec>(b.c, job.in, job.begin + i * job.chunk_size, job.chunk_size, true,
@@ -119,7 +124,7 @@ void gka_backward_segment(const GkaBackwardJob& job) {
     advance_h<Vec>(b.c, to.h, b.m);
     advance_u<Vec>(b.c, to.u, b.m);
   }
-  const auto run = [&](int64_t i, GkaBackwardJob::Phase phase) {
+  const auto run = [&](int64_t i, typename GkaBackwardJob<S>::Phase phase) {
     const int64_t t0 = job.begin + i * job.chunk_size;
     const int64_t n = job.end - t0 < job.chunk_size ? job.end - t0 : job.chunk_size;
     const ChunkPlace place{t0, n, kBlockChunks - i % kBlockChunks};
@@ -127,13 +132,14 @@ void gka_backward_segment(const GkaBackwardJob& job) {
   };
   // The direct solver's blocks grow forwards, so its solves come before the first gradient.
   auto phase = job.phase;
-  if (phase == GkaBackwardJob::solve_only || solves_ahead(job.in.solver)) {
-    for (int64_t i = 0; i < chunks && phase != GkaBackwardJob::gradients_only; ++i) {
-      run(i, GkaBackwardJob::solve_only);
-    }
-    if (phase == GkaBackwardJob::solve_only) return;
-    phase = GkaBackwardJob::gradients_only;
+  const bool ahead = phase == GkaBackwardJob<S>::solve_only ||
+                     (phase == GkaBackwardJob<S>::both && solves_ahead(job.in.solver));
+  if (ahead) {
+    for (int64_t i = 0; i < chunks; ++i) run(i, GkaBackwardJob<S>::solve_only);
+    if (phase == GkaBackwardJob<S>::solve_only) return;
+    phase = GkaBackwardJob<S>::gradients_only;
   }
+  // Then the gradients, last chunk first.
   for (int64_t i = chunks - 1; i >= 0; --i) run(i, phase);
 }
 

@@ -11,9 +11,9 @@
 namespace kalmanet::cpu {
 
 // w_t, h_t and P; the gradients of alpha and of the ridge ratio.
-template <class Vec>
-void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
-  Chunk& c = b.c;
+template <class Vec, class S = typename Vec::Elem>
+void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
+  Chunk<S>& c = b.c;
   double dm_q[kLanes];
   lanes_dot<Vec>(b.dm, c.q_lanes, c.K, dm_q);
   for (int64_t t = 0; t < kLanes; ++t) {
@@ -22,17 +22,13 @@ void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
     b.h_sum[t] = 0.0;
     if (t >= c.n) continue;
     const int64_t at = c.t0 + t;
-    if (job.dalpha.data != nullptr) {
-      job.dalpha.data[at * job.dalpha.stride] = static_cast<float>(b.dm_dot_x[t] - dm_q[t]);
-    }
-    if (job.d_ridge.data != nullptr) {
-      job.d_ridge.data[at * job.d_ridge.stride] = static_cast<float>(-b.z_dot_x[t] * f);
-    }
+    if (job.dalpha.data != nullptr) set_value<S>(job.dalpha, at, b.dm_dot_x[t] - dm_q[t]);
+    if (job.d_ridge.data != nullptr) set_value<S>(job.d_ridge, at, -b.z_dot_x[t] * f);
   }
-  const ChunkDecay& d = *c.h_decay;
+  const ChunkDecay<S>& d = *c.h_decay;
   for (int64_t i = 0; i < kLanes * kLanes; ++i) b.p[i] = 0.0;
   for (int64_t i = 0; i < c.n; ++i) {
-    const float* mi = d.rows + i * kLanes;
+    const S* mi = d.rows + i * kLanes;
     for (int64_t t = 0; t <= i; ++t) {
       const double weight = mi[t] * b.w[i];
       b.h_sum[t] += weight * d.since_start[i];
@@ -42,9 +38,9 @@ void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
 }
 
 // The small token-by-token products that several gradients share.
-template <class Vec>
-void pair_products(BackwardChunk<Vec>& b, float scale) {
-  Chunk& c = b.c;
+template <class Vec, class S = typename Vec::Elem>
+void pair_products(BackwardChunk<Vec>& b, S scale) {
+  Chunk<S>& c = b.c;
   lanes_product<Vec>(b.m, kLanes, c.K, kLanes, c.k_lanes, b.m_k);
   lanes_product<Vec>(b.do_lanes, kLanes, c.V, kLanes, b.v_lanes, b.do_v);
   lanes_product<Vec>(b.x, kLanes, c.K, kLanes, c.k_lanes, b.x_k);
@@ -53,11 +49,11 @@ void pair_products(BackwardChunk<Vec>& b, float scale) {
 }
 
 // dv, in lanes b.out_v.
-template <class Vec>
-void gradient_of_values(BackwardChunk<Vec>& b, const float* e) {
+template <class Vec, class S = typename Vec::Elem>
+void gradient_of_values(BackwardChunk<Vec>& b, const S* e) {
   using T = Tile<Vec>;
   using Reg = typename Vec::Reg;
-  Chunk& c = b.c;
+  Chunk<S>& c = b.c;
   for (int64_t n = 0; n < c.Vp; n += T::kRows) {
     T tile;
     tile.clear();
@@ -71,19 +67,18 @@ void gradient_of_values(BackwardChunk<Vec>& b, const float* e) {
     tile.clear();
     tile.accumulate(b.do_rows + n, c.Vp, c.n, b.m_k);
     tile.each([&](int64_t at, int, Reg acc) {
-      float* out = b.out_v + n * kLanes + at;
+      S* out = b.out_v + n * kLanes + at;
       Vec::store(out, Vec::add(Vec::load(out), acc));
     });
   }
 }
 
 // dk, in lanes b.out_k.
-template <class Vec>
-void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, bool h_is_zero,
-                      float scale) {
+template <class Vec, class S = typename Vec::Elem>
+void gradient_of_keys(BackwardChunk<Vec>& b, const S* d, const S* e, bool h_is_zero, S scale) {
   using T = Tile<Vec>;
   using Reg = typename Vec::Reg;
-  Chunk& c = b.c;
+  Chunk<S>& c = b.c;
   // e^{G_C-G_t} (D + D^T) k_t first: its product with k_t is also a gate's gradient.
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
     T tile;
@@ -97,18 +92,18 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
   for (int64_t t = 0; t < kLanes; ++t) b.carry_k[t] *= 0.5;
 
   // Weights [4 * kLanes][t] of the stacked rows m, z, x, k.
-  alignas(64) float s[4 * kLanes * kLanes];
+  alignas(64) S s[4 * kLanes * kLanes];
   // h_t H_0 k_t as (h_t |H_0|) (H_0 / |H_0|) k_t: either factor alone would leave float32's range
   // for keys of 1e-8.
-  alignas(64) float minus_2h[kLanes];
+  alignas(64) S minus_2h[kLanes];
   const double h_norm = std::sqrt(c.start_norm2);
-  const Reg inverse_norm = Vec::set1(h_norm > 0.0 ? static_cast<float>(1.0 / h_norm) : 0.0f);
+  const Reg inverse_norm = Vec::set1(h_norm > 0.0 ? static_cast<S>(1.0 / h_norm) : 0);
   const int64_t block = kLanes * kLanes;
   for (int64_t i = 0; i < kLanes; ++i) {
-    minus_2h[i] = static_cast<float>(-2.0 * b.h_sum[i] * h_norm);
+    minus_2h[i] = static_cast<S>(-2.0 * b.h_sum[i] * h_norm);
     for (int64_t t = 0; t < kLanes; ++t) {
       const int64_t at = i * kLanes + t;
-      const float decay = c.h_decay->rows[at];
+      const S decay = c.h_decay->rows[at];
       s[at] = scale * c.u_decay->rows[at] * b.do_v[at];
       s[block + at] = -decay * b.x_k[at];
       s[2 * block + at] = -decay * b.z_k[at];
@@ -116,7 +111,7 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
   }
   lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, s + 3 * block);
   for (int64_t i = 0; i < block; ++i) {
-    s[3 * block + i] = static_cast<float>(-2.0 * b.p[i] * s[3 * block + i]);
+    s[3 * block + i] = static_cast<S>(-2.0 * b.p[i] * s[3 * block + i]);
   }
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
     T tile;
@@ -125,7 +120,7 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
     tile.scale_lanes(c.u_decay->to_end);
     tile.accumulate(b.stack_rows + n, c.Kp, 4 * kLanes, s);
     tile.each([&](int64_t at, int lane, Reg acc) {
-      float* out = b.out_k + n * kLanes + at;
+      S* out = b.out_k + n * kLanes + at;
       Reg sum = Vec::add(Vec::load(out), acc);
       if (!h_is_zero) {
         const Reg hk = Vec::mul(inverse_norm, Vec::load(b.hk + n * kLanes + at));
@@ -140,11 +135,13 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const float* d, const float* e, boo
 // product is then a small part of |z| |H_0| |x| and needs float64. Random vectors beside a mature
 // state come to about 1 / K of it.
 template <class Vec>
-void state_products(const BackwardChunk<Vec>& b, const float* h, float* zh, double* z_h_x) {
+void state_products(const BackwardChunk<Vec>& b, const typename Vec::Elem* h,
+                    typename Vec::Elem* zh, double* z_h_x) {
   constexpr double kSmallestShare = 1e-3;
-  const Chunk& c = b.c;
+  const auto& c = b.c;
   lanes_product<Vec>(h, c.Kp, c.K, c.Kp, b.z, zh);
   lanes_dot<Vec>(zh, b.x, c.K, z_h_x);
+  if constexpr (!kHasWider<Vec>) return;
   double x2[kLanes], z2[kLanes], product2 = 0.0, size2 = 0.0;
   lanes_dot<Vec>(b.x, b.x, c.K, x2);
   lanes_dot<Vec>(b.z, b.z, c.K, z2);
@@ -168,10 +165,10 @@ void state_products(const BackwardChunk<Vec>& b, const float* h, float* zh, doub
 }
 
 // dgk and dg of the chunk's tokens, from D, E (after the chunk) and H_0, U_0.
-template <class Vec>
-void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const StateBuffers& start,
-                       bool h_is_zero, float* zh) {
-  Chunk& c = b.c;
+template <class Vec, class S = typename Vec::Elem>
+void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
+                       const StateBuffers<S>& start, bool h_is_zero, S* zh) {
+  Chunk<S>& c = b.c;
   double out[kLanes];
   if (job.dg.data != nullptr) {
     Interactions<Vec> u;
@@ -187,18 +184,16 @@ void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const S
     // Sinks that are not tokens of this chunk take nothing.
     for (int64_t i = c.n; i < kLanes; ++i) u.a[i][kLanes] = 0.0;
     u.crossing_sums(c.n, out);
-    for (int64_t t = 0; t < c.n; ++t) {
-      job.dg.data[(c.t0 + t) * job.dg.stride] = static_cast<float>(out[t]);
-    }
+    for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dg, c.t0 + t, out[t]);
   }
   if (job.dgk.data == nullptr) return;
   double z_h_x[kLanes] = {};
   if (!h_is_zero) state_products<Vec>(b, start.h, zh, z_h_x);
   Interactions<Vec> h;
-  const ChunkDecay& d = *c.h_decay;
+  const ChunkDecay<S>& d = *c.h_decay;
   for (int64_t i = 0; i < c.n; ++i) {
     const double e = d.since_start64[i];
-    const float* mi = d.rows + i * kLanes;
+    const S* mi = d.rows + i * kLanes;
     double start_norm = e * c.start_norm2;  // <H_i, H_0>
     for (int64_t l = 0; l <= i; ++l) start_norm += mi[l] * c.kappa[l];
     for (int64_t j = 0; j <= i; ++j) {
@@ -214,27 +209,25 @@ void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const S
       h_is_zero ? 0.0 : d.total * frobenius_dot<Vec>(job.carry.h, start.h, c.Kp, c.K, c.Kp);
   for (int64_t i = c.n; i < kLanes; ++i) h.a[i][kLanes] = 0.0;
   h.crossing_sums(c.n, out);
-  for (int64_t t = 0; t < c.n; ++t) {
-    job.dgk.data[(c.t0 + t) * job.dgk.stride] = static_cast<float>(out[t]);
-  }
+  for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dgk, c.t0 + t, out[t]);
 }
 
 // D and E from after the chunk to before it. Consumes stack_rows.
-template <class Vec>
-void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* h,
-                     bool h_is_zero, float scale) {
-  Chunk& c = b.c;
-  const ChunkDecay& dh = *c.h_decay;
-  const ChunkDecay& du = *c.u_decay;
+template <class Vec, class S = typename Vec::Elem>
+void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const S* h,
+                     bool h_is_zero, S scale) {
+  Chunk<S>& c = b.c;
+  const ChunkDecay<S>& dh = *c.h_decay;
+  const ChunkDecay<S>& du = *c.u_decay;
   const int64_t row = c.Kp;
-  float* m_rows = b.stack_rows;
-  float* z_rows = m_rows + kLanes * row;  // -e^{G_i} z_i, beside x_i
-  float* x_rows = z_rows + kLanes * row;
-  float* k_rows = x_rows + kLanes * row;
+  S* m_rows = b.stack_rows;
+  S* z_rows = m_rows + kLanes * row;  // -e^{G_i} z_i, beside x_i
+  S* x_rows = z_rows + kLanes * row;
+  S* k_rows = x_rows + kLanes * row;
   double h_weight = 0.0;
   for (int64_t i = 0; i < kLanes; ++i) {
-    const float wm = scale * du.since_start[i];
-    const float wz = -dh.since_start[i];
+    const S wm = scale * du.since_start[i];
+    const S wz = -dh.since_start[i];
     h_weight += b.w[i] * dh.since_start[i] * dh.since_start[i];
     for (int64_t n = 0; n < row; ++n) {
       m_rows[i * row + n] *= wm;
@@ -245,28 +238,28 @@ void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const flo
   rank_update<Vec>(job.carry.h, row, c.K, row, dh.total, z_rows, row, x_rows, row, c.n);
   for (int64_t i = 0; i < kLanes; ++i) {
     for (int64_t n = 0; n < row; ++n) {
-      z_rows[i * row + n] = static_cast<float>(-b.h_sum[i] * k_rows[i * row + n]);
+      z_rows[i * row + n] = static_cast<S>(-b.h_sum[i] * k_rows[i * row + n]);
     }
   }
-  rank_update<Vec>(job.carry.h, row, c.K, row, 1.0f, z_rows, row, k_rows, row, c.n);
+  rank_update<Vec>(job.carry.h, row, c.K, row, S{1}, z_rows, row, k_rows, row, c.n);
   if (!h_is_zero && h_weight != 0.0) {
     for (int64_t i = 0; i < c.K * row; ++i) {
-      job.carry.h[i] -= static_cast<float>(h_weight * h[i]);
+      job.carry.h[i] -= static_cast<S>(h_weight * h[i]);
     }
   }
 }
 
 // dq; dk and dv back through beta, and dbeta.
-template <class Vec>
-void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
-  Chunk& c = b.c;
+template <class Vec, class S = typename Vec::Elem>
+void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
+  Chunk<S>& c = b.c;
   const HeadInputs& in = job.in;
-  float beta[kLanes];
+  S beta[kLanes];
   for (int64_t t = 0; t < kLanes; ++t) {
-    beta[t] = t < c.n && in.beta.data != nullptr ? in.beta.data[(c.t0 + t) * in.beta.stride] : 1.0f;
+    beta[t] = t < c.n ? value_at<S>(in.beta, c.t0 + t, 1) : 1;
   }
-  if (job.dk.data != nullptr) store_lanes<Vec>(b.out_k, beta, job.dk, c.t0, c.n, c.K);
-  if (job.dv.data != nullptr) store_lanes<Vec>(b.out_v, beta, job.dv, c.t0, c.n, c.V);
+  if (job.dk.data != nullptr) store_lanes<Vec, S>(b.out_k, beta, job.dk, c.t0, c.n, c.K);
+  if (job.dv.data != nullptr) store_lanes<Vec, S>(b.out_v, beta, job.dv, c.t0, c.n, c.V);
   if (job.dbeta.data != nullptr) {
     // With the keys and values as they came: dividing by beta would fail where it is zero.
     double dk_k[kLanes], dv_v[kLanes];
@@ -274,13 +267,11 @@ void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
     load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
     lanes_dot<Vec>(b.out_k, c.k_lanes, c.K, dk_k);
     lanes_dot<Vec>(b.out_v, b.v_lanes, c.V, dv_v);
-    for (int64_t t = 0; t < c.n; ++t) {
-      job.dbeta.data[(c.t0 + t) * job.dbeta.stride] = static_cast<float>(dk_k[t] + dv_v[t]);
-    }
+    for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dbeta, c.t0 + t, dk_k[t] + dv_v[t]);
   }
   if (job.dq.data != nullptr) {
     using Reg = typename Vec::Reg;
-    const Reg one = Vec::set1(1.0f);
+    const Reg one = Vec::set1(1);
     for (int64_t i = 0; i < c.Kp; ++i) {
       for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
         const int64_t at = i * kLanes + lane;
@@ -288,7 +279,7 @@ void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
         Vec::store(b.out_k + at, Vec::fma(keep, Vec::load(b.dm + at), Vec::load(b.z + at)));
       }
     }
-    store_lanes<Vec>(b.out_k, nullptr, job.dq, c.t0, c.n, c.K);
+    store_lanes<Vec, S>(b.out_k, nullptr, job.dq, c.t0, c.n, c.K);
   }
 }
 

@@ -9,38 +9,41 @@ namespace kalmanet::cpu {
 
 template <class Vec>
 struct BackwardChunk {
-  Chunk c;
-  float *x, *z, *dm, *m;  // lanes [Kp][t]; x and z point into solve buffers
-  float *solve_x[2], *solve_z[2];
-  double* wide[4];    // of a sequence's first chunk
+  using S = typename Vec::Elem;
+  Chunk<S> c;
+  S *x, *z, *dm, *m;  // lanes [Kp][t]; x and z point into solve buffers
+  S *solve_x[2], *solve_z[2];
+  double* wide[4];  // of a sequence's first chunk, where kHasWider
   ChunkSolver<Vec> solver;
-  ChunkSolver<typename Vec::Wide> wide_solver;  // of a sequence's first chunk
-  float* hk;          // lanes: H_0 k_t
-  float* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
-  float* out_k;       // lanes [Kp][t]: dq, dk
-  float *v_lanes, *do_lanes, *do_rows, *out_v;
+  ChunkSolver<typename Vec::Wide> wide_solver;  // likewise
+  S* hk;            // lanes: H_0 k_t
+  S* stack_rows;    // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
+  S* out_k;         // lanes [Kp][t]: dq, dk
+  S *v_lanes, *do_lanes, *do_rows, *out_v;
   double z_dot_x[kLanes], dm_dot_x[kLanes];
   double w[kLanes];               // w_t; with h_t and P in float64, for 1 / f^3 overflows float32
   double h_sum[kLanes];           // h_t
   double p[kLanes * kLanes];      // P
-  float m_k[kLanes * kLanes];     // [i][t]: scale N_it (m_i . k_t)
-  float do_v[kLanes * kLanes];    // [i][t]: do_i . v_t
-  float x_k[kLanes * kLanes];     // [i][t]: x_i . k_t
-  float z_k[kLanes * kLanes];     // [i][t]: z_i . k_t
+  S m_k[kLanes * kLanes];         // [i][t]: scale N_it (m_i . k_t)
+  S do_v[kLanes * kLanes];        // [i][t]: do_i . v_t
+  S x_k[kLanes * kLanes];         // [i][t]: x_i . k_t
+  S z_k[kLanes * kLanes];         // [i][t]: z_i . k_t
   double carry_k[kLanes];         // e^{G_C-G_t} k_t^T D k_t
   double carry_kv[kLanes];        // e^{Gamma_C-Gamma_t} k_t^T E v_t
   double dm_inter_dot_m[kLanes];  // m_t . (the part of dm_t that reads U_0)
 };
 
 template <class Vec>
-void carve_backward(BackwardChunk<Vec>& b, const HeadInputs& in, Arena& arena) {
+void carve_backward(BackwardChunk<Vec>& b, const HeadInputs& in, Arena<typename Vec::Elem>& arena) {
   carve_chunk<Vec>(b.c, in, arena);
   const int64_t k = b.c.Kp * kLanes, v = b.c.Vp * kLanes;
   b.solve_x[0] = arena.take(k);
   b.solve_x[1] = arena.take(k);
   b.solve_z[0] = arena.take(k);
   b.solve_z[1] = arena.take(k);
-  for (double*& wide : b.wide) wide = reinterpret_cast<double*>(arena.take(2 * k));
+  if constexpr (kHasWider<Vec>) {
+    for (double*& wide : b.wide) wide = reinterpret_cast<double*>(arena.take(2 * k));
+  }
   b.dm = arena.take(k);
   b.m = arena.take(k);
   b.hk = arena.take(k);
@@ -51,16 +54,16 @@ void carve_backward(BackwardChunk<Vec>& b, const HeadInputs& in, Arena& arena) {
   b.do_rows = arena.take(v);
   b.out_v = arena.take(v);
   carve_solver<Vec>(b.solver, in, kBlockChunks, arena);
-  carve_solver<typename Vec::Wide>(b.wide_solver, in, 1, arena);
+  if constexpr (kHasWider<Vec>) carve_solver<typename Vec::Wide>(b.wide_solver, in, 1, arena);
 }
 
 // dm_t; with `inter` (lanes [Kp][t], optional) the part of it that reads U_0.
-template <class Vec>
-void gradient_of_mix(BackwardChunk<Vec>& b, const float* u, float scale, float* inter) {
+template <class Vec, class S = typename Vec::Elem>
+void gradient_of_mix(BackwardChunk<Vec>& b, const S* u, S scale, S* inter) {
   using T = Tile<Vec>;
   using Reg = typename Vec::Reg;
-  Chunk& c = b.c;
-  alignas(64) float s[kLanes * kLanes];  // [j][t]: N_tj (v_j . do_t)
+  Chunk<S>& c = b.c;
+  alignas(64) S s[kLanes * kLanes];  // [j][t]: N_tj (v_j . do_t)
   gained_product<Vec>(b.v_lanes, c.V, b.do_lanes, c.u_decay->lanes, s);
   const Reg gain = Vec::set1(scale);
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
@@ -81,32 +84,34 @@ void gradient_of_mix(BackwardChunk<Vec>& b, const float* u, float scale, float* 
 
 // z_t = (H_t + lambda_t I)^{-1} (alpha_t dm_t), and x_t where the forward did not save it.
 // `window_chunks`: prepare_solver.
-template <class Vec>
-void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job, const float* h,
+template <class Vec, class S = typename Vec::Elem>
+void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const S* h, bool h_is_zero,
                  int64_t window_chunks) {
   using Reg = typename Vec::Reg;
-  Chunk& c = b.c;
-  prepare_solver<Vec>(b.solver, c, job.in, h, false, window_chunks, job.count);
-  float* rhs = b.out_k;
+  Chunk<S>& c = b.c;
+  prepare_solver<Vec>(b.solver, c, job.in, h, h_is_zero, window_chunks, job.count);
+  S* rhs = b.out_k;
   for (int64_t i = 0; i < c.Kp; ++i) {
     for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
       const Reg d = Vec::load(b.dm + i * kLanes + lane);
       Vec::store(rhs + i * kLanes + lane, Vec::mul(Vec::load(c.alpha + lane), d));
     }
   }
-  b.z = solve_chunk_system<Vec>(b.solver, c, h, false, rhs, b.solve_z[0], b.solve_z[1], true);
+  b.z = solve_chunk_system<Vec>(b.solver, c, h, h_is_zero, rhs, b.solve_z[0], b.solve_z[1], true);
   if (job.saved_x.data == nullptr) {
-    b.x = solve_chunk_system<Vec>(b.solver, c, h, false, c.q_lanes, b.solve_x[0], b.solve_x[1], true);
+    b.x = solve_chunk_system<Vec>(b.solver, c, h, h_is_zero, c.q_lanes, b.solve_x[0], b.solve_x[1],
+                                  true);
   }
 }
 
 // The same for a sequence's first tokens, in float64 (gka_forward.hpp says why): dm, x and z, and
 // their products, before they are rounded. The solve reads no H_0 and is cheap.
-template <class Vec>
-void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
+template <class Vec, class S = typename Vec::Elem>
+void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
   using Wide = typename Vec::Wide;
-  Chunk& c = b.c;
-  prepare_solver<Wide>(b.wide_solver, c, job.in, nullptr, true, 1, job.count);
+  Chunk<S>& c = b.c;
+  prepare_solver<Wide>(b.wide_solver, c, job.in, static_cast<const S*>(nullptr), true, 1,
+                       job.count);
   double* const dm = b.wide[0];
   double* const rhs = b.wide[1];
   // dm again, in float64: what token j <= t adds is N_tj (v_j . do_t) k_j.
@@ -127,19 +132,20 @@ void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob& job) {
       const int64_t at = i * kLanes + t;
       dm[at] *= job.in.scale;
       rhs[at] = c.alpha[t] * dm[at];
-      b.dm[at] = static_cast<float>(dm[at]);
+      b.dm[at] = static_cast<S>(dm[at]);
     }
   }
+  const S* const no_state = nullptr;
   const double* z =
-      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, rhs, b.wide[2], b.wide[3], true);
+      solve_chunk_system<Wide>(b.wide_solver, c, no_state, true, rhs, b.wide[2], b.wide[3], true);
   double* const other = z == b.wide[2] ? b.wide[3] : b.wide[2];
   const double* x =
-      solve_chunk_system<Wide>(b.wide_solver, c, nullptr, true, c.q_lanes, other, rhs, true);
+      solve_chunk_system<Wide>(b.wide_solver, c, no_state, true, c.q_lanes, other, rhs, true);
   b.z = b.solve_z[0];
   b.x = b.solve_x[0];
   for (int64_t i = 0; i < c.Kp * kLanes; ++i) {
-    b.z[i] = static_cast<float>(z[i]);
-    b.x[i] = static_cast<float>(x[i]);
+    b.z[i] = static_cast<S>(z[i]);
+    b.x[i] = static_cast<S>(x[i]);
   }
   lanes_dot<Vec>(z, x, c.K, b.z_dot_x);
   lanes_dot<Vec>(dm, x, c.K, b.dm_dot_x);

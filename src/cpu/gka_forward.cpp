@@ -11,10 +11,11 @@
 namespace kalmanet::cpu {
 namespace {
 
-GkaForwardJob forward_job(const core::GkaProblem& problem, const GkaOutputs& outputs,
-                          const Unit& unit, int64_t chunk_size) {
+template <class S>
+GkaForwardJob<S> forward_job(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                             const Unit& unit, int64_t chunk_size) {
   const int64_t row = unit.sequence->row;
-  GkaForwardJob job;
+  GkaForwardJob<S> job;
   job.in = head_inputs(problem, *unit.sequence, unit.head);
   job.chunk_size = chunk_size;
   job.o = out_rows_of(outputs.o, row, unit.head);
@@ -23,39 +24,42 @@ GkaForwardJob forward_job(const core::GkaProblem& problem, const GkaOutputs& out
   return job;
 }
 
+template <class S>
 void store_final_states(const core::GkaProblem& problem, const GkaOutputs& outputs,
-                        const Unit& unit, const StateBuffers& state) {
+                        const Unit& unit, const StateBuffers<S>& state) {
   const int64_t n = unit.sequence->index;
   store_state(state.h, outputs.h_final, n, unit.head, problem.K, problem.K);
   store_state(state.u, outputs.u_final, n, unit.head, problem.K, problem.V);
 }
 
 // An empty sequence leaves its states as they were.
+template <class S>
 void pass_states_through(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   if (!outputs.h_final.defined() && !outputs.u_final.defined()) return;
   const int64_t K = problem.K, V = problem.V;
   for (const core::Sequence& sequence : problem.sequences) {
     if (sequence.length() != 0) continue;
-    ScratchLease scratch(state_floats(K, V));
-    const StateBuffers state = state_at(scratch.data(), K);
+    ScratchLease<S> scratch(state_floats(K, V));
+    const StateBuffers<S> state = state_at(scratch.data(), K);
     for (int64_t head = 0; head < problem.H; ++head) {
       load_state(problem.inputs.h0, sequence.index, head, K, K, state.h);
       load_state(problem.inputs.u0, sequence.index, head, K, V, state.u);
-      store_final_states(problem, outputs, {&sequence, head}, state);
+      store_final_states<S>(problem, outputs, {&sequence, head}, state);
     }
   }
 }
 
 // One task a head: states stay in the thread's cache from first token to last.
-void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
+template <class S>
+void forward_by_units(const GkaKernels<S>& table, const core::GkaProblem& problem,
                       const GkaOutputs& outputs, const std::vector<Unit>& units, int64_t chunk_size,
                       std::vector<SolverCount>& counts) {
   const int64_t K = problem.K, V = problem.V;
   counts.resize(units.size());
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
-    ScratchLease scratch(forward_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
-    GkaForwardJob job = forward_job(problem, outputs, unit, chunk_size);
+    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
+    GkaForwardJob<S> job = forward_job<S>(problem, outputs, unit, chunk_size);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
     job.state = state_at(scratch.data(), K);
@@ -72,7 +76,8 @@ void forward_by_units(const KernelTable& table, const core::GkaProblem& problem,
 
 // Few heads: first the states before each segment (H and U apart: a twentieth of the work), then
 // all segments at once.
-void forward_by_segments(const KernelTable& table, const core::GkaProblem& problem,
+template <class S>
+void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& problem,
                          const GkaOutputs& outputs, const std::vector<Unit>& units,
                          int64_t chunk_size, std::vector<SolverCount>& counts) {
   const int64_t K = problem.K, V = problem.V;
@@ -95,8 +100,8 @@ void forward_by_segments(const KernelTable& table, const core::GkaProblem& probl
     first_state[static_cast<size_t>(i)] = static_cast<int64_t>(pieces.size()) * floats;
     for (int64_t j = 0; j < s.count; ++j) pieces.push_back({i, j});
   }
-  FloatBuffer states(static_cast<int64_t>(pieces.size()) * floats);
-  float* const base = states.data();
+  Buffer<S> states(static_cast<int64_t>(pieces.size()) * floats);
+  S* const base = states.data();
   problem.executor->run(2 * num_units, [&](int64_t task) {
     const size_t i = static_cast<size_t>(task / 2);
     const bool h = task % 2 == 0;
@@ -108,8 +113,8 @@ void forward_by_segments(const KernelTable& table, const core::GkaProblem& probl
     const Piece& piece = pieces[static_cast<size_t>(p)];
     const size_t i = static_cast<size_t>(piece.unit);
     const Segments& s = segments[i];
-    ScratchLease scratch(forward_scratch_floats(K, V, problem.options.solver));
-    GkaForwardJob job = forward_job(problem, outputs, units[i], chunk_size);
+    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver));
+    GkaForwardJob<S> job = forward_job<S>(problem, outputs, units[i], chunk_size);
     job.begin = s.begin_of(piece.segment);
     job.end = s.end_of(piece.segment);
     job.state = state_at(base + p * floats, K);
@@ -127,44 +132,45 @@ bool in_place(const View& view, int64_t cols) {
   return view.defined() && view.stride[3] == 1 && cols % kLanes == 0;
 }
 
-float* state_pointer(const View& view, int64_t n, int64_t head) {
-  return static_cast<float*>(view.data) + n * view.stride[0] + head * view.stride[1];
+template <class S>
+S* state_pointer(const View& view, int64_t n, int64_t head) {
+  return static_cast<S*>(view.data) + n * view.stride[0] + head * view.stride[1];
 }
 
 // Makes one of the two states ready for the step: in place where it may be, else in `buffer`.
-float* prepare(const ConstView& initial, const View& final, int64_t n, int64_t head, int64_t rows,
-               int64_t cols, float* buffer, int64_t& stride) {
+template <class S>
+S* prepare(const ConstView& initial, const View& final, int64_t n, int64_t head, int64_t rows,
+           int64_t cols, S* buffer, int64_t& stride) {
   if (!in_place(final, cols)) {
     load_state(initial, n, head, rows, cols, buffer);
     stride = padded(cols);
     return buffer;
   }
-  float* const at = state_pointer(final, n, head);
+  S* const at = state_pointer<S>(final, n, head);
   stride = final.stride[2];
   const bool same =
       initial.defined() && initial.data == final.data && initial.stride == final.stride;
   if (same) return at;
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = at + r * stride;
+    S* row = at + r * stride;
     if (!initial.defined()) {
-      std::memset(row, 0, static_cast<size_t>(cols) * sizeof(float));
+      std::memset(row, 0, static_cast<size_t>(cols) * sizeof(S));
       continue;
     }
-    const float* from = static_cast<const float*>(initial.data) + n * initial.stride[0] +
-                        head * initial.stride[1] + r * initial.stride[2];
+    const S* from = static_cast<const S*>(initial.data) + n * initial.stride[0] +
+                    head * initial.stride[1] + r * initial.stride[2];
     for (int64_t c = 0; c < cols; ++c) row[c] = from[c * initial.stride[3]];
   }
   return at;
 }
 
-}  // namespace
-
-GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+template <class S>
+GkaReport forward_stored(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   GkaReport report{Backend::cpu, instruction_set(), chosen_chunk_size(problem), 0, 0};
-  const KernelTable& table = kernels();
+  const GkaKernels<S>& table = kernels_of<S>(kernels());
   const std::vector<Unit> units = units_of(problem);
   std::vector<SolverCount> counts;
-  pass_states_through(problem, outputs);
+  pass_states_through<S>(problem, outputs);
   if (enough_units(static_cast<int64_t>(units.size()), problem.executor->concurrency())) {
     forward_by_units(table, problem, outputs, units, report.chunk_size, counts);
   } else {
@@ -174,19 +180,20 @@ GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   return report;
 }
 
-GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+template <class S>
+GkaReport step_stored(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   GkaReport report{Backend::cpu, instruction_set(), 1, 0, 0};
-  const KernelTable& table = kernels();
+  const GkaKernels<S>& table = kernels_of<S>(kernels());
   const std::vector<Unit> units = units_of(problem);
   std::vector<SolverCount> counts(units.size());
   const int64_t K = problem.K, V = problem.V;
-  pass_states_through(problem, outputs);
+  pass_states_through<S>(problem, outputs);
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
     const int64_t row = unit.sequence->row, n = unit.sequence->index;
-    ScratchLease scratch(step_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
-    const StateBuffers buffers = state_at(scratch.data(), K);
-    GkaStepJob job;
+    ScratchLease<S> scratch(step_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
+    const StateBuffers<S> buffers = state_at(scratch.data(), K);
+    GkaStepJob<S> job;
     job.in = head_inputs(problem, *unit.sequence, unit.head);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
@@ -205,6 +212,18 @@ GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   });
   merge_counts(counts, report);
   return report;
+}
+
+}  // namespace
+
+GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  return problem.dtype == DType::float64 ? forward_stored<double>(problem, outputs)
+                                         : forward_stored<float>(problem, outputs);
+}
+
+GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  return problem.dtype == DType::float64 ? step_stored<double>(problem, outputs)
+                                         : step_stored<float>(problem, outputs);
 }
 
 }  // namespace kalmanet::cpu

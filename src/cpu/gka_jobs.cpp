@@ -7,64 +7,72 @@
 namespace kalmanet::cpu {
 namespace {
 
-constexpr int64_t kKeepFloats = int64_t{4} << 20;  // 16 MiB a thread
+constexpr int64_t kKeepBytes = int64_t{16} << 20;  // a thread
 
 struct ThreadScratch {
-  FloatBuffer buffer;
+  RawBuffer buffer;
   bool in_use = false;
 };
 
 thread_local ThreadScratch thread_scratch;
 
-template <class Void, class Out>
-Out* element(const BasicView<Void>& view, int64_t i0, int64_t i2) {
-  return static_cast<Out*>(view.data) + i0 * view.stride[0] + i2 * view.stride[2];
+// The address of element [i0, 0, i2, 0].
+const void* element(const ConstView& view, int64_t i0, int64_t i2) {
+  const int64_t at = i0 * view.stride[0] + i2 * view.stride[2];
+  return static_cast<const char*>(view.data) + at * size_of(view.dtype);
+}
+void* element(const View& view, int64_t i0, int64_t i2) {
+  return const_cast<void*>(element(ConstView(view), i0, i2));
 }
 
 }  // namespace
 
-float* FloatBuffer::reserve(int64_t floats) {
-  if (floats <= capacity_) return data_;
-  std::free(data_);
-  data_ = nullptr;
-  capacity_ = 0;
-  const int64_t rounded = padded(floats);
-  data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rounded) * sizeof(float)));
+void* RawBuffer::reserve(int64_t bytes) {
+  if (bytes <= capacity_) return data_;
+  release();
+  const int64_t rounded = (bytes + 63) / 64 * 64;
+  data_ = std::aligned_alloc(64, static_cast<size_t>(rounded));
   if (data_ == nullptr) throw std::bad_alloc();
   capacity_ = rounded;
   return data_;
 }
 
-ScratchLease::ScratchLease(int64_t floats) {
+void RawBuffer::release() {
+  std::free(data_);
+  data_ = nullptr;
+  capacity_ = 0;
+}
+
+RawScratchLease::RawScratchLease(int64_t bytes) {
   // A task never runs inside another task's kernel, so one lease a thread is all there is.
   if (thread_scratch.in_use) throw std::logic_error("nested scratch lease");
-  data_ = thread_scratch.buffer.reserve(floats);
+  data_ = thread_scratch.buffer.reserve(bytes);
   thread_scratch.in_use = true;
 }
 
-ScratchLease::~ScratchLease() {
+RawScratchLease::~RawScratchLease() {
   thread_scratch.in_use = false;
-  if (thread_scratch.buffer.capacity() > kKeepFloats) thread_scratch.buffer.release();
+  if (thread_scratch.buffer.capacity() > kKeepBytes) thread_scratch.buffer.release();
 }
 
 Rows rows_of(const ConstView& view, int64_t row, int64_t head) {
   if (!view.defined()) return {};
-  return {element<const void, const float>(view, row, head), view.stride[1], view.stride[3]};
+  return {element(view, row, head), view.dtype, view.stride[1], view.stride[3]};
 }
 
 OutRows out_rows_of(const View& view, int64_t row, int64_t head) {
   if (!view.defined()) return {};
-  return {element<void, float>(view, row, head), view.stride[1], view.stride[3], false};
+  return {element(view, row, head), view.dtype, view.stride[1], view.stride[3], false};
 }
 
 Column column_of(const ConstView& view, int64_t row, int64_t head) {
   if (!view.defined()) return {};
-  return {element<const void, const float>(view, row, head), view.stride[1]};
+  return {element(view, row, head), view.dtype, view.stride[1]};
 }
 
 OutColumn out_column_of(const View& view, int64_t row, int64_t head) {
   if (!view.defined()) return {};
-  return {element<void, float>(view, row, head), view.stride[1]};
+  return {element(view, row, head), view.dtype, view.stride[1]};
 }
 
 HeadInputs head_inputs(const core::GkaProblem& problem, const core::Sequence& sequence,
@@ -89,13 +97,13 @@ HeadInputs head_inputs(const core::GkaProblem& problem, const core::Sequence& se
   return in;
 }
 
+template <class S>
 void load_state(const ConstView& view, int64_t n, int64_t head, int64_t rows, int64_t cols,
-                float* buffer) {
+                S* buffer) {
   const int64_t width = padded(cols);
-  std::memset(buffer, 0, static_cast<size_t>(padded(rows) * width) * sizeof(float));
+  std::memset(buffer, 0, static_cast<size_t>(padded(rows) * width) * sizeof(S));
   if (!view.defined()) return;
-  const float* base =
-      static_cast<const float*>(view.data) + n * view.stride[0] + head * view.stride[1];
+  const S* base = static_cast<const S*>(view.data) + n * view.stride[0] + head * view.stride[1];
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; ++c) {
       buffer[r * width + c] = base[r * view.stride[2] + c * view.stride[3]];
@@ -103,11 +111,12 @@ void load_state(const ConstView& view, int64_t n, int64_t head, int64_t rows, in
   }
 }
 
-void store_state(const float* buffer, const View& view, int64_t n, int64_t head, int64_t rows,
+template <class S>
+void store_state(const S* buffer, const View& view, int64_t n, int64_t head, int64_t rows,
                  int64_t cols) {
   if (!view.defined()) return;
   const int64_t width = padded(cols);
-  float* base = static_cast<float*>(view.data) + n * view.stride[0] + head * view.stride[1];
+  S* base = static_cast<S*>(view.data) + n * view.stride[0] + head * view.stride[1];
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; ++c) {
       base[r * view.stride[2] + c * view.stride[3]] = buffer[r * width + c];
@@ -115,8 +124,9 @@ void store_state(const float* buffer, const View& view, int64_t n, int64_t head,
   }
 }
 
-StateBuffers state_at(float* base, int64_t K) {
-  return {base, base + padded(K) * padded(K)};
-}
+template void load_state(const ConstView&, int64_t, int64_t, int64_t, int64_t, float*);
+template void load_state(const ConstView&, int64_t, int64_t, int64_t, int64_t, double*);
+template void store_state(const float*, const View&, int64_t, int64_t, int64_t, int64_t);
+template void store_state(const double*, const View&, int64_t, int64_t, int64_t, int64_t);
 
 }  // namespace kalmanet::cpu

@@ -5,53 +5,77 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "core/problem.hpp"
 #include "cpu/kernel_table.hpp"
 
 namespace kalmanet::cpu {
 
-// 64-byte aligned, uninitialised float32 memory.
-class FloatBuffer {
+// 64-byte aligned, uninitialised memory.
+class RawBuffer {
  public:
-  FloatBuffer() = default;
-  explicit FloatBuffer(int64_t floats) { reserve(floats); }
-  FloatBuffer(const FloatBuffer&) = delete;
-  FloatBuffer& operator=(const FloatBuffer&) = delete;
-  ~FloatBuffer() { std::free(data_); }
+  RawBuffer() = default;
+  RawBuffer(const RawBuffer&) = delete;
+  RawBuffer& operator=(const RawBuffer&) = delete;
+  ~RawBuffer() { std::free(data_); }
 
-  // At least `floats`; the content is lost.
-  float* reserve(int64_t floats);
-  void release() { *this = FloatBuffer(0, nullptr); }
-  float* data() const noexcept { return data_; }
+  // At least `bytes`; the content is lost.
+  void* reserve(int64_t bytes);
+  void release();
+  void* data() const noexcept { return data_; }
   int64_t capacity() const noexcept { return capacity_; }
 
  private:
-  FloatBuffer(int64_t capacity, float* data) : data_(data), capacity_(capacity) {}
-  FloatBuffer& operator=(FloatBuffer&& other) noexcept {
-    std::free(data_);
-    data_ = other.data_;
-    capacity_ = other.capacity_;
-    other.data_ = nullptr;
-    return *this;
-  }
-  float* data_ = nullptr;
+  void* data_ = nullptr;
   int64_t capacity_ = 0;
 };
 
-// Scratch of the calling thread, kept from task to task so that a call in steady state allocates
-// nothing; pieces above kKeepFloats are given back when the lease ends.
-class ScratchLease {
+// The same for `count` numbers of one type.
+template <class S>
+class Buffer {
  public:
-  explicit ScratchLease(int64_t floats);
-  ~ScratchLease();
-  ScratchLease(const ScratchLease&) = delete;
-  ScratchLease& operator=(const ScratchLease&) = delete;
-  float* data() const noexcept { return data_; }
+  explicit Buffer(int64_t count) { memory_.reserve(count * static_cast<int64_t>(sizeof(S))); }
+  S* data() const noexcept { return static_cast<S*>(memory_.data()); }
 
  private:
-  float* data_;
+  RawBuffer memory_;
 };
+
+// Scratch of the calling thread, kept from task to task so that a call in steady state allocates
+// nothing; pieces above kKeepBytes are given back when the lease ends.
+class RawScratchLease {
+ public:
+  explicit RawScratchLease(int64_t bytes);
+  ~RawScratchLease();
+  RawScratchLease(const RawScratchLease&) = delete;
+  RawScratchLease& operator=(const RawScratchLease&) = delete;
+  void* data() const noexcept { return data_; }
+
+ private:
+  void* data_;
+};
+
+// The same for `count` numbers of one type.
+template <class S>
+class ScratchLease {
+ public:
+  explicit ScratchLease(int64_t count) : lease_(count * static_cast<int64_t>(sizeof(S))) {}
+  S* data() const noexcept { return static_cast<S*>(lease_.data()); }
+
+ private:
+  RawScratchLease lease_;
+};
+
+// The table's kernels of one storage type.
+template <class S>
+const GkaKernels<S>& kernels_of(const KernelTable& table) {
+  if constexpr (std::is_same_v<S, double>) {
+    return table.gka_float64;
+  } else {
+    return table.gka;
+  }
+}
 
 HeadInputs head_inputs(const core::GkaProblem& problem, const core::Sequence& sequence,
                        int64_t head);
@@ -62,13 +86,18 @@ Column column_of(const ConstView& view, int64_t row, int64_t head);  // of [B,T,
 OutColumn out_column_of(const View& view, int64_t row, int64_t head);
 
 // One head's state of a [N,H,rows,cols] view to and from a padded buffer
-// [padded(rows)][padded(cols)]. An absent view loads zeros.
+// [padded(rows)][padded(cols)] of the view's own dtype, S. An absent view loads zeros.
+template <class S>
 void load_state(const ConstView& view, int64_t n, int64_t head, int64_t rows, int64_t cols,
-                float* buffer);
-void store_state(const float* buffer, const View& view, int64_t n, int64_t head, int64_t rows,
+                S* buffer);
+template <class S>
+void store_state(const S* buffer, const View& view, int64_t n, int64_t head, int64_t rows,
                  int64_t cols);
 
-// H and U inside state_floats(K, V) floats.
-StateBuffers state_at(float* base, int64_t K);
+// H and U inside state_floats(K, V) elements.
+template <class S>
+StateBuffers<S> state_at(S* base, int64_t K) {
+  return {base, base + padded(K) * padded(K)};
+}
 
 }  // namespace kalmanet::cpu

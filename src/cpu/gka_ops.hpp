@@ -1,4 +1,4 @@
-// The CPU backend's three operations on a validated float32 problem.
+// The CPU backend's three operations on a validated problem.
 #pragma once
 
 #include "core/problem.hpp"

@@ -38,23 +38,24 @@ Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_
   return s;
 }
 
-void scan_segment_states(const KernelTable& table, const core::GkaProblem& problem,
-                         const Unit& unit, const Segments& segments, int64_t chunk_size,
-                         float* states, bool h, bool u) {
+template <class S>
+void scan_segment_states(const GkaKernels<S>& table, const core::GkaProblem& problem,
+                         const Unit& unit, const Segments& segments, int64_t chunk_size, S* states,
+                         bool h, bool u) {
   const int64_t K = problem.K, V = problem.V;
   const int64_t floats = state_floats(K, V);
   const int64_t n = unit.sequence->index;
-  const size_t h_bytes = static_cast<size_t>(padded(K) * padded(K)) * sizeof(float);
-  const size_t u_bytes = static_cast<size_t>(padded(K) * padded(V)) * sizeof(float);
-  StateBuffers at = state_at(states, K);
+  const size_t h_bytes = static_cast<size_t>(padded(K) * padded(K)) * sizeof(S);
+  const size_t u_bytes = static_cast<size_t>(padded(K) * padded(V)) * sizeof(S);
+  StateBuffers<S> at = state_at(states, K);
   if (h) load_state(problem.inputs.h0, n, unit.head, K, K, at.h);
   if (u) load_state(problem.inputs.u0, n, unit.head, K, V, at.u);
-  ScratchLease scratch(scan_scratch_floats(K, V));
+  ScratchLease<S> scratch(scan_scratch_floats(K, V));
   for (int64_t i = 0; i + 1 < segments.count; ++i) {
-    const StateBuffers next = state_at(states + (i + 1) * floats, K);
+    const StateBuffers<S> next = state_at(states + (i + 1) * floats, K);
     if (h) std::memcpy(next.h, at.h, h_bytes);
     if (u) std::memcpy(next.u, at.u, u_bytes);
-    GkaScanJob job;
+    GkaScanJob<S> job;
     job.in = head_inputs(problem, *unit.sequence, unit.head);
     job.begin = segments.begin_of(i);
     job.end = segments.end_of(i);
@@ -66,6 +67,11 @@ void scan_segment_states(const KernelTable& table, const core::GkaProblem& probl
   }
 }
 
+template void scan_segment_states(const GkaKernels<float>&, const core::GkaProblem&, const Unit&,
+                                  const Segments&, int64_t, float*, bool, bool);
+template void scan_segment_states(const GkaKernels<double>&, const core::GkaProblem&, const Unit&,
+                                  const Segments&, int64_t, double*, bool, bool);
+
 void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report) {
   for (const SolverCount& count : counts) {
     if (count.chunks == 0) continue;
@@ -74,7 +80,7 @@ void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report) {
     report.max_iterations = std::max(report.max_iterations, count.max);
     report.solves += count.chunks;
     report.direct_solves += count.direct_chunks;
-    report.factorizations += count.sweeps;
+    report.factorizations += count.factorizations;
   }
 }
 

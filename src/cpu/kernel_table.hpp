@@ -7,29 +7,38 @@
 #include "cpu/conv_kernels.hpp"
 #include "cpu/norm_kernels.hpp"
 #include "kalmanet/gka.hpp"
+#include "kalmanet/tensor.hpp"
 
 namespace kalmanet::cpu {
 
-// Tokens of one head: element (t, c) is data[t * token_stride + c * stride]. t counts from the
-// start of the batch row. Null data: absent.
+// The kernels come in two storage types, S: float, and double for float64 problems. S is what the
+// states, the scratch and every buffer between two steps of the work are made of; what a caller's
+// tensors hold is said by the dtype beside their pointers.
+
+// Tokens of one head: element (t, c) is number t * token_stride + c * stride from data. t counts
+// from the start of the batch row. Null data: absent.
 struct Rows {
-  const float* data = nullptr;
+  const void* data = nullptr;
+  DType dtype = DType::float32;
   int64_t token_stride = 0;
   int64_t stride = 0;
 };
 struct OutRows {
-  float* data = nullptr;
+  void* data = nullptr;
+  DType dtype = DType::float32;
   int64_t token_stride = 0;
   int64_t stride = 0;
   bool accumulate = false;  // add to what is there (heads that share one output head)
 };
-// One number a token: element t is data[t * stride]. Null data: absent.
+// One number a token: element t is number t * stride from data. Null data: absent.
 struct Column {
-  const float* data = nullptr;
+  const void* data = nullptr;
+  DType dtype = DType::float32;
   int64_t stride = 0;
 };
 struct OutColumn {
-  float* data = nullptr;
+  void* data = nullptr;
+  DType dtype = DType::float32;
   int64_t stride = 0;
 };
 
@@ -47,41 +56,44 @@ struct HeadInputs {
 
 // A head's pair of states in the kernels' layout: row-major, rows padded with zeros to a multiple
 // of kLanes: h [Kp, Kp], u [Kp, Vp].
+template <class S>
 struct StateBuffers {
-  float* h = nullptr;
-  float* u = nullptr;
+  S* h = nullptr;
+  S* u = nullptr;
 };
 
 // What the solver did, over the chunks of a job (tokens, where it goes token by token).
 struct SolverCount {
   int min = 0, max = 0;  // steps of the iteration
   int64_t chunks = 0;
-  int64_t direct_chunks = 0;  // of them, those solved directly
-  int64_t sweeps = 0;         // matrices inverted or factored
+  int64_t direct_chunks = 0;   // of them, those solved directly
+  int64_t factorizations = 0;  // matrices factored for them
 };
 
 // Tokens [begin, end) of one head, chunk by chunk; `state` goes from before `begin` to after `end`.
+template <class S>
 struct GkaForwardJob {
   HeadInputs in;
   int64_t begin = 0, end = 0;
   int64_t chunk_size = 0;        // 1..kLanes
   bool h_is_zero = false;        // state.h is all zeros at `begin`
   bool starts_sequence = false;  // `begin` is the call's first token of the sequence
-  StateBuffers state;
-  OutRows o, x;              // x optional
-  OutColumn residual;        // optional
-  float* scratch = nullptr;  // forward_scratch_floats(K, V)
+  StateBuffers<S> state;
+  OutRows o, x;          // x optional
+  OutColumn residual;    // optional
+  S* scratch = nullptr;  // forward_scratch_floats(K, V)
   SolverCount* count = nullptr;
 };
 
 // Advances the states over tokens [begin, end) with the forward's arithmetic and nothing else; a
 // null state.h or state.u is left out.
+template <class S>
 struct GkaScanJob {
   HeadInputs in;
   int64_t begin = 0, end = 0;
   int64_t chunk_size = 0;
-  StateBuffers state;
-  float* scratch = nullptr;
+  StateBuffers<S> state;
+  S* scratch = nullptr;
 };
 
 // Whether a backward solves all chunks of a segment, in order, before its first gradient.
@@ -91,7 +103,7 @@ constexpr bool solves_ahead(Solver solver) {
 
 // Gradients of tokens [begin, end) of one head, last chunk first. What `phase` leaves out must have
 // been done before: solve_only writes z (and x where it was not saved), gradients_only reads them.
-// With a solver that solves ahead, `both` uses z_rows and x_rows as well.
+template <class S>
 struct GkaBackwardJob {
   enum Phase { solve_only, gradients_only, both };
   Phase phase = both;
@@ -99,36 +111,43 @@ struct GkaBackwardJob {
   bool bp_lambda = true;
   int64_t begin = 0, end = 0;
   int64_t chunk_size = 0;
-  bool h_is_zero = false;         // start.h is all zeros
-  StateBuffers start;             // states before `begin` (read only)
-  float* chunk_states = nullptr;  // room for the states before each chunk of the segment
-  StateBuffers carry;      // D and E: gradients of the states after `end`, in; before `begin`, out
+  bool h_is_zero = false;     // start.h is all zeros
+  StateBuffers<S> start;      // states before `begin` (read only)
+  S* chunk_states = nullptr;  // room for the states before each chunk of the segment
+  StateBuffers<S> carry;   // D and E: gradients of the states after `end`, in; before `begin`, out
   Rows saved_x;            // x of the forward; absent: solved for again
   OutRows z_rows, x_rows;  // between the phases: z, and x where saved_x is absent
   Rows d_o;
   OutRows dq, dk, dv;  // all optional
   OutColumn dg, dgk, dalpha, dbeta, d_ridge;
-  float* scratch = nullptr;  // backward_scratch_floats(K, V)
+  S* scratch = nullptr;  // backward_scratch_floats(K, V)
   SolverCount* count = nullptr;
 };
 
 // Tokens [begin, end) of one head one by one; state as above, but its rows may have any stride.
+template <class S>
 struct GkaStepJob {
   HeadInputs in;
   int64_t begin = 0, end = 0;
-  StateBuffers state;
-  int64_t h_stride = 0, u_stride = 0;  // floats from row to row; rows are padded to kLanes
+  StateBuffers<S> state;
+  int64_t h_stride = 0, u_stride = 0;  // elements from row to row; rows are padded to kLanes
   OutRows o, x;
   OutColumn residual;
-  float* scratch = nullptr;  // step_scratch_floats(K, V)
+  S* scratch = nullptr;  // step_scratch_floats(K, V)
   SolverCount* count = nullptr;
 };
 
+template <class S>
+struct GkaKernels {
+  void (*gka_forward)(const GkaForwardJob<S>&);
+  void (*gka_scan_states)(const GkaScanJob<S>&);
+  void (*gka_backward)(const GkaBackwardJob<S>&);
+  void (*gka_step)(const GkaStepJob<S>&);
+};
+
 struct KernelTable {
-  void (*gka_forward)(const GkaForwardJob&);
-  void (*gka_scan_states)(const GkaScanJob&);
-  void (*gka_backward)(const GkaBackwardJob&);
-  void (*gka_step)(const GkaStepJob&);
+  GkaKernels<float> gka;
+  GkaKernels<double> gka_float64;
   ConvKernels conv;
   NormKernels norm;
 };
@@ -143,7 +162,7 @@ constexpr int64_t padded(int64_t n) {
   return (n + kLanes - 1) / kLanes * kLanes;
 }
 
-// Floats of one head's two states in the kernels' layout.
+// Numbers in one head's two states in the kernels' layout.
 constexpr int64_t state_floats(int64_t K, int64_t V) {
   return padded(K) * (padded(K) + padded(V));
 }

@@ -12,12 +12,11 @@
 #include <cstdint>
 
 #include "cpu/kernel_table.hpp"
-
-#define KALMANET_INLINE inline __attribute__((always_inline))
+#include "cpu/rows.hpp"
 
 namespace kalmanet::cpu {
 
-// A register of a vector type from memory of either precision.
+// A register of a vector type from memory of either precision, and to it.
 template <class Vec>
 KALMANET_INLINE typename Vec::Reg load_as(const float* p) {
   return Vec::load_f32(p);
@@ -26,6 +25,19 @@ template <class Vec>
 KALMANET_INLINE typename Vec::Reg load_as(const double* p) {
   return Vec::load(p);
 }
+template <class Vec>
+KALMANET_INLINE void store_as(float* p, typename Vec::Reg a) {
+  Vec::store_f32(p, a);
+}
+template <class Vec>
+KALMANET_INLINE void store_as(double* p, typename Vec::Reg a) {
+  Vec::store(p, a);
+}
+
+// Whether a wider precision than Vec's is there for what Vec's rounding would spoil: so for the
+// kernels of float32 storage, not for those of float64.
+template <class Vec>
+inline constexpr bool kHasWider = sizeof(typename Vec::Elem) < sizeof(typename Vec::Wide::Elem);
 
 template <class Vec>
 struct Tile {
@@ -52,8 +64,8 @@ struct Tile {
 
   // acc[r][t] += sum_{c < inner} A(c, r) X[c][t], A(c, r) = a[c * ld + r], or a[r * ld + c]
   // transposed.
-  template <bool kTransposed = false, class A, class X>
-  KALMANET_INLINE void accumulate(const A* a, int64_t ld, int64_t inner, const X* x) {
+  template <bool kTransposed = false, class S, class X>
+  KALMANET_INLINE void accumulate(const S* a, int64_t ld, int64_t inner, const X* x) {
     for (int64_t c = 0; c < inner; ++c) {
       Reg xc[kVecs];
 #pragma GCC unroll 8
@@ -68,12 +80,13 @@ struct Tile {
   }
 
   // acc[r][t] *= lane[t]
-  KALMANET_INLINE void scale_lanes(const float* lane) {
+  template <class S>
+  KALMANET_INLINE void scale_lanes(const S* lane) {
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
-        acc[r][v] = Vec::mul(acc[r][v], Vec::load_f32(lane + v * Vec::kWidth));
+        acc[r][v] = Vec::mul(acc[r][v], load_as<Vec>(lane + v * Vec::kWidth));
       }
     }
   }
@@ -96,9 +109,8 @@ struct Tile {
 };
 
 // Y[n][t] = sum_{c < inner} A(c, n) X[c][t] for n < rows (a multiple of kLanes).
-template <class Vec, bool kTransposed = false>
-void lanes_product(const float* a, int64_t ld, int64_t inner, int64_t rows, const float* x,
-                   float* y) {
+template <class Vec, bool kTransposed = false, class S>
+void lanes_product(const S* a, int64_t ld, int64_t inner, int64_t rows, const S* x, S* y) {
   using T = Tile<Vec>;
   for (int64_t n = 0; n < rows; n += T::kRows) {
     T tile;
@@ -110,9 +122,9 @@ void lanes_product(const float* a, int64_t ld, int64_t inner, int64_t rows, cons
 
 // Y[n][t] = gain[n][t] * sum_{c < inner} A[c][n] X[c][t] for kLanes rows n: masked token-by-token
 // products.
-template <class Vec>
-void gained_product(const float* a_lanes, int64_t inner, const typename Vec::Elem* x,
-                    const float* gain, typename Vec::Elem* y) {
+template <class Vec, class S>
+void gained_product(const S* a_lanes, int64_t inner, const typename Vec::Elem* x, const S* gain,
+                    typename Vec::Elem* y) {
   using T = Tile<Vec>;
   for (int64_t n = 0; n < kLanes; n += T::kRows) {
     T tile;
@@ -120,7 +132,7 @@ void gained_product(const float* a_lanes, int64_t inner, const typename Vec::Ele
     tile.accumulate(a_lanes + n, kLanes, inner, x);
     tile.each([&](int64_t offset, int, typename Vec::Reg acc) {
       const int64_t at = n * kLanes + offset;
-      Vec::store(y + at, Vec::mul(acc, Vec::load_f32(gain + at)));
+      Vec::store(y + at, Vec::mul(acc, load_as<Vec>(gain + at)));
     });
   }
 }
@@ -139,9 +151,9 @@ void lanes_dot(const A* a, const B* b, int64_t rows, double* dot) {
 
 // M[c][n] = decay * M[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple of
 // kLanes). M, A and B are row-major with strides ldm, lda, ldb.
-template <class Vec, int kRows, int kVecs, class Elem = typename Vec::Elem>
-KALMANET_INLINE void rank_update_block(Elem* m, int64_t ldm, Elem decay, const Elem* a, int64_t lda,
-                                       const Elem* b, int64_t ldb, int64_t count) {
+template <class Vec, int kRows, int kVecs, class S>
+KALMANET_INLINE void rank_update_block(S* m, int64_t ldm, S decay, const S* a, int64_t lda,
+                                       const S* b, int64_t ldb, int64_t count) {
   using Reg = typename Vec::Reg;
   Reg acc[kRows][kVecs];
   const Reg d = Vec::set1(decay);
@@ -170,10 +182,9 @@ KALMANET_INLINE void rank_update_block(Elem* m, int64_t ldm, Elem decay, const E
   }
 }
 
-template <class Vec, int kVecs, class Elem = typename Vec::Elem>
-KALMANET_INLINE void rank_update_panel(Elem* m, int64_t ldm, int64_t rows, Elem decay,
-                                       const Elem* a, int64_t lda, const Elem* b, int64_t ldb,
-                                       int64_t count) {
+template <class Vec, int kVecs, class S>
+KALMANET_INLINE void rank_update_panel(S* m, int64_t ldm, int64_t rows, S decay, const S* a,
+                                       int64_t lda, const S* b, int64_t ldb, int64_t count) {
   // 4 rows x 4 registers of AVX-512, 4 x 2 of the others: 16 and 8 accumulators.
   int64_t c = 0;
   for (; c + 4 <= rows; c += 4) {
@@ -184,9 +195,9 @@ KALMANET_INLINE void rank_update_panel(Elem* m, int64_t ldm, int64_t rows, Elem 
   }
 }
 
-template <class Vec, class Elem = typename Vec::Elem>
-void rank_update(Elem* m, int64_t ldm, int64_t rows, int64_t cols, Elem decay, const Elem* a,
-                 int64_t lda, const Elem* b, int64_t ldb, int64_t count) {
+template <class Vec, class S>
+void rank_update(S* m, int64_t ldm, int64_t rows, int64_t cols, S decay, const S* a, int64_t lda,
+                 const S* b, int64_t ldb, int64_t count) {
   constexpr int kPanel = Vec::kWidth == 16 ? 4 : 2;
   constexpr int64_t kWide = kPanel * Vec::kWidth;
   int64_t n = 0;
@@ -200,8 +211,8 @@ void rank_update(Elem* m, int64_t ldm, int64_t rows, int64_t cols, Elem decay, c
 
 // |M|_F^2 of a row-major [rows, cols] block, in float64 (squares of float32 numbers under- and
 // overflow float32 long before the numbers do). Eight partial sums, always in the same order.
-template <class Vec>
-double squared_norm(const float* m, int64_t ld, int64_t rows, int64_t cols) {
+template <class Vec, class S>
+double squared_norm(const S* m, int64_t ld, int64_t rows, int64_t cols) {
   double sum[8] = {};
   for (int64_t c = 0; c < rows; ++c) {
     for (int64_t n = 0; n < cols; n += 8) {
@@ -215,8 +226,8 @@ double squared_norm(const float* m, int64_t ld, int64_t rows, int64_t cols) {
 }
 
 // <M, N> of two row-major [rows, cols] blocks with the same stride, in float64.
-template <class Vec>
-double frobenius_dot(const float* m, const float* n, int64_t ld, int64_t rows, int64_t cols) {
+template <class Vec, class S>
+double frobenius_dot(const S* m, const S* n, int64_t ld, int64_t rows, int64_t cols) {
   double sum[8] = {};
   for (int64_t c = 0; c < rows; ++c) {
     for (int64_t i0 = 0; i0 < cols; i0 += 8) {
@@ -229,23 +240,23 @@ double frobenius_dot(const float* m, const float* n, int64_t ld, int64_t rows, i
 }
 
 // Lanes from tokens [t0, t0 + n) of a head: lanes[c][t] = src(t0 + t, c), zeros elsewhere.
-template <class Vec>
-void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width, float* lanes) {
+template <class Vec, class S>
+void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width, S* lanes) {
   const int64_t rows = padded(width);
-  for (int64_t i = 0; i < rows * kLanes; ++i) lanes[i] = 0.0f;
+  for (int64_t i = 0; i < rows * kLanes; ++i) lanes[i] = 0;
   for (int64_t t = 0; t < n; ++t) {
-    const float* p = src.data + (t0 + t) * src.token_stride;
+    const S* p = row_of<S>(src, t0 + t);
     for (int64_t c = 0; c < width; ++c) lanes[c * kLanes + t] = p[c * src.stride];
   }
 }
 
 // dst(t0 + t, c) = gain[t] * lanes[c][t] (added if dst.accumulate).
-template <class Vec>
-void store_lanes(const float* lanes, const float* gain, const OutRows& dst, int64_t t0, int64_t n,
+template <class Vec, class S>
+void store_lanes(const S* lanes, const S* gain, const OutRows& dst, int64_t t0, int64_t n,
                  int64_t width) {
   for (int64_t t = 0; t < n; ++t) {
-    float* p = dst.data + (t0 + t) * dst.token_stride;
-    const float w = gain == nullptr ? 1.0f : gain[t];
+    S* p = row_of<S>(dst, t0 + t);
+    const S w = gain == nullptr ? 1 : gain[t];
     if (dst.accumulate) {
       for (int64_t c = 0; c < width; ++c) p[c * dst.stride] += w * lanes[c * kLanes + t];
     } else {
@@ -255,16 +266,16 @@ void store_lanes(const float* lanes, const float* gain, const OutRows& dst, int6
 }
 
 // rows[t][c] = lanes[c][t] for all kLanes tokens, c < cols (the padded width).
-template <class Vec>
-void lanes_to_rows(const float* lanes, int64_t cols, float* rows) {
+template <class Vec, class S>
+void lanes_to_rows(const S* lanes, int64_t cols, S* rows) {
   for (int64_t t = 0; t < kLanes; ++t) {
     for (int64_t c = 0; c < cols; ++c) rows[t * cols + c] = lanes[c * kLanes + t];
   }
 }
 
 // lanes[c][t] = rows[t][c]
-template <class Vec>
-void rows_to_lanes(const float* rows, int64_t cols, float* lanes) {
+template <class Vec, class S>
+void rows_to_lanes(const S* rows, int64_t cols, S* lanes) {
   for (int64_t c = 0; c < cols; ++c) {
     for (int64_t t = 0; t < kLanes; ++t) lanes[c * kLanes + t] = rows[t * cols + c];
   }

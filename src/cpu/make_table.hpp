@@ -11,12 +11,20 @@
 namespace kalmanet::cpu {
 
 template <class Vec>
-constexpr KernelTable make_table() {
-  return KernelTable{
+constexpr GkaKernels<typename Vec::Elem> gka_kernels() {
+  return {
       .gka_forward = &gka_forward_segment<Vec>,
       .gka_scan_states = &gka_scan_states<Vec>,
       .gka_backward = &gka_backward_segment<Vec>,
       .gka_step = &gka_step_head<Vec>,
+  };
+}
+
+template <class Vec>
+constexpr KernelTable make_table() {
+  return KernelTable{
+      .gka = gka_kernels<Vec>(),
+      .gka_float64 = gka_kernels<typename Vec::Wide>(),
       .conv = conv_kernels<Vec>(),
       .norm = norm_kernels<Vec>(),
   };

@@ -1,4 +1,6 @@
-// Floats of scratch that each kernel takes, for one head with key width K and value width V.
+// Scratch that each kernel takes, for one head with key width K and value width V, in elements of
+// its storage type. What a float kernel keeps in float64 counts twice; the float64 kernels have no
+// such buffers and leave their room unused.
 #pragma once
 
 #include "cpu/kernel_table.hpp"

@@ -21,15 +21,15 @@ struct ChunkSolver {
 };
 
 // `capacity`: chunks a block may have, 1 where there is no more than one.
-template <class Vec>
-void carve_solver(ChunkSolver<Vec>& s, const HeadInputs& in, int64_t capacity, Arena& arena) {
+template <class Vec, class S>
+void carve_solver(ChunkSolver<Vec>& s, const HeadInputs& in, int64_t capacity, Arena<S>& arena) {
   s.solver = in.solver;
-  constexpr int64_t kFloats = sizeof(typename Vec::Elem) / sizeof(float);
+  constexpr int64_t kEach = sizeof(typename Vec::Elem) / sizeof(S);
   if (in.solver == Solver::direct) {
     carve_direct<Vec>(s.block, in.K, capacity, arena);
   } else if (in.solver == Solver::cg) {
     for (auto& p : s.extra) {
-      p = reinterpret_cast<typename Vec::Elem*>(arena.take(kFloats * padded(in.K) * kLanes));
+      p = reinterpret_cast<typename Vec::Elem*>(arena.take(kEach * padded(in.K) * kLanes));
     }
   }
 }
@@ -44,8 +44,8 @@ void count_steps(SolverCount* count, int steps) {
 
 // Call once a chunk, after its norms. `window_chunks`: from this chunk to its window's end
 // (direct_plan.hpp). `count` may be null.
-template <class Vec>
-void prepare_solver(ChunkSolver<Vec>& s, const Chunk& c, const HeadInputs& in, const float* h,
+template <class Vec, class S>
+void prepare_solver(ChunkSolver<Vec>& s, const Chunk<S>& c, const HeadInputs& in, const S* h,
                     bool h_is_zero, int64_t window_chunks, SolverCount* count) {
   if (s.solver != Solver::direct) {
     s.plan.steps = in.num_iter != 0 ? in.num_iter : chebyshev_steps<Vec>(c, in.tolerance);
@@ -65,7 +65,7 @@ void prepare_solver(ChunkSolver<Vec>& s, const Chunk& c, const HeadInputs& in, c
     d.active = false;
   }
   if (count != nullptr) {
-    count->sweeps += s.plan.way == ChunkWay::new_block && !h_is_zero;
+    count->factorizations += s.plan.way == ChunkWay::new_block && !h_is_zero;
     count->direct_chunks += s.plan.way != ChunkWay::chebyshev;
   }
 }
@@ -73,8 +73,8 @@ void prepare_solver(ChunkSolver<Vec>& s, const Chunk& c, const HeadInputs& in, c
 // Solves (H_t + lambda_t I) x_t = b_t for every token of the prepared chunk. b, x, other: lanes
 // [Kp][t]; returns which of x and other holds the solution.
 // `corrected`: direct, with corrections where they are needed.
-template <class Vec, class B>
-typename Vec::Elem* solve_chunk_system(const ChunkSolver<Vec>& s, const Chunk& c, const float* h,
+template <class Vec, class B, class S>
+typename Vec::Elem* solve_chunk_system(const ChunkSolver<Vec>& s, const Chunk<S>& c, const S* h,
                                        bool h_is_zero, const B* b, typename Vec::Elem* x,
                                        typename Vec::Elem* other, bool corrected) {
   if (s.solver == Solver::cg) {

@@ -13,8 +13,8 @@ namespace kalmanet::cpu {
 // y[n] = sum_{c < rows} x[c] M[c][n] for n < cols (a multiple of kLanes): rows of M are read in
 // order, eight accumulators at a time (two multiply-adds a cycle of latency 4), epilogue(n,
 // register of y).
-template <class Vec, class Epilogue>
-KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, int64_t cols,
+template <class Vec, class S, class Epilogue>
+KALMANET_INLINE void row_combination(const S* m, int64_t ld, int64_t rows, int64_t cols,
                                      const typename Vec::Elem* x, Epilogue&& epilogue) {
   using Reg = typename Vec::Reg;
   constexpr int kBlock = 8;
@@ -25,10 +25,10 @@ KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, i
     for (int i = 0; i < kBlock; ++i) acc[i] = Vec::zero();
     for (int64_t c = 0; c < rows; ++c) {
       const Reg xc = Vec::set1(x[c]);
-      const float* row = m + c * ld + n;
+      const S* row = m + c * ld + n;
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock; ++i) {
-        acc[i] = Vec::fma(xc, Vec::load_f32(row + i * Vec::kWidth), acc[i]);
+        acc[i] = Vec::fma(xc, load_as<Vec>(row + i * Vec::kWidth), acc[i]);
       }
     }
 #pragma GCC unroll 8
@@ -50,8 +50,7 @@ KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, i
         const Reg xc = Vec::set1(x[c + p]);
 #pragma GCC unroll 4
         for (int i = 0; i < kSmall; ++i) {
-          acc[p][i] =
-              Vec::fma(xc, Vec::load_f32(m + (c + p) * ld + n + i * Vec::kWidth), acc[p][i]);
+          acc[p][i] = Vec::fma(xc, load_as<Vec>(m + (c + p) * ld + n + i * Vec::kWidth), acc[p][i]);
         }
       }
     }
@@ -59,7 +58,7 @@ KALMANET_INLINE void row_combination(const float* m, int64_t ld, int64_t rows, i
       const Reg xc = Vec::set1(x[c]);
 #pragma GCC unroll 4
       for (int i = 0; i < kSmall; ++i) {
-        acc[0][i] = Vec::fma(xc, Vec::load_f32(m + c * ld + n + i * Vec::kWidth), acc[0][i]);
+        acc[0][i] = Vec::fma(xc, load_as<Vec>(m + c * ld + n + i * Vec::kWidth), acc[0][i]);
       }
     }
 #pragma GCC unroll 4
@@ -79,10 +78,10 @@ struct StepWork {
   Elem* extra[2] = {};
 };
 
-template <class Elem>
-StepWork<Elem> take_step_work(Arena& arena, int64_t Kp, Solver solver) {
-  constexpr int64_t kFloats = sizeof(Elem) / sizeof(float);
-  const auto take = [&](int64_t n) { return reinterpret_cast<Elem*>(arena.take(kFloats * n)); };
+template <class Elem, class S>
+StepWork<Elem> take_step_work(Arena<S>& arena, int64_t Kp, Solver solver) {
+  constexpr int64_t kEach = sizeof(Elem) / sizeof(S);
+  const auto take = [&](int64_t n) { return reinterpret_cast<Elem*>(arena.take(kEach * n)); };
   StepWork<Elem> work;
   if (solver == Solver::direct) {
     work.matrix = take(Kp * Kp);
@@ -94,8 +93,9 @@ StepWork<Elem> take_step_work(Arena& arena, int64_t Kp, Solver solver) {
 }
 
 // One token: its ridge, and how it is to be solved for.
+template <class S>
 struct StepToken {
-  const float* q;
+  const S* q;
   Solver solver = Solver::chebyshev;
   double f = 0, ridge = 0, alpha = 1, scale = 1;
   int num_iter = 0;
@@ -103,8 +103,8 @@ struct StepToken {
 
 // The Chebyshev iteration (chebyshev.hpp) for one token; returns which of x and other has the
 // solution.
-template <class Vec>
-typename Vec::Elem* chebyshev_step(const StepToken& token, const float* h, int64_t ld, int64_t K,
+template <class Vec, class S>
+typename Vec::Elem* chebyshev_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K,
                                    int64_t Kp, typename Vec::Elem* x, typename Vec::Elem* other) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
@@ -123,7 +123,7 @@ typename Vec::Elem* chebyshev_step(const StepToken& token, const float* h, int64
     const Reg gain = Vec::set1(static_cast<Elem>(step * w));
     row_combination<Vec>(h, ld, K, Kp, x, [&](int64_t n, Reg hx) {
       const Reg xn = Vec::load(x + n);
-      const Reg residual = Vec::sub(Vec::fma(lam, xn, hx), Vec::load_f32(token.q + n));
+      const Reg residual = Vec::sub(Vec::fma(lam, xn, hx), load_as<Vec>(token.q + n));
       const Reg moved = Vec::fma(momentum, Vec::sub(xn, Vec::load(other + n)), xn);
       Vec::store(other + n, Vec::fnma(gain, residual, moved));
     });
@@ -135,8 +135,8 @@ typename Vec::Elem* chebyshev_step(const StepToken& token, const float* h, int64
 }
 
 // Conjugate gradients (cg.hpp) for one token.
-template <class Vec>
-void cg_step(const StepToken& token, const float* h, int64_t ld, int64_t K, int64_t Kp,
+template <class Vec, class S>
+void cg_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K, int64_t Kp,
              const StepWork<typename Vec::Elem>& work, typename Vec::Elem* x,
              typename Vec::Elem* r) {
   using Reg = typename Vec::Reg;
@@ -150,7 +150,7 @@ void cg_step(const StepToken& token, const float* h, int64_t ld, int64_t K, int6
   };
   for (int64_t n = 0; n < Kp; ++n) {
     x[n] = 0;
-    r[n] = p[n] = token.q[n];
+    r[n] = p[n] = static_cast<Elem>(token.q[n]);
   }
   const Reg lam = Vec::set1(static_cast<Elem>(token.ridge * token.f));
   double rr = dot(r, r);
@@ -175,8 +175,8 @@ void cg_step(const StepToken& token, const float* h, int64_t ld, int64_t K, int6
 
 // H + lambda I factored and the one system solved (K^3 / 3 operations), then once more for the
 // residual: a few K^2, which leave of a Cholesky solve's error the square.
-template <class Vec>
-void direct_step(const StepToken& token, const float* h, int64_t ld, int64_t K, int64_t Kp,
+template <class Vec, class S>
+void direct_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K, int64_t Kp,
                  const StepWork<typename Vec::Elem>& work, typename Vec::Elem* x,
                  typename Vec::Elem* residual) {
   using Wide = typename Vec::Wide;
@@ -186,12 +186,12 @@ void direct_step(const StepToken& token, const float* h, int64_t ld, int64_t K, 
   for (int64_t i = 0; i < Kp; ++i) {
     const int64_t end = padded(i + 1);  // up to the diagonal block
     if (i < K) {
-      for (int64_t j = 0; j < end; ++j) a[i * Kp + j] = h[i * ld + j];
+      for (int64_t j = 0; j < end; ++j) a[i * Kp + j] = static_cast<Elem>(h[i * ld + j]);
     } else {
       for (int64_t j = 0; j < end; ++j) a[i * Kp + j] = 0;
     }
     a[i * Kp + i] = static_cast<Elem>(static_cast<double>(a[i * Kp + i]) + lambda);
-    x[i] = token.q[i];
+    x[i] = static_cast<Elem>(token.q[i]);
   }
   factor_symmetric<Vec>(a, Kp, work.panels);
   solve_factored<Vec>(a, Kp, x);
@@ -201,7 +201,7 @@ void direct_step(const StepToken& token, const float* h, int64_t ld, int64_t K, 
   alignas(64) double r[Wide::kWidth];
   row_combination<Wide>(h, ld, K, Kp, wide_x, [&](int64_t n, typename Wide::Reg hx) {
     const auto ax = Wide::fma(lam, Wide::load(wide_x + n), hx);
-    Wide::store(r, Wide::sub(Wide::load_f32(token.q + n), ax));
+    Wide::store(r, Wide::sub(load_as<Wide>(token.q + n), ax));
     for (int i = 0; i < Wide::kWidth; ++i) residual[n + i] = static_cast<Elem>(r[i]);
   });
   solve_factored<Vec>(a, Kp, residual);
@@ -209,8 +209,8 @@ void direct_step(const StepToken& token, const float* h, int64_t ld, int64_t K, 
 }
 
 // The token's system, by its solver; returns which of x and other has the solution.
-template <class Vec>
-typename Vec::Elem* solve_step(const StepToken& token, const float* h, int64_t ld, int64_t K,
+template <class Vec, class S>
+typename Vec::Elem* solve_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K,
                                int64_t Kp, const StepWork<typename Vec::Elem>& work,
                                typename Vec::Elem* x, typename Vec::Elem* other) {
   switch (token.solver) {

@@ -8,8 +8,9 @@
 namespace kalmanet::cpu {
 
 // The same with float64 lanes, 4 a register: for the few sums that float32 cannot hold
-// (chebyshev.hpp).
+// (chebyshev.hpp), and for float64 problems. It is its own Wide: there is nothing wider.
 struct Avx2Wide {
+  using Wide = Avx2Wide;
   using Elem = double;
   using Reg = __m256d;
   static constexpr int kWidth = 4;

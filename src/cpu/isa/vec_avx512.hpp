@@ -17,8 +17,9 @@
 namespace kalmanet::cpu {
 
 // The same with float64 lanes, 8 a register: for the few sums that float32 cannot hold
-// (chebyshev.hpp).
+// (chebyshev.hpp), and for float64 problems. It is its own Wide: there is nothing wider.
 struct Avx512Wide {
+  using Wide = Avx512Wide;
   using Elem = double;
   using Reg = __m512d;
   static constexpr int kWidth = 8;

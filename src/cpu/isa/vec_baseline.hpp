@@ -8,8 +8,9 @@
 namespace kalmanet::cpu {
 
 // The same with float64 lanes, 2 a register: for the few sums that float32 cannot hold
-// (chebyshev.hpp).
+// (chebyshev.hpp), and for float64 problems. It is its own Wide: there is nothing wider.
 struct BaselineWide {
+  using Wide = BaselineWide;
   using Elem = double;
   typedef double Reg __attribute__((vector_size(16)));
   static constexpr int kWidth = 2;
