@@ -74,17 +74,10 @@ struct Backward {
   }
 };
 
-// Rows of z (and x) of one segment, where the solver solves ahead.
-template <class S>
-int64_t solution_floats(const Backward<S>& b, const Segments& s) {
-  return solves_ahead(b.problem.options.solver) ? 2 * padded(s.tokens * b.K()) : 0;
-}
-
-// The states of a segment's chunks, the carried gradients, the solutions and the kernel's scratch,
-// in one lease.
+// The states of a segment's chunks, the carried gradients and the kernel's scratch, in one lease.
 template <class S>
 int64_t lease_floats(const Backward<S>& b, const Segments& s) {
-  return b.floats() + b.chunk_state_floats(s) + solution_floats(b, s) +
+  return b.floats() + b.chunk_state_floats(s) +
          backward_scratch_floats(b.K(), b.V(), b.problem.options.solver);
 }
 
@@ -92,14 +85,7 @@ template <class S>
 void assign_lease(const Backward<S>& b, const Segments& s, S* lease, GkaBackwardJob<S>& job) {
   job.carry = state_at(lease, b.K());
   job.chunk_states = lease + b.floats();
-  S* const solutions = job.chunk_states + b.chunk_state_floats(s);
-  job.scratch = solutions + solution_floats(b, s);
-  if (solution_floats(b, s) == 0) return;
-  // Addressed by token, of which the segment's first is job.begin.
-  const int64_t first = job.begin * b.K();
-  const DType dtype = sizeof(S) == sizeof(float) ? DType::float32 : DType::float64;
-  job.z_rows = OutRows{solutions - first, dtype, b.K(), 1, false};
-  job.x_rows = OutRows{solutions + solution_floats(b, s) / 2 - first, dtype, b.K(), 1, false};
+  job.scratch = lease + b.floats() + b.chunk_state_floats(s);
 }
 
 // Everything of one head, last segment first.

@@ -36,75 +36,87 @@ void load_solutions(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
 struct ChunkPlace {
   int64_t t0, n;
   int64_t window_chunks;
+  bool h_is_zero;  // the state before it
 };
 
+// All that comes before the gradients: the chunk, its norms, dm, x and z.
 template <class Vec, class S = typename Vec::Elem>
-void backward_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
-                    typename GkaBackwardJob<S>::Phase phase, const StateBuffers<S>& start,
-                    bool h_is_zero, const ChunkPlace& place) {
+void backward_solve(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job,
+                    const StateBuffers<S>& start, const ChunkPlace& place) {
   Chunk<S>& c = b.c;
   const int64_t t0 = place.t0, n = place.n;
-  const S scale = static_cast<S>(job.in.scale);
-  const bool gradients = phase != GkaBackwardJob<S>::solve_only;
   load_chunk<Vec>(c, job.in, t0, n);
-  if (h_is_zero) {
-    ridge_norms<typename Vec::Wide>(c, start.h, h_is_zero, b.hk);
+  if (place.h_is_zero) {
+    ridge_norms<typename Vec::Wide>(c, start.h, true, b.hk);
   } else {
-    ridge_norms<Vec>(c, start.h, h_is_zero, b.hk);
+    ridge_norms<Vec>(c, start.h, false, b.hk);
   }
   rows_to_lanes<Vec>(c.v_rows, c.Vp, b.v_lanes);
   load_lanes<Vec>(job.d_o, t0, n, c.V, b.do_lanes);
-  const bool want_inter = gradients && job.dg.data != nullptr;
-  S* const inter = want_inter ? b.stack_rows : nullptr;  // free until the rows are stacked
-  gradient_of_mix<Vec>(b, start.u, scale, inter);
-  if (kHasWider<Vec> && h_is_zero) {
-    if (!gradients) return;  // cheaper to solve again than to store in float64
-    if constexpr (kHasWider<Vec>) solve_first_chunk<Vec>(b, job);
-  } else {
-    if (job.saved_x.data != nullptr) {
-      b.x = b.solve_x[0];
-      load_lanes<Vec>(job.saved_x, t0, n, c.K, b.x);
+  const bool want_inter = job.phase != GkaBackwardJob<S>::solve_only && job.dg.data != nullptr;
+  gradient_of_mix<Vec>(b, start.u, static_cast<S>(job.in.scale), want_inter ? b.inter : nullptr);
+  if (kHasWider<Vec> && place.h_is_zero) {
+    // Cheaper to solve again than to keep in float64 from phase to phase.
+    if constexpr (kHasWider<Vec>) {
+      if (job.phase != GkaBackwardJob<S>::solve_only) solve_first_chunk<Vec>(b, work, job);
     }
-    if (phase == GkaBackwardJob<S>::gradients_only) {
-      load_solutions<Vec>(b, job);
-    } else {
-      solve_chunk<Vec>(b, job, start.h, h_is_zero, place.window_chunks);
-    }
-    if (!gradients) {
-      store_lanes<Vec, S>(b.z, nullptr, job.z_rows, t0, n, c.K);
-      if (job.saved_x.data == nullptr) {
-        store_lanes<Vec, S>(b.x, nullptr, job.x_rows, t0, n, c.K);
-      }
-      return;
-    }
-    lanes_dot<Vec>(b.z, b.x, c.K, b.z_dot_x);
-    lanes_dot<Vec>(b.dm, b.x, c.K, b.dm_dot_x);
+    return;
   }
-  mix<Vec>(c, b.x, b.m);
-  if (want_inter) lanes_dot<Vec>(inter, b.m, c.K, b.dm_inter_dot_m);
+  if (job.saved_x.data != nullptr) {
+    b.x = b.solve_x[0];
+    load_lanes<Vec>(job.saved_x, t0, n, c.K, b.x);
+  }
+  if (job.phase == GkaBackwardJob<S>::gradients_only) {
+    load_solutions<Vec>(b, job);
+  } else {
+    solve_chunk<Vec>(b, work, job, start.h, place.h_is_zero, place.window_chunks);
+  }
+  if (job.phase == GkaBackwardJob<S>::solve_only) {
+    store_lanes<Vec, S>(b.z, nullptr, job.z_rows, t0, n, c.K);
+    if (job.saved_x.data == nullptr) store_lanes<Vec, S>(b.x, nullptr, job.x_rows, t0, n, c.K);
+    return;
+  }
+  lanes_dot<Vec>(b.z, b.x, c.K, b.z_dot_x);
+  lanes_dot<Vec>(b.dm, b.x, c.K, b.dm_dot_x);
+}
+
+template <class Vec, class S = typename Vec::Elem>
+void backward_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work,
+                        const GkaBackwardJob<S>& job, const StateBuffers<S>& start,
+                        bool h_is_zero) {
+  Chunk<S>& c = b.c;
+  const S scale = static_cast<S>(job.in.scale);
+  mix<Vec>(c, b.x, work.m);
+  if (job.dg.data != nullptr) lanes_dot<Vec>(b.inter, work.m, c.K, work.dm_inter_dot_m);
   const int64_t rows = kLanes * c.Kp;
-  lanes_to_rows<Vec>(b.m, c.Kp, b.stack_rows);
-  lanes_to_rows<Vec>(b.z, c.Kp, b.stack_rows + rows);
-  lanes_to_rows<Vec>(b.x, c.Kp, b.stack_rows + 2 * rows);
-  lanes_to_rows<Vec>(c.k_lanes, c.Kp, b.stack_rows + 3 * rows);
-  lanes_to_rows<Vec>(b.do_lanes, c.Vp, b.do_rows);
-  ridge_gradient<Vec>(b, job);
-  pair_products<Vec>(b, scale);
-  gradient_of_values<Vec>(b, job.carry.u);
-  gradient_of_keys<Vec>(b, job.carry.h, job.carry.u, h_is_zero, scale);
+  lanes_to_rows<Vec>(work.m, c.Kp, work.stack_rows);
+  lanes_to_rows<Vec>(b.z, c.Kp, work.stack_rows + rows);
+  lanes_to_rows<Vec>(b.x, c.Kp, work.stack_rows + 2 * rows);
+  lanes_to_rows<Vec>(c.k_lanes, c.Kp, work.stack_rows + 3 * rows);
+  lanes_to_rows<Vec>(b.do_lanes, c.Vp, work.do_rows);
+  ridge_gradient<Vec>(b, work, job);
+  pair_products<Vec>(b, work, scale);
+  gradient_of_values<Vec>(b, work, job.carry.u);
+  gradient_of_keys<Vec>(b, work, job.carry.h, job.carry.u, h_is_zero, scale);
   // The solver's second buffer is free by now, whichever holds z.
   S* free_lanes = b.z == b.solve_z[0] ? b.solve_z[1] : b.solve_z[0];
-  gradient_of_gates<Vec>(b, job, start, h_is_zero, free_lanes);
-  carry_gradients<Vec>(b, job, start.h, h_is_zero, scale);
-  store_gradients<Vec>(b, job);
+  gradient_of_gates<Vec>(b, work, job, start, h_is_zero, free_lanes);
+  carry_gradients<Vec>(b, work, job, start.h, h_is_zero, scale);
+  store_gradients<Vec>(b, work, job);
 }
 
 template <class Vec>
 void gka_backward_segment(const GkaBackwardJob<typename Vec::Elem>& job) {
   using S = typename Vec::Elem;
   Arena<S> arena(job.scratch);
-  BackwardChunk<Vec> b;
-  carve_backward<Vec>(b, job.in, arena);
+  // The direct solver's blocks grow forwards, so the chunks of a window are solved in order before
+  // their gradients.
+  BackwardChunk<Vec> window[kBlockChunks];
+  const int64_t window_size =
+      job.in.solver == Solver::direct && job.phase == GkaBackwardJob<S>::both ? kBlockChunks : 1;
+  for (int64_t i = 0; i < window_size; ++i) carve_backward<Vec>(window[i], job.in, arena);
+  BackwardWork<Vec> work;
+  carve_work<Vec>(work, job.in, arena);
   const int64_t K = job.in.K, V = job.in.V;
   const int64_t h_floats = padded(K) * padded(K);
   const int64_t u_floats = padded(K) * padded(V);
@@ -119,28 +131,33 @@ void gka_backward_segment(const GkaBackwardJob<typename Vec::Elem>& job) {
     const StateBuffers<S> from = state_of(i), to = state_of(i + 1);
     for (int64_t n = 0; n < h_floats; ++n) to.h[n] = from.h[n];
     for (int64_t n = 0; n < u_floats; ++n) to.u[n] = from.u[n];
-    load_chunk_for_states<Vec>(b.c, job.in, job.begin + i * job.chunk_size, job.chunk_size, true,
+    load_chunk_for_states<Vec>(window[0].c, job.in, job.begin + i * job.chunk_size, job.chunk_size, true,
                                true);
-    advance_h<Vec>(b.c, to.h, b.m);
-    advance_u<Vec>(b.c, to.u, b.m);
+    advance_h<Vec>(window[0].c, to.h, work.m);
+    advance_u<Vec>(window[0].c, to.u, work.m);
   }
-  const auto run = [&](int64_t i, typename GkaBackwardJob<S>::Phase phase) {
+  const auto place_of = [&](int64_t i) {
     const int64_t t0 = job.begin + i * job.chunk_size;
     const int64_t n = job.end - t0 < job.chunk_size ? job.end - t0 : job.chunk_size;
-    const ChunkPlace place{t0, n, kBlockChunks - i % kBlockChunks};
-    backward_chunk<Vec>(b, job, phase, state_of(i), job.h_is_zero && i == 0, place);
+    return ChunkPlace{t0, n, kBlockChunks - i % kBlockChunks, job.h_is_zero && i == 0};
   };
-  // The direct solver's blocks grow forwards, so its solves come before the first gradient.
-  auto phase = job.phase;
-  const bool ahead = phase == GkaBackwardJob<S>::solve_only ||
-                     (phase == GkaBackwardJob<S>::both && solves_ahead(job.in.solver));
-  if (ahead) {
-    for (int64_t i = 0; i < chunks; ++i) run(i, GkaBackwardJob<S>::solve_only);
-    if (phase == GkaBackwardJob<S>::solve_only) return;
-    phase = GkaBackwardJob<S>::gradients_only;
+  if (job.phase == GkaBackwardJob<S>::solve_only) {
+    for (int64_t i = 0; i < chunks; ++i) {
+      backward_solve<Vec>(window[0], work, job, state_of(i), place_of(i));
+    }
+    return;
   }
   // Then the gradients, last chunk first.
-  for (int64_t i = chunks - 1; i >= 0; --i) run(i, phase);
+  for (int64_t end = chunks; end > 0;) {
+    const int64_t begin = (end - 1) / window_size * window_size;
+    for (int64_t i = begin; i < end; ++i) {
+      backward_solve<Vec>(window[i - begin], work, job, state_of(i), place_of(i));
+    }
+    for (int64_t i = end - 1; i >= begin; --i) {
+      backward_gradients<Vec>(window[i - begin], work, job, state_of(i), job.h_is_zero && i == 0);
+    }
+    end = begin;
+  }
 }
 
 }  // namespace kalmanet::cpu

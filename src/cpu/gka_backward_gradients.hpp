@@ -12,45 +12,45 @@ namespace kalmanet::cpu {
 
 // w_t, h_t and P; the gradients of alpha and of the ridge ratio.
 template <class Vec, class S = typename Vec::Elem>
-void ridge_gradient(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
+void ridge_gradient(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job) {
   Chunk<S>& c = b.c;
   double dm_q[kLanes];
   lanes_dot<Vec>(b.dm, c.q_lanes, c.K, dm_q);
   for (int64_t t = 0; t < kLanes; ++t) {
     const double f = c.norm[t];
-    b.w[t] = f == 0.0 || !job.bp_lambda ? 0.0 : b.z_dot_x[t] * c.ridge[t] / f;
-    b.h_sum[t] = 0.0;
+    work.w[t] = f == 0.0 || !job.bp_lambda ? 0.0 : b.z_dot_x[t] * c.ridge[t] / f;
+    work.h_sum[t] = 0.0;
     if (t >= c.n) continue;
     const int64_t at = c.t0 + t;
     if (job.dalpha.data != nullptr) set_value<S>(job.dalpha, at, b.dm_dot_x[t] - dm_q[t]);
     if (job.d_ridge.data != nullptr) set_value<S>(job.d_ridge, at, -b.z_dot_x[t] * f);
   }
   const ChunkDecay<S>& d = *c.h_decay;
-  for (int64_t i = 0; i < kLanes * kLanes; ++i) b.p[i] = 0.0;
+  for (int64_t i = 0; i < kLanes * kLanes; ++i) work.p[i] = 0.0;
   for (int64_t i = 0; i < c.n; ++i) {
     const S* mi = d.rows + i * kLanes;
     for (int64_t t = 0; t <= i; ++t) {
-      const double weight = mi[t] * b.w[i];
-      b.h_sum[t] += weight * d.since_start[i];
-      for (int64_t j = 0; j < kLanes; ++j) b.p[t * kLanes + j] += weight * mi[j];
+      const double weight = mi[t] * work.w[i];
+      work.h_sum[t] += weight * d.since_start[i];
+      for (int64_t j = 0; j < kLanes; ++j) work.p[t * kLanes + j] += weight * mi[j];
     }
   }
 }
 
 // The small token-by-token products that several gradients share.
 template <class Vec, class S = typename Vec::Elem>
-void pair_products(BackwardChunk<Vec>& b, S scale) {
+void pair_products(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, S scale) {
   Chunk<S>& c = b.c;
-  lanes_product<Vec>(b.m, kLanes, c.K, kLanes, c.k_lanes, b.m_k);
-  lanes_product<Vec>(b.do_lanes, kLanes, c.V, kLanes, b.v_lanes, b.do_v);
-  lanes_product<Vec>(b.x, kLanes, c.K, kLanes, c.k_lanes, b.x_k);
-  lanes_product<Vec>(b.z, kLanes, c.K, kLanes, c.k_lanes, b.z_k);
-  for (int64_t i = 0; i < kLanes * kLanes; ++i) b.m_k[i] *= scale * c.u_decay->rows[i];
+  lanes_product<Vec>(work.m, kLanes, c.K, kLanes, c.k_lanes, work.m_k);
+  lanes_product<Vec>(b.do_lanes, kLanes, c.V, kLanes, b.v_lanes, work.do_v);
+  lanes_product<Vec>(b.x, kLanes, c.K, kLanes, c.k_lanes, work.x_k);
+  lanes_product<Vec>(b.z, kLanes, c.K, kLanes, c.k_lanes, work.z_k);
+  for (int64_t i = 0; i < kLanes * kLanes; ++i) work.m_k[i] *= scale * c.u_decay->rows[i];
 }
 
-// dv, in lanes b.out_v.
+// dv, in lanes work.out_v.
 template <class Vec, class S = typename Vec::Elem>
-void gradient_of_values(BackwardChunk<Vec>& b, const S* e) {
+void gradient_of_values(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* e) {
   using T = Tile<Vec>;
   using Reg = typename Vec::Reg;
   Chunk<S>& c = b.c;
@@ -59,23 +59,23 @@ void gradient_of_values(BackwardChunk<Vec>& b, const S* e) {
     tile.clear();
     tile.accumulate(e + n, c.Vp, c.K, c.k_lanes);
     tile.scale_lanes(c.u_decay->to_end);
-    tile.each([&](int64_t at, int, Reg acc) { Vec::store(b.out_v + n * kLanes + at, acc); });
+    tile.each([&](int64_t at, int, Reg acc) { Vec::store(work.out_v + n * kLanes + at, acc); });
   }
-  lanes_dot<Vec>(b.out_v, b.v_lanes, c.V, b.carry_kv);
+  lanes_dot<Vec>(work.out_v, b.v_lanes, c.V, work.carry_kv);
   for (int64_t n = 0; n < c.Vp; n += T::kRows) {
     T tile;
     tile.clear();
-    tile.accumulate(b.do_rows + n, c.Vp, c.n, b.m_k);
+    tile.accumulate(work.do_rows + n, c.Vp, c.n, work.m_k);
     tile.each([&](int64_t at, int, Reg acc) {
-      S* out = b.out_v + n * kLanes + at;
+      S* out = work.out_v + n * kLanes + at;
       Vec::store(out, Vec::add(Vec::load(out), acc));
     });
   }
 }
 
-// dk, in lanes b.out_k.
+// dk, in lanes work.out_k.
 template <class Vec, class S = typename Vec::Elem>
-void gradient_of_keys(BackwardChunk<Vec>& b, const S* d, const S* e, bool h_is_zero, S scale) {
+void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d, const S* e, bool h_is_zero, S scale) {
   using T = Tile<Vec>;
   using Reg = typename Vec::Reg;
   Chunk<S>& c = b.c;
@@ -86,10 +86,10 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const S* d, const S* e, bool h_is_z
     tile.accumulate(d + n, c.Kp, c.K, c.k_lanes);
     tile.template accumulate<true>(d + n * c.Kp, c.Kp, c.K, c.k_lanes);
     tile.scale_lanes(c.h_decay->to_end);
-    tile.each([&](int64_t at, int, Reg acc) { Vec::store(b.out_k + n * kLanes + at, acc); });
+    tile.each([&](int64_t at, int, Reg acc) { Vec::store(work.out_k + n * kLanes + at, acc); });
   }
-  lanes_dot<Vec>(b.out_k, c.k_lanes, c.K, b.carry_k);
-  for (int64_t t = 0; t < kLanes; ++t) b.carry_k[t] *= 0.5;
+  lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, work.carry_k);
+  for (int64_t t = 0; t < kLanes; ++t) work.carry_k[t] *= 0.5;
 
   // Weights [4 * kLanes][t] of the stacked rows m, z, x, k.
   alignas(64) S s[4 * kLanes * kLanes];
@@ -100,27 +100,27 @@ void gradient_of_keys(BackwardChunk<Vec>& b, const S* d, const S* e, bool h_is_z
   const Reg inverse_norm = Vec::set1(h_norm > 0.0 ? static_cast<S>(1.0 / h_norm) : 0);
   const int64_t block = kLanes * kLanes;
   for (int64_t i = 0; i < kLanes; ++i) {
-    minus_2h[i] = static_cast<S>(-2.0 * b.h_sum[i] * h_norm);
+    minus_2h[i] = static_cast<S>(-2.0 * work.h_sum[i] * h_norm);
     for (int64_t t = 0; t < kLanes; ++t) {
       const int64_t at = i * kLanes + t;
       const S decay = c.h_decay->rows[at];
-      s[at] = scale * c.u_decay->rows[at] * b.do_v[at];
-      s[block + at] = -decay * b.x_k[at];
-      s[2 * block + at] = -decay * b.z_k[at];
+      s[at] = scale * c.u_decay->rows[at] * work.do_v[at];
+      s[block + at] = -decay * work.x_k[at];
+      s[2 * block + at] = -decay * work.z_k[at];
     }
   }
   lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, s + 3 * block);
   for (int64_t i = 0; i < block; ++i) {
-    s[3 * block + i] = static_cast<S>(-2.0 * b.p[i] * s[3 * block + i]);
+    s[3 * block + i] = static_cast<S>(-2.0 * work.p[i] * s[3 * block + i]);
   }
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
     T tile;
     tile.clear();
     tile.template accumulate<true>(e + n * c.Vp, c.Vp, c.V, b.v_lanes);
     tile.scale_lanes(c.u_decay->to_end);
-    tile.accumulate(b.stack_rows + n, c.Kp, 4 * kLanes, s);
+    tile.accumulate(work.stack_rows + n, c.Kp, 4 * kLanes, s);
     tile.each([&](int64_t at, int lane, Reg acc) {
-      S* out = b.out_k + n * kLanes + at;
+      S* out = work.out_k + n * kLanes + at;
       Reg sum = Vec::add(Vec::load(out), acc);
       if (!h_is_zero) {
         const Reg hk = Vec::mul(inverse_norm, Vec::load(b.hk + n * kLanes + at));
@@ -166,7 +166,7 @@ void state_products(const BackwardChunk<Vec>& b, const typename Vec::Elem* h,
 
 // dgk and dg of the chunk's tokens, from D, E (after the chunk) and H_0, U_0.
 template <class Vec, class S = typename Vec::Elem>
-void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
+void gradient_of_gates(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job,
                        const StateBuffers<S>& start, bool h_is_zero, S* zh) {
   Chunk<S>& c = b.c;
   double out[kLanes];
@@ -174,10 +174,10 @@ void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
     Interactions<Vec> u;
     for (int64_t i = 0; i < c.n; ++i) {
       for (int64_t j = 0; j <= i; ++j) {
-        u.a[i][j] = static_cast<double>(b.m_k[i * kLanes + j]) * b.do_v[i * kLanes + j];
+        u.a[i][j] = static_cast<double>(work.m_k[i * kLanes + j]) * work.do_v[i * kLanes + j];
       }
-      u.a[i][kLanes] = b.dm_inter_dot_m[i];
-      u.a[kLanes][i] = b.carry_kv[i];
+      u.a[i][kLanes] = work.dm_inter_dot_m[i];
+      u.a[kLanes][i] = work.carry_kv[i];
     }
     u.a[kLanes][kLanes] =
         c.u_decay->total * frobenius_dot<Vec>(job.carry.u, start.u, c.Vp, c.K, c.Vp);
@@ -199,11 +199,11 @@ void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
     for (int64_t j = 0; j <= i; ++j) {
       double k_h_k = e * c.kappa[j];  // k_j^T H_i k_j
       for (int64_t l = 0; l <= i; ++l) k_h_k += mi[l] * c.gram2[l][j];
-      h.a[i][j] = -mi[j] * (static_cast<double>(b.z_k[i * kLanes + j]) * b.x_k[i * kLanes + j] +
-                            b.w[i] * k_h_k);
+      h.a[i][j] = -mi[j] * (static_cast<double>(work.z_k[i * kLanes + j]) * work.x_k[i * kLanes + j] +
+                            work.w[i] * k_h_k);
     }
-    h.a[i][kLanes] = -e * (z_h_x[i] + b.w[i] * start_norm);
-    h.a[kLanes][i] = b.carry_k[i];
+    h.a[i][kLanes] = -e * (z_h_x[i] + work.w[i] * start_norm);
+    h.a[kLanes][i] = work.carry_k[i];
   }
   h.a[kLanes][kLanes] =
       h_is_zero ? 0.0 : d.total * frobenius_dot<Vec>(job.carry.h, start.h, c.Kp, c.K, c.Kp);
@@ -214,13 +214,13 @@ void gradient_of_gates(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job,
 
 // D and E from after the chunk to before it. Consumes stack_rows.
 template <class Vec, class S = typename Vec::Elem>
-void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const S* h,
+void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job, const S* h,
                      bool h_is_zero, S scale) {
   Chunk<S>& c = b.c;
   const ChunkDecay<S>& dh = *c.h_decay;
   const ChunkDecay<S>& du = *c.u_decay;
   const int64_t row = c.Kp;
-  S* m_rows = b.stack_rows;
+  S* m_rows = work.stack_rows;
   S* z_rows = m_rows + kLanes * row;  // -e^{G_i} z_i, beside x_i
   S* x_rows = z_rows + kLanes * row;
   S* k_rows = x_rows + kLanes * row;
@@ -228,17 +228,17 @@ void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const 
   for (int64_t i = 0; i < kLanes; ++i) {
     const S wm = scale * du.since_start[i];
     const S wz = -dh.since_start[i];
-    h_weight += b.w[i] * dh.since_start[i] * dh.since_start[i];
+    h_weight += work.w[i] * dh.since_start[i] * dh.since_start[i];
     for (int64_t n = 0; n < row; ++n) {
       m_rows[i * row + n] *= wm;
       z_rows[i * row + n] *= wz;
     }
   }
-  rank_update<Vec>(job.carry.u, c.Vp, c.K, c.Vp, du.total, m_rows, row, b.do_rows, c.Vp, c.n);
+  rank_update<Vec>(job.carry.u, c.Vp, c.K, c.Vp, du.total, m_rows, row, work.do_rows, c.Vp, c.n);
   rank_update<Vec>(job.carry.h, row, c.K, row, dh.total, z_rows, row, x_rows, row, c.n);
   for (int64_t i = 0; i < kLanes; ++i) {
     for (int64_t n = 0; n < row; ++n) {
-      z_rows[i * row + n] = static_cast<S>(-b.h_sum[i] * k_rows[i * row + n]);
+      z_rows[i * row + n] = static_cast<S>(-work.h_sum[i] * k_rows[i * row + n]);
     }
   }
   rank_update<Vec>(job.carry.h, row, c.K, row, S{1}, z_rows, row, k_rows, row, c.n);
@@ -251,22 +251,22 @@ void carry_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const 
 
 // dq; dk and dv back through beta, and dbeta.
 template <class Vec, class S = typename Vec::Elem>
-void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
+void store_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job) {
   Chunk<S>& c = b.c;
   const HeadInputs& in = job.in;
   S beta[kLanes];
   for (int64_t t = 0; t < kLanes; ++t) {
     beta[t] = t < c.n ? value_at<S>(in.beta, c.t0 + t, 1) : 1;
   }
-  if (job.dk.data != nullptr) store_lanes<Vec, S>(b.out_k, beta, job.dk, c.t0, c.n, c.K);
-  if (job.dv.data != nullptr) store_lanes<Vec, S>(b.out_v, beta, job.dv, c.t0, c.n, c.V);
+  if (job.dk.data != nullptr) store_lanes<Vec, S>(work.out_k, beta, job.dk, c.t0, c.n, c.K);
+  if (job.dv.data != nullptr) store_lanes<Vec, S>(work.out_v, beta, job.dv, c.t0, c.n, c.V);
   if (job.dbeta.data != nullptr) {
     // With the keys and values as they came: dividing by beta would fail where it is zero.
     double dk_k[kLanes], dv_v[kLanes];
     load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
     load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
-    lanes_dot<Vec>(b.out_k, c.k_lanes, c.K, dk_k);
-    lanes_dot<Vec>(b.out_v, b.v_lanes, c.V, dv_v);
+    lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, dk_k);
+    lanes_dot<Vec>(work.out_v, b.v_lanes, c.V, dv_v);
     for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dbeta, c.t0 + t, dk_k[t] + dv_v[t]);
   }
   if (job.dq.data != nullptr) {
@@ -276,10 +276,10 @@ void store_gradients(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
       for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
         const int64_t at = i * kLanes + lane;
         const Reg keep = Vec::sub(one, Vec::load(c.alpha + lane));
-        Vec::store(b.out_k + at, Vec::fma(keep, Vec::load(b.dm + at), Vec::load(b.z + at)));
+        Vec::store(work.out_k + at, Vec::fma(keep, Vec::load(b.dm + at), Vec::load(b.z + at)));
       }
     }
-    store_lanes<Vec, S>(b.out_k, nullptr, job.dq, c.t0, c.n, c.K);
+    store_lanes<Vec, S>(work.out_k, nullptr, job.dq, c.t0, c.n, c.K);
   }
 }
 

@@ -7,20 +7,30 @@
 
 namespace kalmanet::cpu {
 
+// What a chunk keeps from its solve to its gradients.
 template <class Vec>
 struct BackwardChunk {
   using S = typename Vec::Elem;
   Chunk<S> c;
-  S *x, *z, *dm, *m;  // lanes [Kp][t]; x and z point into solve buffers
+  S *x, *z;  // lanes [Kp][t]; they point into solve buffers
   S *solve_x[2], *solve_z[2];
-  double* wide[4];  // of a sequence's first chunk, where kHasWider
-  ChunkSolver<Vec> solver;
-  ChunkSolver<typename Vec::Wide> wide_solver;  // likewise
-  S* hk;            // lanes: H_0 k_t
-  S* stack_rows;    // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
-  S* out_k;         // lanes [Kp][t]: dq, dk
-  S *v_lanes, *do_lanes, *do_rows, *out_v;
+  S *dm, *inter;  // lanes: dm_t, and the part of it that reads U_0
+  S* hk;          // lanes: H_0 k_t
+  S *v_lanes, *do_lanes;
   double z_dot_x[kLanes], dm_dot_x[kLanes];
+};
+
+// What one chunk after the other uses: the solvers, and room for a chunk's gradients.
+template <class Vec>
+struct BackwardWork {
+  using S = typename Vec::Elem;
+  ChunkSolver<Vec> solver;
+  ChunkSolver<typename Vec::Wide> wide_solver;  // of a sequence's first chunk, where kHasWider
+  double* wide[4];                              // likewise
+  S* m;           // lanes [Kp][t]
+  S* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
+  S* out_k;       // lanes [Kp][t]: dq, dk
+  S *do_rows, *out_v;
   double w[kLanes];               // w_t; with h_t and P in float64, for 1 / f^3 overflows float32
   double h_sum[kLanes];           // h_t
   double p[kLanes * kLanes];      // P
@@ -37,24 +47,28 @@ template <class Vec>
 void carve_backward(BackwardChunk<Vec>& b, const HeadInputs& in, Arena<typename Vec::Elem>& arena) {
   carve_chunk<Vec>(b.c, in, arena);
   const int64_t k = b.c.Kp * kLanes, v = b.c.Vp * kLanes;
-  b.solve_x[0] = arena.take(k);
-  b.solve_x[1] = arena.take(k);
-  b.solve_z[0] = arena.take(k);
-  b.solve_z[1] = arena.take(k);
-  if constexpr (kHasWider<Vec>) {
-    for (double*& wide : b.wide) wide = reinterpret_cast<double*>(arena.take(2 * k));
-  }
+  for (auto& buffer : b.solve_x) buffer = arena.take(k);
+  for (auto& buffer : b.solve_z) buffer = arena.take(k);
   b.dm = arena.take(k);
-  b.m = arena.take(k);
+  b.inter = arena.take(k);
   b.hk = arena.take(k);
-  b.stack_rows = arena.take(4 * k);
-  b.out_k = arena.take(k);
   b.v_lanes = arena.take(v);
   b.do_lanes = arena.take(v);
-  b.do_rows = arena.take(v);
-  b.out_v = arena.take(v);
-  carve_solver<Vec>(b.solver, in, kBlockChunks, arena);
-  if constexpr (kHasWider<Vec>) carve_solver<typename Vec::Wide>(b.wide_solver, in, 1, arena);
+}
+
+template <class Vec>
+void carve_work(BackwardWork<Vec>& work, const HeadInputs& in, Arena<typename Vec::Elem>& arena) {
+  const int64_t k = padded(in.K) * kLanes, v = padded(in.V) * kLanes;
+  if constexpr (kHasWider<Vec>) {
+    for (double*& wide : work.wide) wide = reinterpret_cast<double*>(arena.take(2 * k));
+  }
+  work.m = arena.take(k);
+  work.stack_rows = arena.take(4 * k);
+  work.out_k = arena.take(k);
+  work.do_rows = arena.take(v);
+  work.out_v = arena.take(v);
+  carve_solver<Vec>(work.solver, in, kBlockChunks, arena);
+  if constexpr (kHasWider<Vec>) carve_solver<typename Vec::Wide>(work.wide_solver, in, 1, arena);
 }
 
 // dm_t; with `inter` (lanes [Kp][t], optional) the part of it that reads U_0.
@@ -85,21 +99,21 @@ void gradient_of_mix(BackwardChunk<Vec>& b, const S* u, S scale, S* inter) {
 // z_t = (H_t + lambda_t I)^{-1} (alpha_t dm_t), and x_t where the forward did not save it.
 // `window_chunks`: prepare_solver.
 template <class Vec, class S = typename Vec::Elem>
-void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const S* h, bool h_is_zero,
-                 int64_t window_chunks) {
+void solve_chunk(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job,
+                 const S* h, bool h_is_zero, int64_t window_chunks) {
   using Reg = typename Vec::Reg;
   Chunk<S>& c = b.c;
-  prepare_solver<Vec>(b.solver, c, job.in, h, h_is_zero, window_chunks, job.count);
-  S* rhs = b.out_k;
+  prepare_solver<Vec>(work.solver, c, job.in, h, h_is_zero, window_chunks, job.count);
+  S* rhs = work.out_k;
   for (int64_t i = 0; i < c.Kp; ++i) {
     for (int64_t lane = 0; lane < kLanes; lane += Vec::kWidth) {
       const Reg d = Vec::load(b.dm + i * kLanes + lane);
       Vec::store(rhs + i * kLanes + lane, Vec::mul(Vec::load(c.alpha + lane), d));
     }
   }
-  b.z = solve_chunk_system<Vec>(b.solver, c, h, h_is_zero, rhs, b.solve_z[0], b.solve_z[1], true);
+  b.z = solve_chunk_system<Vec>(work.solver, c, h, h_is_zero, rhs, b.solve_z[0], b.solve_z[1], true);
   if (job.saved_x.data == nullptr) {
-    b.x = solve_chunk_system<Vec>(b.solver, c, h, h_is_zero, c.q_lanes, b.solve_x[0], b.solve_x[1],
+    b.x = solve_chunk_system<Vec>(work.solver, c, h, h_is_zero, c.q_lanes, b.solve_x[0], b.solve_x[1],
                                   true);
   }
 }
@@ -107,13 +121,14 @@ void solve_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job, const S* h
 // The same for a sequence's first tokens, in float64 (gka_forward.hpp says why): dm, x and z, and
 // their products, before they are rounded. The solve reads no H_0 and is cheap.
 template <class Vec, class S = typename Vec::Elem>
-void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
+void solve_first_chunk(BackwardChunk<Vec>& b, BackwardWork<Vec>& work,
+                       const GkaBackwardJob<S>& job) {
   using Wide = typename Vec::Wide;
   Chunk<S>& c = b.c;
-  prepare_solver<Wide>(b.wide_solver, c, job.in, static_cast<const S*>(nullptr), true, 1,
+  prepare_solver<Wide>(work.wide_solver, c, job.in, static_cast<const S*>(nullptr), true, 1,
                        job.count);
-  double* const dm = b.wide[0];
-  double* const rhs = b.wide[1];
+  double* const dm = work.wide[0];
+  double* const rhs = work.wide[1];
   // dm again, in float64: what token j <= t adds is N_tj (v_j . do_t) k_j.
   alignas(64) double s[kLanes * kLanes];
   alignas(64) double d_o[kMaxHeadDim * kLanes];
@@ -137,10 +152,10 @@ void solve_first_chunk(BackwardChunk<Vec>& b, const GkaBackwardJob<S>& job) {
   }
   const S* const no_state = nullptr;
   const double* z =
-      solve_chunk_system<Wide>(b.wide_solver, c, no_state, true, rhs, b.wide[2], b.wide[3], true);
-  double* const other = z == b.wide[2] ? b.wide[3] : b.wide[2];
+      solve_chunk_system<Wide>(work.wide_solver, c, no_state, true, rhs, work.wide[2], work.wide[3], true);
+  double* const other = z == work.wide[2] ? work.wide[3] : work.wide[2];
   const double* x =
-      solve_chunk_system<Wide>(b.wide_solver, c, no_state, true, c.q_lanes, other, rhs, true);
+      solve_chunk_system<Wide>(work.wide_solver, c, no_state, true, c.q_lanes, other, rhs, true);
   b.z = b.solve_z[0];
   b.x = b.solve_x[0];
   for (int64_t i = 0; i < c.Kp * kLanes; ++i) {

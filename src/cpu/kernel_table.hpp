@@ -96,11 +96,6 @@ struct GkaScanJob {
   S* scratch = nullptr;
 };
 
-// Whether a backward solves all chunks of a segment, in order, before its first gradient.
-constexpr bool solves_ahead(Solver solver) {
-  return solver == Solver::direct;
-}
-
 // Gradients of tokens [begin, end) of one head, last chunk first. What `phase` leaves out must have
 // been done before: solve_only writes z (and x where it was not saved), gradients_only reads them.
 template <class S>

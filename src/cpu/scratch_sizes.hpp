@@ -47,9 +47,12 @@ constexpr int64_t forward_scratch_floats(int64_t K, int64_t V, Solver solver) {
 constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
   return chunk_floats(K, V) + padded(K) * kLanes;
 }
-// 12 blocks of keys' width and 4 of values', and the solver's in float64: BackwardChunk.
+// A chunk's 7 blocks of keys' width and 2 of values' (BackwardChunk; direct: of a window's chunks),
+// 6 and 2 that they share, and four of keys' width in float64 (BackwardWork).
 constexpr int64_t backward_scratch_floats(int64_t K, int64_t V, Solver solver) {
-  return chunk_floats(K, V) + (20 * padded(K) + 4 * padded(V)) * kLanes + solver_floats(K, solver);
+  const int64_t chunks = solver == Solver::direct ? kBlockChunks : 1;
+  return chunks * (chunk_floats(K, V) + (7 * padded(K) + 2 * padded(V)) * kLanes) +
+         (14 * padded(K) + 2 * padded(V)) * kLanes + solver_floats(K, solver);
 }
 // q and k, the solver's three vectors in float32 and in float64; v, o: one token. Beside them:
 // direct, the matrix and an elimination's panels; cg, two vectors; either in float32 and float64.
