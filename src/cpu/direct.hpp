@@ -6,11 +6,11 @@
 //   M_t = H_0 + mu I + sum_{j<=t} kt_j kt_j^T     kt_j = e^{-G_j/2} k_j     b_t = e^{-G_t} q_t
 //   delta_t = lambda_t e^{-G_t} - mu
 //
-// With L L^T = H_0 + mu I, W = L^{-1} Kt^T and R R^T = I + W^T W (the leading block of R serves every
-// token), M_t^{-1} b = L^{-T} (Z - W R^{-T} mask R^{-1} mask W^T Z) for Z = L^{-1} b, mask keeping
-// the rows j <= t. The shift delta_t is taken in by Chebyshev's iteration on I + delta_t M_t^{-1},
-// whose eigenvalues lie between 1 and rho_t = 1 + delta_t / mu: with rho_t near 1 it takes two or
-// three steps.
+// With L L^T = H_0 + mu I, W = L^{-1} Kt^T and R R^T = I + W^T W (the leading block of R serves
+// every token), M_t^{-1} b = L^{-T} (Z - W R^{-T} mask R^{-1} mask W^T Z) for Z = L^{-1} b, mask
+// keeping the rows j <= t. The shift delta_t is taken in by Chebyshev's iteration on I + delta_t
+// M_t^{-1}, whose eigenvalues lie between 1 and rho_t = 1 + delta_t / mu: with rho_t near 1 it
+// takes two or three steps.
 //
 // The keys are appended chunk by chunk; so are the rows of R^{-1}. Tokens stay in their lanes.
 #pragma once
@@ -30,7 +30,7 @@ template <class Vec>
 struct DirectBlock {
   using Elem = typename Vec::Elem;
   int64_t K = 0, Kp = 0;
-  int64_t capacity = 0;  // chunks
+  int64_t capacity = 0;   // chunks
   InverseFactor<Elem> l;  // of H_0 + mu I
   InverseFactor<Elem> r;  // of I + W^T W, a row a token
   Elem* w_lanes;          // [chunk][Kp][t]: W
@@ -42,11 +42,11 @@ struct DirectBlock {
   bool active = false;
   bool h_is_zero = false;  // L = sqrt(mu) I, and l is not used
   double mu = 0;
-  double decay = 1;     // e^{G} from the block's start to the current chunk's
-  int64_t chunks = 0;   // appended
-  double shift[kLanes];  // delta_t of the current chunk
-  double gain[kLanes];   // e^{-G_t}, 0 for what has no solution (f_t = 0) or is no token
-  double ratio = 1;     // largest of rho_t and 1 / rho_t over the current chunk
+  double decay = 1;         // e^{G} from the block's start to the current chunk's
+  int64_t chunks = 0;       // appended
+  double shift[kLanes];     // delta_t of the current chunk
+  double gain[kLanes];      // e^{-G_t}, 0 for what has no solution (f_t = 0) or is no token
+  double ratio = 1;         // largest of rho_t and 1 / rho_t over the current chunk
   double cancellation = 0;  // largest kt_j^T (H_0 + mu I)^{-1} kt_j so far
 };
 
@@ -85,7 +85,8 @@ void start_block(DirectBlock<Vec>& d, const S* h, bool h_is_zero, double mu) {
   if (h_is_zero) return;
   for (int64_t from = 0; from < d.Kp; from += kLanes) {
     for (int64_t c = 0; c < from + kLanes; ++c) {
-      for (int64_t t = 0; t < kLanes; ++t) d.s[c * kLanes + t] = static_cast<Elem>(h[c * d.Kp + from + t]);
+      for (int64_t t = 0; t < kLanes; ++t)
+        d.s[c * kLanes + t] = static_cast<Elem>(h[c * d.Kp + from + t]);
     }
     for (int64_t t = 0; t < kLanes; ++t) {
       Elem& diagonal = d.s[(from + t) * kLanes + t];

@@ -36,10 +36,10 @@ struct DirectCosts {
 
 // The chunk's true shifts lambda_t e^{-G_t}, in the scale of its own start.
 struct ShiftRange {
-  double low = 0, high = 0;    // over tokens with a solution; 0 where there is none
-  double slope = 0;            // of log(f_t e^{-G_t}), a token
+  double low = 0, high = 0;  // over tokens with a solution; 0 where there is none
+  double slope = 0;          // of log(f_t e^{-G_t}), a token
   double ridge_low = 0, ridge_high = 0;
-  double since_start = 1;      // e^{G} of the last token
+  double since_start = 1;  // e^{G} of the last token
   bool finite = true;
 };
 

@@ -131,8 +131,8 @@ void gka_backward_segment(const GkaBackwardJob<typename Vec::Elem>& job) {
     const StateBuffers<S> from = state_of(i), to = state_of(i + 1);
     for (int64_t n = 0; n < h_floats; ++n) to.h[n] = from.h[n];
     for (int64_t n = 0; n < u_floats; ++n) to.u[n] = from.u[n];
-    load_chunk_for_states<Vec>(window[0].c, job.in, job.begin + i * job.chunk_size, job.chunk_size, true,
-                               true);
+    load_chunk_for_states<Vec>(window[0].c, job.in, job.begin + i * job.chunk_size, job.chunk_size,
+                               true, true);
     advance_h<Vec>(window[0].c, to.h, work.m);
     advance_u<Vec>(window[0].c, to.u, work.m);
   }

@@ -75,7 +75,8 @@ void gradient_of_values(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S*
 
 // dk, in lanes work.out_k.
 template <class Vec, class S = typename Vec::Elem>
-void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d, const S* e, bool h_is_zero, S scale) {
+void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d, const S* e,
+                      bool h_is_zero, S scale) {
   using T = Tile<Vec>;
   using Reg = typename Vec::Reg;
   Chunk<S>& c = b.c;
@@ -199,8 +200,9 @@ void gradient_of_gates(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const Gka
     for (int64_t j = 0; j <= i; ++j) {
       double k_h_k = e * c.kappa[j];  // k_j^T H_i k_j
       for (int64_t l = 0; l <= i; ++l) k_h_k += mi[l] * c.gram2[l][j];
-      h.a[i][j] = -mi[j] * (static_cast<double>(work.z_k[i * kLanes + j]) * work.x_k[i * kLanes + j] +
-                            work.w[i] * k_h_k);
+      h.a[i][j] =
+          -mi[j] * (static_cast<double>(work.z_k[i * kLanes + j]) * work.x_k[i * kLanes + j] +
+                    work.w[i] * k_h_k);
     }
     h.a[i][kLanes] = -e * (z_h_x[i] + work.w[i] * start_norm);
     h.a[kLanes][i] = work.carry_k[i];
@@ -214,8 +216,8 @@ void gradient_of_gates(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const Gka
 
 // D and E from after the chunk to before it. Consumes stack_rows.
 template <class Vec, class S = typename Vec::Elem>
-void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job, const S* h,
-                     bool h_is_zero, S scale) {
+void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job,
+                     const S* h, bool h_is_zero, S scale) {
   Chunk<S>& c = b.c;
   const ChunkDecay<S>& dh = *c.h_decay;
   const ChunkDecay<S>& du = *c.u_decay;

@@ -27,7 +27,7 @@ struct BackwardWork {
   ChunkSolver<Vec> solver;
   ChunkSolver<typename Vec::Wide> wide_solver;  // of a sequence's first chunk, where kHasWider
   double* wide[4];                              // likewise
-  S* m;           // lanes [Kp][t]
+  S* m;                                         // lanes [Kp][t]
   S* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
   S* out_k;       // lanes [Kp][t]: dq, dk
   S *do_rows, *out_v;
@@ -111,10 +111,11 @@ void solve_chunk(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwa
       Vec::store(rhs + i * kLanes + lane, Vec::mul(Vec::load(c.alpha + lane), d));
     }
   }
-  b.z = solve_chunk_system<Vec>(work.solver, c, h, h_is_zero, rhs, b.solve_z[0], b.solve_z[1], true);
+  b.z =
+      solve_chunk_system<Vec>(work.solver, c, h, h_is_zero, rhs, b.solve_z[0], b.solve_z[1], true);
   if (job.saved_x.data == nullptr) {
-    b.x = solve_chunk_system<Vec>(work.solver, c, h, h_is_zero, c.q_lanes, b.solve_x[0], b.solve_x[1],
-                                  true);
+    b.x = solve_chunk_system<Vec>(work.solver, c, h, h_is_zero, c.q_lanes, b.solve_x[0],
+                                  b.solve_x[1], true);
   }
 }
 
@@ -151,8 +152,8 @@ void solve_first_chunk(BackwardChunk<Vec>& b, BackwardWork<Vec>& work,
     }
   }
   const S* const no_state = nullptr;
-  const double* z =
-      solve_chunk_system<Wide>(work.wide_solver, c, no_state, true, rhs, work.wide[2], work.wide[3], true);
+  const double* z = solve_chunk_system<Wide>(work.wide_solver, c, no_state, true, rhs, work.wide[2],
+                                             work.wide[3], true);
   double* const other = z == work.wide[2] ? work.wide[3] : work.wide[2];
   const double* x =
       solve_chunk_system<Wide>(work.wide_solver, c, no_state, true, c.q_lanes, other, rhs, true);

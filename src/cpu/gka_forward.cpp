@@ -58,7 +58,8 @@ void forward_by_units(const GkaKernels<S>& table, const core::GkaProblem& proble
   counts.resize(units.size());
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
-    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver) + state_floats(K, V));
+    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver) +
+                            state_floats(K, V));
     GkaForwardJob<S> job = forward_job<S>(problem, outputs, unit, chunk_size);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
@@ -96,7 +97,8 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
     const core::Sequence& sequence = *units[static_cast<size_t>(i)].sequence;
     const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
     Segments& s = segments[static_cast<size_t>(i)];
-    s = cut(sequence, chunk_size, whole_windows((chunks + wanted - 1) / wanted, problem.options.solver));
+    s = cut(sequence, chunk_size,
+            whole_windows((chunks + wanted - 1) / wanted, problem.options.solver));
     first_state[static_cast<size_t>(i)] = static_cast<int64_t>(pieces.size()) * floats;
     for (int64_t j = 0; j < s.count; ++j) pieces.push_back({i, j});
   }

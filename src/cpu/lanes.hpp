@@ -195,9 +195,11 @@ KALMANET_INLINE void rank_update_panel(S* m, int64_t ldm, int64_t rows, S decay,
   }
 }
 
+// Not inlined: where a caller's constant counts are known, gcc 12 warns of loops that never run.
 template <class Vec, class S>
-void rank_update(S* m, int64_t ldm, int64_t rows, int64_t cols, S decay, const S* a, int64_t lda,
-                 const S* b, int64_t ldb, int64_t count) {
+__attribute__((noinline)) void rank_update(S* m, int64_t ldm, int64_t rows, int64_t cols, S decay,
+                                           const S* a, int64_t lda, const S* b, int64_t ldb,
+                                           int64_t count) {
   constexpr int kPanel = Vec::kWidth == 16 ? 4 : 2;
   constexpr int64_t kWide = kPanel * Vec::kWidth;
   int64_t n = 0;

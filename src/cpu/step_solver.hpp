@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "cpu/block_ldl.hpp"
 #include "cpu/chunk.hpp"
 #include "cpu/lanes.hpp"
-#include "cpu/block_ldl.hpp"
 #include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
