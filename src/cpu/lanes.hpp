@@ -186,20 +186,18 @@ template <class Vec, int kVecs, class S>
 KALMANET_INLINE void rank_update_panel(S* m, int64_t ldm, int64_t rows, S decay, const S* a,
                                        int64_t lda, const S* b, int64_t ldb, int64_t count) {
   // 4 rows x 4 registers of AVX-512, 4 x 2 of the others: 16 and 8 accumulators.
-  int64_t c = 0;
-  for (; c + 4 <= rows; c += 4) {
+  const int64_t whole = rows / 4 * 4;
+  for (int64_t c = 0; c < whole; c += 4) {
     rank_update_block<Vec, 4, kVecs>(m + c * ldm, ldm, decay, a + c, lda, b, ldb, count);
   }
-  for (; c < rows; ++c) {
+  for (int64_t c = whole; c < rows; ++c) {
     rank_update_block<Vec, 1, kVecs>(m + c * ldm, ldm, decay, a + c, lda, b, ldb, count);
   }
 }
 
-// Not inlined: where a caller's constant counts are known, gcc 12 warns of loops that never run.
 template <class Vec, class S>
-__attribute__((noinline)) void rank_update(S* m, int64_t ldm, int64_t rows, int64_t cols, S decay,
-                                           const S* a, int64_t lda, const S* b, int64_t ldb,
-                                           int64_t count) {
+void rank_update(S* m, int64_t ldm, int64_t rows, int64_t cols, S decay, const S* a, int64_t lda,
+                 const S* b, int64_t ldb, int64_t count) {
   constexpr int kPanel = Vec::kWidth == 16 ? 4 : 2;
   constexpr int64_t kWide = kPanel * Vec::kWidth;
   int64_t n = 0;

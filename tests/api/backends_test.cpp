@@ -102,15 +102,16 @@ TEST(ChoiceOfBackend, ReferenceByNameOnly) {
   for (double e : d.dk.values()) EXPECT_TRUE(std::isfinite(e));
 }
 
-TEST(ChoiceOfBackend, SolversThatTheCpuLacksAreRefusedWithTheWayOut) {
-  for (Solver solver : {Solver::direct, Solver::cg}) {
+TEST(ChoiceOfBackend, EverySolverRunsOnBoth) {
+  for (Solver solver : {Solver::chebyshev, Solver::direct, Solver::cg}) {
     Case<float> c(small());
     GkaOptions options;
     options.solver = solver;
-    expect_refusal(c, options, {name(solver), "reference"});
-    options.backend = Backend::reference;
     for (Operation operation : kOperations) {
-      EXPECT_EQ(run(operation, c, options).backend, Backend::reference);
+      options.backend = Backend::automatic;
+      EXPECT_EQ(run(operation, c, options).backend, Backend::cpu) << name(solver);
+      options.backend = Backend::reference;
+      EXPECT_EQ(run(operation, c, options).backend, Backend::reference) << name(solver);
     }
   }
 }
