@@ -24,14 +24,17 @@
 
 namespace kalmanet {
 
-inline constexpr int64_t kMaxHeadDim = 256;       // K and V are 1..256
-inline constexpr int kAutoNumIter = 0;            // num_iter = "auto"
+inline constexpr int64_t kMaxHeadDim = 256;  // K and V are 1..256
+inline constexpr int kAutoNumIter = 0;       // num_iter = "auto"
+inline constexpr double kDtypeTolerance = 0.0;
 inline constexpr double kVanishedNorm = 0x1p-60;  // f_t at or below this counts as zero: x_t = 0
 
 enum class Solver {
   chebyshev,  // num_iter steps of the Chebyshev iteration: the published solver
-  direct,     // exact (on `reference`: a Cholesky factorisation a token)
+  direct,     // exact, to `tolerance` (on `reference`: a Cholesky factorisation a token)
   cg,         // num_iter steps of conjugate gradients, for comparison
+  automatic,  // "auto": the cheapest of chebyshev and direct that meets `tolerance`, chunk by chunk
+              // (gka_step: token by token), by a written cost model: docs/performance.md
 };
 KALMANET_API const char* name(Solver solver) noexcept;
 
@@ -67,10 +70,12 @@ struct GkaOptions {
   std::optional<double> scale;  // absent: K^-1/2
   double ridge_ratio = 0.02;    // where GkaInputs::ridge_ratio is absent; > 0
   Solver solver = Solver::chebyshev;
-  int num_iter = 30;        // >= 1, or kAutoNumIter: from the smallest a_t of each chunk and head
-  double tolerance = 1e-5;  // relative error of x_t that kAutoNumIter aims at; > 0
-  bool bp_lambda = true;    // false: f_t is a constant to the gradient (da_t stays)
-  int64_t chunk_size = 0;   // 0: the backend's choice; else 1..256. Never changes the meaning
+  int num_iter = 30;  // >= 1, or kAutoNumIter: from the smallest a_t of each chunk and head
+  // Relative error of x_t that direct, automatic and kAutoNumIter aim at; >= 0. kDtypeTolerance:
+  // what the inputs' dtype can carry (1e-5 for float32, 1e-4 for 16 bits, 1e-10 for float64).
+  double tolerance = 1e-5;
+  bool bp_lambda = true;   // false: f_t is a constant to the gradient (da_t stays)
+  int64_t chunk_size = 0;  // 0: the backend's choice; else 1..256. Never changes the meaning
   Backend backend = Backend::automatic;
   Executor* executor = nullptr;  // null: default_executor()
 };

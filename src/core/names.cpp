@@ -70,6 +70,8 @@ const char* name(Solver solver) noexcept {
       return "chebyshev";
     case Solver::direct:
       return "direct";
+    case Solver::automatic:
+      return "auto";
     case Solver::cg:
       return "cg";
   }

@@ -14,7 +14,20 @@ namespace kalmanet::core {
 namespace {
 
 bool known(Solver solver) {
-  return solver == Solver::chebyshev || solver == Solver::direct || solver == Solver::cg;
+  return solver == Solver::chebyshev || solver == Solver::direct || solver == Solver::cg ||
+         solver == Solver::automatic;
+}
+double dtype_tolerance(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+      return 1e-10;
+    case DType::float32:
+      return 1e-5;
+    case DType::bfloat16:
+    case DType::float16:
+      return 1e-4;
+  }
+  return 1e-5;
 }
 bool known(Backend backend) {
   return backend == Backend::automatic || backend == Backend::cpu || backend == Backend::reference;
@@ -33,14 +46,15 @@ void check_options(const GkaOptions& options) {
   }
   if (!known(options.solver)) {
     bad("solver", text("unknown value ", static_cast<int>(options.solver),
-                       "; must be chebyshev, direct or cg"));
+                       "; must be chebyshev, direct, cg or automatic"));
   }
   if (options.num_iter < 0) {
     bad("num_iter", text("got ", options.num_iter, "; must be >= 1, or ", kAutoNumIter,
                          " (kAutoNumIter) to choose from the ridge ratio and the tolerance"));
   }
-  if (!(options.tolerance > 0) || !std::isfinite(options.tolerance)) {
-    bad("tolerance", text("got ", options.tolerance, "; must be > 0 and finite"));
+  if (!(options.tolerance >= 0) || !std::isfinite(options.tolerance)) {
+    bad("tolerance", text("got ", options.tolerance, "; must be > 0 and finite, or ",
+                          kDtypeTolerance, " (kDtypeTolerance) for what the dtype can carry"));
   }
   if (options.chunk_size < 0 || options.chunk_size > kMaxChunkSize) {
     bad("chunk_size", text("got ", options.chunk_size, "; must be in 1..", kMaxChunkSize,
@@ -170,10 +184,11 @@ GkaProblem validate_inputs(const GkaInputs& in, const GkaOptions& options, int64
   }
   p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.K)));
 
+  if (options.tolerance == kDtypeTolerance) p.options.tolerance = dtype_tolerance(p.dtype);
   const double smallest = smallest_ridge_ratio(p);
   if (options.solver == Solver::chebyshev && options.num_iter == kAutoNumIter &&
       std::isfinite(smallest)) {
-    chebyshev_num_iter(smallest, options.tolerance);  // throws where no int can hold the count
+    chebyshev_num_iter(smallest, p.options.tolerance);  // throws where no int can hold the count
   }
   return p;
 }

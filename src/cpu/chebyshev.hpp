@@ -86,6 +86,12 @@ typename Vec::Elem* chebyshev(const Chunk<S>& c, const std::type_identity_t<S>* 
   return x;
 }
 
+// chebyshev_num_iter; 2^20 where the steps are beyond counting.
+template <class Vec>
+int counted_chebyshev_steps(double ridge, double tolerance) {
+  return ridge > 1e-10 ? chebyshev_num_iter(ridge, tolerance) : 1 << 20;
+}
+
 // |(H_t + lambda_t I) x_t - b_t| / |b_t| a token; 0 where b_t or f_t is 0.
 template <class Vec, class S>
 void relative_residual(const Chunk<S>& c, const S* h, bool h_is_zero, const S* b, const S* x,

@@ -204,7 +204,8 @@ KALMANET_INLINE void apply_inverse(const DirectBlock<Vec>& d, const B* b, Epilog
 
 // Steps after the first application of M^{-1} that shifts within a factor `ratio` of mu take:
 // the error after r of them is at most 2 R^{r+1}, R = (sqrt(ratio) - 1) / (sqrt(ratio) + 1).
-inline int direct_steps(double ratio, double tolerance) {
+template <class Vec>
+int direct_steps(double ratio, double tolerance) {
   const double root = std::sqrt(ratio);
   const double r = (root - 1.0) / (root + 1.0);
   if (!(r > 0.0)) return 0;
@@ -284,8 +285,9 @@ typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk<S>& c, c
     const Reg ax = Vec::fma(Vec::load(lambda + lane), Vec::load(solution + at), hx);
     Vec::store(residual + at, Vec::sub(load_as<Vec>(b + at), ax));
   });
-  const Elem* change = iterate_direct<Vec>(d, residual, direct_steps(d.ratio, kCorrectionTolerance),
-                                           d.correction[0], d.correction[1]);
+  const Elem* change =
+      iterate_direct<Vec>(d, residual, direct_steps<Vec>(d.ratio, kCorrectionTolerance),
+                          d.correction[0], d.correction[1]);
   for (int64_t at = 0; at < d.Kp * kLanes; at += Vec::kWidth) {
     Vec::store(solution + at, Vec::add(Vec::load(solution + at), Vec::load(change + at)));
   }

@@ -15,6 +15,7 @@ namespace kalmanet::cpu {
 
 // Operations, in multiply-adds of the lane kernels for a chunk of kLanes tokens; sizes padded as
 // the kernels see them. `keys`: those of the block, this chunk's included.
+template <class Vec>
 struct DirectCosts {
   double K;
   bool h_is_zero;
@@ -85,12 +86,12 @@ struct ChunkPlan {
   double mu = 0;  // of a new block
 };
 
-// Chebyshev's steps for the chunk's smallest ridge ratio; many where they are beyond counting.
+// Chebyshev's steps for the chunk's smallest ridge ratio.
 template <class Vec, class S>
 int chebyshev_steps(const Chunk<S>& c, double tolerance) {
   double smallest = c.ridge[0];
   for (int64_t t = 1; t < c.n; ++t) smallest = c.ridge[t] < smallest ? c.ridge[t] : smallest;
-  return smallest > 1e-10 ? chebyshev_num_iter(smallest, tolerance) : 1 << 20;
+  return counted_chebyshev_steps<Vec>(smallest, tolerance);
 }
 
 // `window_chunks`: chunks from this one to its window's end.
@@ -106,7 +107,7 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
     return plan;
   }
   if (r.low == 0.0) return plan;
-  const DirectCosts costs{static_cast<double>(c.Kp), h_is_zero};
+  const DirectCosts<Vec> costs{static_cast<double>(c.Kp), h_is_zero};
   const double own = static_cast<double>(kLanes);
   // A new block for one, two, ... chunks: the shifts of later ones by extrapolation.
   double best = 0.0;
@@ -115,7 +116,7 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
     const double tail = r.slope * own * static_cast<double>(l - 1);
     const double high = r.high * std::exp(tail);
     const double ratio = std::sqrt(high / r.low);
-    const int steps = direct_steps(ratio, tolerance);
+    const int steps = direct_steps<Vec>(ratio, tolerance);
     sum = costs.factor();
     for (int64_t i = 1; i <= l; ++i) {
       const double keys = own * static_cast<double>(i);
@@ -134,7 +135,7 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
     double ratio = high / d.mu > d.mu / low ? high / d.mu : d.mu / low;
     ratio = ratio > 1.0 ? ratio : 1.0;
     const double keys = own * static_cast<double>(d.chunks + 1);
-    const int steps = direct_steps(ratio, tolerance);
+    const int steps = direct_steps<Vec>(ratio, tolerance);
     const double cost = costs.append(keys) + (1 + steps) * costs.application(keys);
     if (cost <= best) {
       best = cost;
@@ -144,7 +145,7 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
   }
   if (plan.way == ChunkWay::new_block) {
     const double ratio = r.high / plan.mu > plan.mu / r.low ? r.high / plan.mu : plan.mu / r.low;
-    plan.steps = direct_steps(ratio, tolerance);
+    plan.steps = direct_steps<Vec>(ratio, tolerance);
   }
   const bool overflows = plan.way == ChunkWay::new_block && r.since_start < kSmallestDecay;
   if (overflows || costs.chebyshev(fallback) < best) {

@@ -113,7 +113,7 @@ void gka_backward_segment(const GkaBackwardJob<typename Vec::Elem>& job) {
   // their gradients.
   BackwardChunk<Vec> window[kBlockChunks];
   const int64_t window_size =
-      job.in.solver == Solver::direct && job.phase == GkaBackwardJob<S>::both ? kBlockChunks : 1;
+      by_blocks(job.in.solver) && job.phase == GkaBackwardJob<S>::both ? kBlockChunks : 1;
   for (int64_t i = 0; i < window_size; ++i) carve_backward<Vec>(window[i], job.in, arena);
   BackwardWork<Vec> work;
   carve_work<Vec>(work, job.in, arena);

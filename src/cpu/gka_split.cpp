@@ -25,7 +25,7 @@ bool enough_units(int64_t units, int threads) {
 }
 
 int64_t whole_windows(int64_t chunks, Solver solver) {
-  const int64_t window = solver == Solver::direct ? kBlockChunks : 1;
+  const int64_t window = by_blocks(solver) ? kBlockChunks : 1;
   return std::max<int64_t>(1, (chunks + window - 1) / window) * window;
 }
 

@@ -155,11 +155,7 @@ void gka_step_head(const GkaStepJob<typename Vec::Elem>& job) {
     token.ridge = in.ridge.data == nullptr ? in.ridge_ratio
                                            : static_cast<double>(value_at<S>(in.ridge, t, 0));
     token.scale = in.scale;
-    token.solver = in.solver;
-    if (in.solver != Solver::direct) {
-      token.num_iter =
-          in.num_iter != 0 ? in.num_iter : chebyshev_num_iter(token.ridge, in.tolerance);
-    }
+    choose_step_solver<Vec>(token, in);
     count_step<Vec>(token, job.count);
     load_vector<Vec>(in.q, t, in.K, S{1}, q);
     load_vector<Vec>(in.k, t, in.K, beta, k);

@@ -42,6 +42,11 @@ struct OutColumn {
   int64_t stride = 0;
 };
 
+// Whether chunks are solved by blocks (direct.hpp), or may be.
+constexpr bool by_blocks(Solver solver) {
+  return solver == Solver::direct || solver == Solver::automatic;
+}
+
 // The inputs of one head of one batch row.
 struct HeadInputs {
   int64_t K = 0, V = 0;

@@ -33,6 +33,7 @@ constexpr int64_t solver_floats(int64_t K, Solver solver) {
     case Solver::chebyshev:
       return 0;
     case Solver::direct:
+    case Solver::automatic:
       return direct_elems(K, kBlockChunks) + 2 * direct_elems(K, 1);
     case Solver::cg:
       return 3 * 2 * padded(K) * kLanes;
@@ -50,16 +51,16 @@ constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
 // A chunk's 7 blocks of keys' width and 2 of values' (BackwardChunk; direct: of a window's chunks),
 // 6 and 2 that they share, and four of keys' width in float64 (BackwardWork).
 constexpr int64_t backward_scratch_floats(int64_t K, int64_t V, Solver solver) {
-  const int64_t chunks = solver == Solver::direct ? kBlockChunks : 1;
+  const int64_t chunks = by_blocks(solver) ? kBlockChunks : 1;
   return chunks * (chunk_floats(K, V) + (7 * padded(K) + 2 * padded(V)) * kLanes) +
          (14 * padded(K) + 2 * padded(V)) * kLanes + solver_floats(K, solver);
 }
 // q and k, the solver's three vectors in float32 and in float64; v, o: one token. Beside them:
 // direct, the matrix and an elimination's panels; cg, two vectors; either in float32 and float64.
 constexpr int64_t step_scratch_floats(int64_t K, int64_t V, Solver solver) {
-  const int64_t beside = solver == Solver::direct ? padded(K) * padded(K) + 2 * kLanes * padded(K)
-                         : solver == Solver::cg   ? 2 * padded(K)
-                                                  : 0;
+  const int64_t beside = by_blocks(solver)      ? padded(K) * padded(K) + 2 * kLanes * padded(K)
+                         : solver == Solver::cg ? 2 * padded(K)
+                                                : 0;
   return (2 + 3 + 2 * 3) * padded(K) + 2 * padded(V) + 3 * beside;
 }
 

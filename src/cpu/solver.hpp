@@ -25,7 +25,7 @@ template <class Vec, class S>
 void carve_solver(ChunkSolver<Vec>& s, const HeadInputs& in, int64_t capacity, Arena<S>& arena) {
   s.solver = in.solver;
   constexpr int64_t kEach = sizeof(typename Vec::Elem) / sizeof(S);
-  if (in.solver == Solver::direct) {
+  if (by_blocks(in.solver)) {
     carve_direct<Vec>(s.block, in.K, capacity, arena);
   } else if (in.solver == Solver::cg) {
     for (auto& p : s.extra) {
@@ -47,7 +47,7 @@ void count_steps(SolverCount* count, int steps) {
 template <class Vec, class S>
 void prepare_solver(ChunkSolver<Vec>& s, const Chunk<S>& c, const HeadInputs& in, const S* h,
                     bool h_is_zero, int64_t window_chunks, SolverCount* count) {
-  if (s.solver != Solver::direct) {
+  if (!by_blocks(s.solver)) {
     s.plan.steps = in.num_iter != 0 ? in.num_iter : chebyshev_steps<Vec>(c, in.tolerance);
     count_steps<Vec>(count, s.plan.steps);
     return;

@@ -77,8 +77,9 @@ void validate(const GatedKalmaNetOptions& o) {
   if (!(o.norm_eps >= 0) || !std::isfinite(o.norm_eps)) {
     fail("norm_eps", "is " + text(o.norm_eps) + "; it must not be negative");
   }
-  if (o.solver != "chebyshev" && o.solver != "direct" && o.solver != "cg") {
-    fail("solver", "is \"" + o.solver + "\"; allowed are \"chebyshev\", \"direct\" and \"cg\"");
+  if (o.solver != "chebyshev" && o.solver != "direct" && o.solver != "cg" && o.solver != "auto") {
+    fail("solver",
+         "is \"" + o.solver + "\"; allowed are \"chebyshev\", \"direct\", \"cg\" and \"auto\"");
   }
   if (o.qk_norm != "official" && o.qk_norm != "fla") {
     fail("qk_norm", "is \"" + o.qk_norm +

@@ -25,7 +25,7 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 struct GkaOpOptions {
   double ridge_ratio = 0.02;         // where the tensor `ridge` is absent; > 0
-  std::string solver = "chebyshev";  // "chebyshev", "direct" or "cg"
+  std::string solver = "chebyshev";  // "chebyshev", "direct", "cg" or "auto"
   int64_t num_iter = 30;             // >= 1, or 0: from the ridge ratio and `tolerance`
   double tolerance = 1e-5;
   bool bp_lambda = true;         // false: f_t is a constant to the gradient

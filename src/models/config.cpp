@@ -35,7 +35,7 @@ ExtraKeys read_gka(const Json& json, const std::string& source, GkaConfig& gka) 
   in.get("gla_rescale", gka.gla_rescale);
   in.get("use_gate", gka.use_gate);
   in.get("bp_lambda", gka.bp_lambda);
-  in.get_choice("solver_type", gka.solver_type, {"chebyshev", "direct", "cg"});
+  in.get_choice("solver_type", gka.solver_type, {"chebyshev", "direct", "cg", "auto"});
   if (const Json* num_iter = in.raw("num_iter"); num_iter != nullptr && *num_iter == "auto") {
     gka.num_iter = 0;
   } else if (num_iter != nullptr && num_iter->is_string()) {

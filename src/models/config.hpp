@@ -32,7 +32,7 @@ struct GkaConfig {
   bool gla_rescale = true;
   bool use_gate = true;
   bool bp_lambda = true;
-  std::string solver_type = "chebyshev";  // chebyshev | direct | cg
+  std::string solver_type = "chebyshev";  // chebyshev | direct | cg | auto
   int64_t num_iter = 30;                  // 1..10000; 0 in memory is "auto" in the file (ours)
   double ridge_strength = 0.02;           // > 0
   int64_t conv_size = 4;                  // 1..16

@@ -86,7 +86,9 @@ void write_state(const View& view, int64_t n, int64_t head, int64_t rows, int64_
 template <class Real>
 std::vector<int> choose_num_iter(const core::GkaProblem& p, const Array<Real>& a) {
   const int64_t T = std::ssize(a);
-  if (p.options.solver == Solver::direct) return std::vector<int>(a.size(), 0);
+  if (p.options.solver == Solver::direct || p.options.solver == Solver::automatic) {
+    return std::vector<int>(a.size(), 0);
+  }
   if (p.options.num_iter != kAutoNumIter) return std::vector<int>(a.size(), p.options.num_iter);
   const int64_t C = p.options.chunk_size ? p.options.chunk_size : kDefaultChunkSize;
   std::vector<int> steps;

@@ -103,6 +103,7 @@ void solve(Solver solver, int num_iter, const Array<Real>& H, Real f, Real lambd
   }
   switch (solver) {
     case Solver::direct:
+    case Solver::automatic:  // nothing is cheaper here than to be exact
       return solve_exact(H, lambda, q, x, K);
     case Solver::chebyshev:
       return solve_chebyshev(H, f, lambda, q, num_iter, x, K);

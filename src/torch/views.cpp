@@ -141,11 +141,11 @@ Tensor no_tensor(const Tensor& like) {
 }
 
 Solver solver_of(const std::string& text) {
-  for (const Solver solver : {Solver::chebyshev, Solver::direct, Solver::cg}) {
+  for (const Solver solver : {Solver::chebyshev, Solver::direct, Solver::cg, Solver::automatic}) {
     if (text == name(solver)) return solver;
   }
   throw Error(ErrorCode::invalid_argument, "solver",
-              "is \"" + text + "\"; allowed are \"chebyshev\", \"direct\" and \"cg\"");
+              "is \"" + text + "\"; allowed are \"chebyshev\", \"direct\", \"cg\" and \"auto\"");
 }
 
 Backend backend_of(const std::string& text) {

@@ -103,7 +103,7 @@ class GkaCpu : public ::testing::TestWithParam<Solver> {
   }
 };
 INSTANTIATE_TEST_SUITE_P(Solvers, GkaCpu, ::testing::Values(Solver::chebyshev, Solver::direct),
-                         [](const auto& info) { return std::string(name(info.param)); });
+                         [](const auto& solver) { return std::string(name(solver.param)); });
 
 // Every length with every key width; gates, ridges, layouts and value widths take turns, so that
 // each combination of gates meets several shapes.
