@@ -13,8 +13,13 @@ namespace kalmanet {
 inline constexpr int64_t kMaxConvWidth = 16;
 
 // y_t = act( sum_{j<W} weight[d, j] * x_{t-W+1+j} ), x before a sequence's start read from `state`.
+//
+// dtypes: x, y, the states and all their gradients share one of float32, float64, bfloat16 and
+// float16; weight and dweight are of it too, or float32 beside 16-bit x. 16-bit numbers are
+// computed with in float32 and rounded once where they are written; a state holds inputs as they
+// were.
 struct ConvInputs {
-  ConstView x;       // [B,T,D] float32
+  ConstView x;       // [B,T,D]
   ConstView weight;  // [D,W], W in 1..kMaxConvWidth
   ConstView state;   // [N,D,W], optional: the last W inputs before the first token, oldest first
                      // (its column 0 is never read: a causal window of W needs W-1 past inputs)

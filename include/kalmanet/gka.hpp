@@ -62,7 +62,9 @@ struct GkaOutputs {
   // h0 and u0 (an update in place).
   View h_final;
   View u_final;
-  View x;         // [B,T,H,K] optional: x_t, which spares the backward one solve
+  // [B,T,H,K] optional: x_t, which spares the backward one solve. Beside 16-bit q, ask for it in
+  // float32: x_t rounded to 16 bits has lost what the gradients of small ridge ratios need.
+  View x;
   View residual;  // [B,T,H] optional: |(H_t + lambda_t I) x_t - q_t| / |q_t|, 0 where f_t or q_t is
 };
 
@@ -111,14 +113,20 @@ struct GkaReport {
 };
 
 // Whole sequences, chunk by chunk (docs/math.md). Linear time, constant memory a sequence.
-// dtypes: all of q, k, v, gates, o, x and residual share one: float32 (cpu), float32 or float64
-// (reference). States are float64 where q is, else float32.
+//
+// dtypes: q, k, v, o and the gradients of q, k, v and o share one of float32, float64, bfloat16 and
+// float16. So do the per-token tensors (g, gk, alpha, beta, ridge_ratio, their gradients, residual)
+// and x; beside 16-bit q each of these may be float32 instead. States and their gradients are
+// float64 where q is, else float32. 16-bit numbers are computed with in float32, as exactly as
+// float32 problems are, and rounded once where they are written (docs/numerics.md, section 8);
+// float64 problems in float64.
+//
 // Throws Error (see error.hpp) on anything that does not fit; nothing is written then.
 KALMANET_API GkaReport gka_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
                                    const GkaOptions& options = {});
 
 // Gradients by implicit differentiation: x_t is treated as the exact solution. `saved_x` is
-// GkaOutputs::x of the forward, or absent (x is then solved for again).
+// GkaOutputs::x of the forward (of its dtype or float32), or absent (x is then solved for again).
 KALMANET_API GkaReport gka_backward(const GkaInputs& inputs, ConstView saved_x,
                                     const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
                                     const GkaOptions& options = {});

@@ -7,8 +7,11 @@
 
 namespace kalmanet {
 
+// dtypes: o, gate, y and their gradients share one of float32, float64, bfloat16 and float16;
+// weight and d_weight are of it too, or float32 beside 16-bit o. 16-bit numbers are computed with
+// in float32 and rounded once where they are written.
 struct NormInputs {
-  ConstView o;       // [R,V] float32, any strides: R rows (B*T*H of them in the layer)
+  ConstView o;       // [R,V], any strides: R rows (B*T*H of them in the layer)
   ConstView gate;    // [R,V], optional: absent means no gate
   ConstView weight;  // [V]
   double eps = 1e-6;

@@ -90,5 +90,18 @@ ConstView dense(const T* data, std::initializer_list<int64_t> sizes) {
   v.dtype = DTypeOf<T>::value;
   return detail::fill_dense(v, sizes);
 }
+// The same over memory of any dtype.
+inline View dense(void* data, DType dtype, std::initializer_list<int64_t> sizes) {
+  View v;
+  v.data = data;
+  v.dtype = dtype;
+  return detail::fill_dense(v, sizes);
+}
+inline ConstView dense(const void* data, DType dtype, std::initializer_list<int64_t> sizes) {
+  ConstView v;
+  v.data = data;
+  v.dtype = dtype;
+  return detail::fill_dense(v, sizes);
+}
 
 }  // namespace kalmanet

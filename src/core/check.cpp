@@ -7,6 +7,7 @@
 #include <sstream>
 #include <utility>
 
+#include "core/half.hpp"
 #include "core/text.hpp"
 
 namespace kalmanet::core {
@@ -150,6 +151,17 @@ void check_dtype(std::string_view argument, const ConstView& view, DType expecte
   if (view.dtype != expected) {
     fail(ErrorCode::invalid_dtype, argument,
          text("dtype ", name(view.dtype), "; must be ", name(expected), " (", why, ")"));
+  }
+}
+
+void check_dtype_or_float32(std::string_view argument, const ConstView& view, DType dtype,
+                            std::string_view first) {
+  if (!is_half(dtype)) {
+    check_dtype(argument, view, dtype, text("as ", first));
+  } else if (view.dtype != dtype && view.dtype != DType::float32) {
+    fail(ErrorCode::invalid_dtype, argument,
+         text("dtype ", name(view.dtype), "; must be ", name(dtype), ", as ", first,
+              ", or float32"));
   }
 }
 

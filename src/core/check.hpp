@@ -47,6 +47,10 @@ void check_writable(std::string_view argument, const View& view, std::initialize
 void check_dtype(std::string_view argument, const ConstView& view, DType expected,
                  std::string_view why);
 
+// The dtype of the tensor called `first`, or float32 where that is a 16-bit one.
+void check_dtype_or_float32(std::string_view argument, const ConstView& view, DType dtype,
+                            std::string_view first);
+
 // `out` may be absent, another tensor than `in`, or exactly `in` (an update in place); never the
 // same memory in another layout.
 void check_in_place(std::string_view argument, const View& out, std::string_view in_name,

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "core/check.hpp"
+#include "core/half.hpp"
 #include "core/text.hpp"
 
 namespace kalmanet::core {
@@ -66,6 +66,11 @@ void check_options(const GkaOptions& options) {
   }
 }
 
+// Gates, their gradients, the residual and x may keep float32's digits beside 16-bit q, k and v.
+void check_mixed_dtype(std::string_view argument, const ConstView& view, DType q) {
+  check_dtype_or_float32(argument, view, q, "q");
+}
+
 // Heads of one of q, k, v: `total` heads in all, each read by a group of them.
 int64_t group_of(const char* argument, int64_t heads, int64_t total, const char* total_from) {
   if (heads < 1 || total % heads != 0) {
@@ -78,28 +83,7 @@ int64_t group_of(const char* argument, int64_t heads, int64_t total, const char*
 
 double element(const ConstView& view, int64_t b, int64_t t, int64_t h) {
   const int64_t at = b * view.stride[0] + t * view.stride[1] + h * view.stride[2];
-  switch (view.dtype) {
-    case DType::float32:
-      return static_cast<const float*>(view.data)[at];
-    case DType::float64:
-      return static_cast<const double*>(view.data)[at];
-    case DType::bfloat16: {
-      const uint32_t bits = uint32_t{static_cast<const uint16_t*>(view.data)[at]} << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      return value;
-    }
-    case DType::float16: {
-      // Sign, exponent, fraction: only its sign and being finite and not zero are asked for.
-      const uint16_t bits = static_cast<const uint16_t*>(view.data)[at];
-      const double sign = (bits & 0x8000) ? -1 : 1;
-      const int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-      if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-      return sign *
-             (exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24));
-    }
-  }
-  return NAN;
+  return load_element(view.dtype, view.data, at);
 }
 
 // A ridge ratio that is not positive would make x_t meaningless without a sign of it in the output,
@@ -156,8 +140,7 @@ GkaProblem validate_inputs(const GkaInputs& in, const GkaOptions& options, int64
   p.k_group = group_of("k", in.k.size[2], H, h_source);
   p.v_group = group_of("v", in.v.size[2], H, h_source);
 
-  const std::string why =
-      text("q is ", name(p.dtype), " and every tensor but the states has its dtype");
+  const std::string why = text("q is ", name(p.dtype), " and k and v have its dtype");
   check_dtype("k", in.k, p.dtype, why);
   check_dtype("v", in.v, p.dtype, why);
   const std::array<std::pair<const char*, const ConstView*>, 5> per_token = {
@@ -169,7 +152,7 @@ GkaProblem validate_inputs(const GkaInputs& in, const GkaOptions& options, int64
   for (const auto& [argument, view] : per_token) {
     if (!present(*view)) continue;
     check_tensor(argument, *view, {{"B", p.B}, {"T", p.T}, {"H", H}});
-    check_dtype(argument, *view, p.dtype, why);
+    check_mixed_dtype(argument, *view, p.dtype);
   }
 
   p.sequences = make_sequences(p.B, p.T, in.cu_seqlens);
@@ -201,6 +184,14 @@ void check_output(const char* argument, const View& view, const GkaProblem& p,
   check_dtype(argument, view, p.dtype, text("as q"));
 }
 
+// The same, or float32 beside a 16-bit q.
+void check_mixed_output(const char* argument, const View& view, const GkaProblem& p,
+                        std::initializer_list<Dim> dims) {
+  if (!present(view)) return;
+  check_writable(argument, view, dims);
+  check_mixed_dtype(argument, view, p.dtype);
+}
+
 void check_state(const char* argument, const View& view, const GkaProblem& p, int64_t columns,
                  const char* letter) {
   if (!present(view)) return;
@@ -223,8 +214,8 @@ GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
   check_required("o", out.o, {{"B", {}}, {"T", {}}, {"H", {}}, {"V", {}}});
   const GkaProblem p = validate_inputs(inputs, options, out.o.size[2], "o");
   check_output("o", out.o, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"V", p.V}});
-  check_output("x", out.x, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
-  check_output("residual", out.residual, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_mixed_output("x", out.x, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
+  check_mixed_output("residual", out.residual, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
   check_state("h_final", out.h_final, p, p.K, "K");
   check_state("u_final", out.u_final, p, p.V, "V");
   check_in_place("h_final", out.h_final, "h0", inputs.h0);
@@ -255,16 +246,19 @@ GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
               {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"K", p.K}});
   check_input("d_u_final", output_grads.d_u_final, state_dtype(p),
               {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}});
-  check_input("saved_x", saved_x, p.dtype, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
+  if (present(saved_x)) {
+    check_tensor("saved_x", saved_x, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
+    check_mixed_dtype("saved_x", saved_x, p.dtype);
+  }
 
   check_output("dq", grads.dq, p, {{"B", p.B}, {"T", p.T}, {"Hq", inputs.q.size[2]}, {"K", p.K}});
   check_output("dk", grads.dk, p, {{"B", p.B}, {"T", p.T}, {"Hk", inputs.k.size[2]}, {"K", p.K}});
   check_output("dv", grads.dv, p, {{"B", p.B}, {"T", p.T}, {"Hv", inputs.v.size[2]}, {"V", p.V}});
-  check_output("dg", grads.dg, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
-  check_output("dgk", grads.dgk, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
-  check_output("dalpha", grads.dalpha, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
-  check_output("dbeta", grads.dbeta, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
-  check_output("d_ridge_ratio", grads.d_ridge_ratio, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_mixed_output("dg", grads.dg, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_mixed_output("dgk", grads.dgk, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_mixed_output("dalpha", grads.dalpha, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_mixed_output("dbeta", grads.dbeta, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+  check_mixed_output("d_ridge_ratio", grads.d_ridge_ratio, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
   check_state("d_h0", grads.d_h0, p, p.K, "K");
   check_state("d_u0", grads.d_u0, p, p.V, "V");
 

@@ -20,18 +20,14 @@ class CpuBackend final : public core::GkaBackend {
   Backend id() const noexcept override { return Backend::cpu; }
 
   std::string describe() const override {
-    std::string text = "float32 and float64; chebyshev, direct, cg; instruction sets:";
+    std::string text =
+        "float32, float64, bfloat16, float16; chebyshev, direct, cg; instruction sets:";
     for (InstructionSet isa : available_instruction_sets()) text += std::string(" ") + name(isa);
     return text + "; using " + name(instruction_set());
   }
 
-  std::string refuses(const core::GkaProblem& problem) const override {
-    if (problem.dtype != DType::float32 && problem.dtype != DType::float64) {
-      return std::string(name(problem.dtype)) +
-             " is not computed by the cpu backend yet (float32 and float64 are)";
-    }
-    return "";
-  }
+  // Everything that validation lets through.
+  std::string refuses(const core::GkaProblem&) const override { return ""; }
 
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return cpu::forward(problem, outputs);

@@ -110,9 +110,10 @@ void load_rows(const Rows& src, const Column& beta, int64_t t0, int64_t n, int64
   for (int64_t t = 0; t < kLanes; ++t) {
     S* row = rows + t * cols;
     if (t < n) {
-      const S* p = row_of<S>(src, t0 + t);
+      S room[kMaxHeadDim];
+      const RowOf<S> p = read_row<Vec>(src, t0 + t, width, room);
       const S b = value_at<S>(beta, t0 + t, 1);
-      for (int64_t c = 0; c < width; ++c) row[c] = b * p[c * src.stride];
+      for (int64_t c = 0; c < width; ++c) row[c] = b * p.data[c * p.stride];
       for (int64_t c = width; c < cols; ++c) row[c] = 0;
     } else {
       for (int64_t c = 0; c < cols; ++c) row[c] = 0;
@@ -130,7 +131,7 @@ void load_chunk_for_states(Chunk<S>& c, const HeadInputs& in, int64_t t0, int64_
   c.u_decay = &c.decay_storage[1];
   if (h) load_decay<Vec>(*c.h_decay, in.gk, t0, n);
   if (u) {
-    if (h && in.g.data == in.gk.data && in.g.stride == in.gk.stride) {
+    if (h && in.g.data == in.gk.data && in.g.stride == in.gk.stride && in.g.dtype == in.gk.dtype) {
       c.u_decay = c.h_decay;
     } else {
       load_decay<Vec>(*c.u_decay, in.g, t0, n);

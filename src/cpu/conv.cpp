@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 
+#include "core/half.hpp"
 #include "cpu/conv_data.hpp"
 #include "cpu/dispatch.hpp"
 
@@ -80,23 +82,32 @@ void spread(const Plan& plan, Executor& executor, const F& task) {
   }
 }
 
-void forward_span(const KernelTable& table, const Span& span, const Input& in,
-                  const Plane<float>& y, const TapPlane<float>& final_state, bool silu,
-                  const Scratch& scratch) {
-  const bool direct = in.x.dense() && y.dense();
+template <class S>
+const ConvKernels<S>& table_of() {
+  if constexpr (std::is_same_v<S, double>) {
+    return kernels().conv_float64;
+  } else {
+    return kernels().conv;
+  }
+}
+
+template <class S>
+void forward_span(const ConvKernels<S>& table, const Span& span, const Input<S>& in,
+                  const Plane<void>& y, const TapPlane<void>& final_state, bool silu,
+                  const Scratch<S>& scratch) {
+  const bool y_dense = y.dense<S>();
+  const bool direct = in.x.template dense<S>() && y_dense;
   const int64_t step = direct ? std::max<int64_t>(span.end - span.begin, 1) : kTileRows;
   for (int64_t t = span.begin; t < span.end; t += step) {
     const int64_t rows = std::min(step, span.end - t);
-    ConvForwardJob job;
+    ConvForwardJob<S> job;
     job.in = in.window(t, rows, scratch);
     job.silu = silu;
-    job.y = y.dense() ? y.row(t) : scratch.output.data;
-    job.y_stride = y.dense() ? y.row_stride : scratch.output.stride;
-    table.conv.forward(job);
-    if (y.dense()) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      scatter(scratch.output.row(r), y, t + r, in.channels);
-    }
+    job.y = y_dense ? y.row<S>(t) : scratch.output.data;
+    job.y_stride = y_dense ? y.row_stride : scratch.output.stride;
+    table.forward(job);
+    if (y_dense) continue;
+    for (int64_t r = 0; r < rows; ++r) y.write(scratch.output.row(r), in.channels, t + r);
   }
   // The state is read by the first span only, so that this may be written over it here.
   if (span.begin == 0 && final_state.defined()) {
@@ -106,45 +117,44 @@ void forward_span(const KernelTable& table, const Span& span, const Input& in,
 
 // Backward of one span, last tile first. scratch.dpre holds a tile's gradients of the convolution's
 // sums, then the width - 1 rows that follow: zeros past the sequence's end.
+template <class S>
 struct BackwardSpan {
-  const KernelTable& table;
+  const ConvKernels<S>& table;
   const Span& span;
-  const Input& in;
-  Plane<const float> dy;
-  TapPlane<const float> d_final_state;
-  Plane<float> dx;
-  TapPlane<float> dstate;
+  const Input<S>& in;
+  Plane<const void> dy;
+  TapPlane<const void> d_final_state;
+  Plane<void> dx;
+  TapPlane<void> dstate;
   bool silu;
   bool want_dweight;  // added to scratch.dweight
-  const Scratch& scratch;
+  const Scratch<S>& scratch;
 
   int64_t length() const { return span.sequence->length(); }
 
   // dpre of tokens [t, t + rows), into the first rows of its tile.
   void differentiate(int64_t t, int64_t rows, bool with_weight) const {
-    ConvGradJob job;
+    ConvGradJob<S> job;
     job.in = in.window(t, rows, scratch);
     job.silu = silu;
-    if (dy.dense()) {
-      job.dy = dy.row(t);
+    if (dy.dense<S>()) {
+      job.dy = dy.row<S>(t);
       job.dy_stride = dy.row_stride;
     } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        gather(dy, t + r, in.channels, scratch.output.row(r));
-      }
+      for (int64_t r = 0; r < rows; ++r) dy.read(t + r, in.channels, scratch.output.row(r));
       job.dy = scratch.output.data;
       job.dy_stride = scratch.output.stride;
     }
     job.dpre = scratch.dpre.data;
     job.dpre_stride = scratch.dpre.stride;
     job.dweight = with_weight && want_dweight ? scratch.dweight.data : nullptr;
-    table.conv.grad(job);
+    table.grad(job);
   }
 
   // to_s = sum_j weight_j dpre_{s + width - 1 - j}: the forward's sum with the taps in reverse,
   // over rows that begin at s and not end there.
-  void correlate(const Tile& from, int64_t rows, float* to, int64_t to_stride) const {
-    ConvForwardJob job;
+  void correlate(const Tile<S>& from, int64_t rows, S* to, int64_t to_stride) const {
+    ConvForwardJob<S> job;
     job.in.past = from.data;
     job.in.past_stride = from.stride;
     job.in.x = from.row(in.width - 1);
@@ -157,44 +167,47 @@ struct BackwardSpan {
     job.y = to;
     job.y_stride = to_stride;
     job.silu = false;
-    table.conv.forward(job);
+    table.forward(job);
   }
 
   void store_dx(int64_t t, int64_t rows) const {
-    if (dx.dense()) {
-      correlate(scratch.dpre, rows, dx.row(t), dx.row_stride);
-    } else {
-      correlate(scratch.dpre, rows, scratch.output.data, scratch.output.stride);
-      for (int64_t r = 0; r < rows; ++r) {
-        scatter(scratch.output.row(r), dx, t + r, in.channels);
+    const bool dense = dx.dense<S>();
+    const Tile<S> to = dense ? Tile<S>{dx.row<S>(t), dx.row_stride} : scratch.output;
+    correlate(scratch.dpre, rows, to.data, to.stride);
+    if (d_final_state.defined()) {
+      // Token i is element i - (length - width) of the final state.
+      for (int64_t i = std::max(t, length() - in.width); i < t + rows; ++i) {
+        add_to(to.row(i - t), i - length() + in.width);
       }
     }
-    if (!d_final_state.defined()) return;
-    // Token i is element i - (length - width) of the final state.
-    for (int64_t i = std::max(t, length() - in.width); i < t + rows; ++i) {
-      for (int64_t c = 0; c < in.channels; ++c) {
-        dx.row(i)[c * dx.stride] += d_final_state.at(c, i - length() + in.width);
-      }
-    }
+    if (dense) return;
+    for (int64_t r = 0; r < rows; ++r) dx.write(to.row(r), in.channels, t + r);
+  }
+
+  // row[c] += d_final_state(c, w)
+  void add_to(S* row, int64_t w) const {
+    S* const column = scratch.unused.row(0);
+    d_final_state.read(w, in.channels, column);
+    for (int64_t c = 0; c < in.channels; ++c) row[c] += column[c];
   }
 
   // Element w of the state is token w - width. dpre's first rows are those of the sequence.
   void store_dstate() const {
     const int64_t past = in.width - 1;
-    const Tile& padded = scratch.input;
+    const Tile<S>& padded = scratch.input;
     for (int64_t i = 0; i < past; ++i) {
-      std::fill_n(padded.row(i), in.channels, 0.0f);
+      std::fill_n(padded.row(i), in.channels, S{0});
       std::copy_n(scratch.dpre.row(i), in.channels, padded.row(past + i));
     }
     if (past > 0) correlate(padded, past, scratch.output.data, scratch.output.stride);
-    for (int64_t c = 0; c < in.channels; ++c) {
-      for (int64_t w = 0; w < in.width; ++w) {
-        float d = w == 0 ? 0.0f : scratch.output.row(w - 1)[c];
-        const int64_t final_column = w - length();  // where this element went
-        if (d_final_state.defined() && final_column >= 0) d += d_final_state.at(c, final_column);
-        dstate.at(c, w) = d;
-      }
+    TapRows<S> rows{};
+    rows[0] = scratch.input.row(0);  // free by now
+    std::fill_n(rows[0], in.channels, S{0});
+    for (int64_t w = 1; w < in.width; ++w) rows[w] = scratch.output.row(w - 1);
+    for (int64_t w = length(); w < in.width && d_final_state.defined(); ++w) {
+      add_to(rows[w], w - length());  // where this element went
     }
+    transpose(rows, in.channels, in.width, dstate, scratch.taps);
   }
 
   void run() const {
@@ -203,7 +216,7 @@ struct BackwardSpan {
     if (inputs) {
       const int64_t known = std::min(past, length() - span.end);
       for (int64_t i = known; i < past; ++i) {
-        std::fill_n(scratch.dpre.row(i), in.channels, 0.0f);
+        std::fill_n(scratch.dpre.row(i), in.channels, S{0});
       }
       if (known > 0) differentiate(span.end, known, false);
     }
@@ -214,7 +227,7 @@ struct BackwardSpan {
       if (inputs) {
         // The first rows of what comes later are what follows this tile.
         std::memmove(scratch.dpre.row(rows), scratch.dpre.data,
-                     past * scratch.dpre.stride * sizeof(float));
+                     past * scratch.dpre.stride * sizeof(S));
       }
       differentiate(t, rows, true);
       if (dx.defined()) store_dx(t, rows);
@@ -223,60 +236,60 @@ struct BackwardSpan {
   }
 };
 
-}  // namespace
-
-void causal_conv_forward(const ConvInputs& inputs, const std::vector<Sequence>& sequences,
-                         const View& y, const View& final_state, bool silu, Executor& executor) {
-  const KernelTable& table = kernels();
+template <class S>
+void forward_stored(const ConvInputs& inputs, const std::vector<Sequence>& sequences, const View& y,
+                    const View& final_state, bool silu, Executor& executor) {
+  const ConvKernels<S>& table = table_of<S>();
   const Plan plan = make_plan(sequences, inputs.x.size[2]);
   const int64_t width = inputs.weight.size[1];
   spread(plan, executor, [&](int64_t group, const Block& block) {
-    const Scratch scratch(block.channels, width);
-    load_weight(inputs.weight, block, false, scratch.weight);
+    const Scratch<S> scratch(block.channels, width);
+    load_weight(inputs, block, false, scratch.weight, scratch);
     for (int64_t i = plan.group_begin[group]; i < plan.group_begin[group + 1]; ++i) {
       const Span& span = plan.spans[i];
       const Sequence& s = *span.sequence;
-      const Input in{tokens<const float>(inputs.x, s, block.c0),
-                     state_of<const float>(inputs.state, s, block.c0), block.channels, width};
-      forward_span(table, span, in, tokens<float>(y, s, block.c0),
-                   state_of<float>(final_state, s, block.c0), silu, scratch);
+      const Input<S> in{tokens<const void>(inputs.x, s, block.c0),
+                        state_of<const void>(inputs.state, s, block.c0), block.channels, width};
+      forward_span(table, span, in, tokens<void>(y, s, block.c0),
+                   state_of<void>(final_state, s, block.c0), silu, scratch);
     }
   });
 }
 
-void causal_conv_backward(const ConvInputs& inputs, const std::vector<Sequence>& sequences,
-                          const ConstView& dy, const ConstView& d_final_state, const View& dx,
-                          const View& dweight, const View& dstate, bool silu, Executor& executor) {
-  const KernelTable& table = kernels();
+template <class S>
+void backward_stored(const ConvInputs& inputs, const std::vector<Sequence>& sequences,
+                     const ConstView& dy, const ConstView& d_final_state, const View& dx,
+                     const View& dweight, const View& dstate, bool silu, Executor& executor) {
+  const ConvKernels<S>& table = table_of<S>();
   const Plan plan = make_plan(sequences, inputs.x.size[2]);
   const int64_t width = inputs.weight.size[1];
   const int64_t channels = plan.channels;
   // Each group's part of the weight gradient, [groups, W, D]; their sum is taken in the groups'
   // order.
-  std::vector<float> parts;
+  std::vector<S> parts;
   if (dweight.defined()) parts.resize(plan.groups() * width * channels);
   spread(plan, executor, [&](int64_t group, const Block& block) {
-    const Scratch scratch(block.channels, width);
-    load_weight(inputs.weight, block, false, scratch.weight);
-    load_weight(inputs.weight, block, true, scratch.reversed);
+    const Scratch<S> scratch(block.channels, width);
+    load_weight(inputs, block, false, scratch.weight, scratch);
+    load_weight(inputs, block, true, scratch.reversed, scratch);
     for (int64_t j = 0; j < width; ++j) {
-      std::fill_n(scratch.dweight.row(j), block.channels, 0.0f);
+      std::fill_n(scratch.dweight.row(j), block.channels, S{0});
     }
     for (int64_t i = plan.group_begin[group]; i < plan.group_begin[group + 1]; ++i) {
       const Span& span = plan.spans[i];
       const Sequence& s = *span.sequence;
-      const Input in{tokens<const float>(inputs.x, s, block.c0),
-                     state_of<const float>(inputs.state, s, block.c0), block.channels, width};
-      BackwardSpan{.table = table,
-                   .span = span,
-                   .in = in,
-                   .dy = tokens<const float>(dy, s, block.c0),
-                   .d_final_state = state_of<const float>(d_final_state, s, block.c0),
-                   .dx = tokens<float>(dx, s, block.c0),
-                   .dstate = state_of<float>(dstate, s, block.c0),
-                   .silu = silu,
-                   .want_dweight = dweight.defined(),
-                   .scratch = scratch}
+      const Input<S> in{tokens<const void>(inputs.x, s, block.c0),
+                        state_of<const void>(inputs.state, s, block.c0), block.channels, width};
+      BackwardSpan<S>{.table = table,
+                      .span = span,
+                      .in = in,
+                      .dy = tokens<const void>(dy, s, block.c0),
+                      .d_final_state = state_of<const void>(d_final_state, s, block.c0),
+                      .dx = tokens<void>(dx, s, block.c0),
+                      .dstate = state_of<void>(dstate, s, block.c0),
+                      .silu = silu,
+                      .want_dweight = dweight.defined(),
+                      .scratch = scratch}
           .run();
     }
     if (!dweight.defined()) return;
@@ -293,14 +306,32 @@ void causal_conv_backward(const ConvInputs& inputs, const std::vector<Sequence>&
     for (int64_t j = 0; j < width; ++j) {
       std::array<double, kSums> sum{};
       for (int64_t group = 0; group < plan.groups(); ++group) {
-        const float* part = parts.data() + (group * width + j) * channels + c0;
+        const S* part = parts.data() + (group * width + j) * channels + c0;
         for (int64_t c = 0; c < n; ++c) sum[c] += part[c];
       }
-      const TapPlane<float> out{static_cast<float*>(dweight.data), dweight.stride[0],
-                                dweight.stride[1]};
-      for (int64_t c = 0; c < n; ++c) out.at(c0 + c, j) = static_cast<float>(sum[c]);
+      for (int64_t c = 0; c < n; ++c) {
+        const int64_t at = (c0 + c) * dweight.stride[0] + j * dweight.stride[1];
+        core::store_element(dweight.dtype, dweight.data, at, sum[c]);
+      }
     }
   });
+}
+
+}  // namespace
+
+void causal_conv_forward(const ConvInputs& inputs, const std::vector<Sequence>& sequences,
+                         const View& y, const View& final_state, bool silu, Executor& executor) {
+  const auto run =
+      inputs.x.dtype == DType::float64 ? &forward_stored<double> : &forward_stored<float>;
+  run(inputs, sequences, y, final_state, silu, executor);
+}
+
+void causal_conv_backward(const ConvInputs& inputs, const std::vector<Sequence>& sequences,
+                          const ConstView& dy, const ConstView& d_final_state, const View& dx,
+                          const View& dweight, const View& dstate, bool silu, Executor& executor) {
+  const auto run =
+      inputs.x.dtype == DType::float64 ? &backward_stored<double> : &backward_stored<float>;
+  run(inputs, sequences, dy, d_final_state, dx, dweight, dstate, silu, executor);
 }
 
 // The forward over N sequences of one token: the same kernels in the same order of operations, so

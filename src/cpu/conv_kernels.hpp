@@ -1,7 +1,8 @@
 // The causal convolution's kernels, generic over a vector type: channels are vector lanes, four
 // tokens at a time share the loads of the weights and of each other's past.
 //
-// The job structs hold plain data, so that this header can be read without any vector type.
+// S is float, or double for float64 tensors. The job structs hold plain data, so that this header
+// can be read without any vector type.
 #pragma once
 
 #include <cstdint>
@@ -12,55 +13,60 @@ namespace kalmanet::cpu {
 
 // `rows` tokens of `channels` adjacent channels; row r of the input is x + r * x_stride, and the
 // width - 1 rows before row 0 are past + i * past_stride, oldest first (16 >= width >= 1).
+template <class S>
 struct ConvWindow {
-  const float* past = nullptr;
+  const S* past = nullptr;
   int64_t past_stride = 0;
-  const float* x = nullptr;
+  const S* x = nullptr;
   int64_t x_stride = 0;
   int64_t rows = 0, channels = 0, width = 0;
-  const float* weight = nullptr;  // tap j of channel c: weight[j * weight_stride + c]
+  const S* weight = nullptr;  // tap j of channel c: weight[j * weight_stride + c]
   int64_t weight_stride = 0;
 };
 
 // y_r = act(pre_r), pre_r = sum_j weight_j x_{r-width+1+j}.
+template <class S>
 struct ConvForwardJob {
-  ConvWindow in;
-  float* y = nullptr;
+  ConvWindow<S> in;
+  S* y = nullptr;
   int64_t y_stride = 0;
   bool silu = false;
 };
 
 // dpre_r = act'(pre_r) dy_r; dweight_j += sum_r dpre_r x_{r-width+1+j} (left out where null; laid
 // out as the weight).
+template <class S>
 struct ConvGradJob {
-  ConvWindow in;
-  const float* dy = nullptr;
+  ConvWindow<S> in;
+  const S* dy = nullptr;
   int64_t dy_stride = 0;
-  float* dpre = nullptr;
+  S* dpre = nullptr;
   int64_t dpre_stride = 0;
-  float* dweight = nullptr;
+  S* dweight = nullptr;
   bool silu = false;
 };
 
+template <class S>
 struct ConvKernels {
-  void (*forward)(const ConvForwardJob&);
-  void (*grad)(const ConvGradJob&);
+  void (*forward)(const ConvForwardJob<S>&);
+  void (*grad)(const ConvGradJob<S>&);
 };
 
 // One vector of channels, kTile tokens, kTaps taps (0: as many as `width` says).
 template <class Vec, int kTile, int kTaps, bool kPartial>
 struct ConvTile {
   using Reg = typename Vec::Reg;
+  using S = typename Vec::Elem;
 
-  const float* const* rows;  // kTile + width - 1 of them, from the oldest
+  const S* const* rows;  // kTile + width - 1 of them, from the oldest
   int64_t channel;
   int64_t lanes;  // of the last, partial vector
   int64_t width;
 
-  [[gnu::always_inline]] Reg load(const float* p) const {
+  [[gnu::always_inline]] Reg load(const S* p) const {
     return kPartial ? Vec::load_n(p + channel, lanes) : Vec::load(p + channel);
   }
-  [[gnu::always_inline]] void store(float* p, Reg a) const {
+  [[gnu::always_inline]] void store(S* p, Reg a) const {
     if (kPartial) {
       Vec::store_n(p + channel, a, lanes);
     } else {
@@ -69,7 +75,7 @@ struct ConvTile {
   }
 
   // pre[r] = sum_j w_j rows[r + j], always from the oldest tap to the newest.
-  [[gnu::always_inline]] void convolve(const ConvWindow& in, Reg (&pre)[kTile]) const {
+  [[gnu::always_inline]] void convolve(const ConvWindow<S>& in, Reg (&pre)[kTile]) const {
     if constexpr (kTaps > 0) {
       Reg x[kTile + kTaps - 1];
 #pragma GCC unroll 16
@@ -94,7 +100,7 @@ struct ConvTile {
     }
   }
 
-  [[gnu::always_inline]] void add_weight_grad(const Reg (&dpre)[kTile], float* dweight,
+  [[gnu::always_inline]] void add_weight_grad(const Reg (&dpre)[kTile], S* dweight,
                                               int64_t stride) const {
     const int64_t taps = kTaps > 0 ? kTaps : width;
     for (int64_t j = 0; j < taps; ++j) {
@@ -105,7 +111,7 @@ struct ConvTile {
     }
   }
 
-  [[gnu::always_inline]] void forward(const ConvForwardJob& job, float* y) const {
+  [[gnu::always_inline]] void forward(const ConvForwardJob<S>& job, S* y) const {
     Reg pre[kTile];
     convolve(job.in, pre);
     if (job.silu) {
@@ -116,7 +122,7 @@ struct ConvTile {
     for (int r = 0; r < kTile; ++r) store(y + r * job.y_stride, pre[r]);
   }
 
-  [[gnu::always_inline]] void grad(const ConvGradJob& job, const float* dy, float* dpre) const {
+  [[gnu::always_inline]] void grad(const ConvGradJob<S>& job, const S* dy, S* dpre) const {
     Reg d[kTile];
     if (job.silu) {
       Reg pre[kTile];
@@ -135,9 +141,9 @@ struct ConvTile {
   }
 };
 
-template <class Vec, int kTile, int kTaps>
-void conv_tile(const ConvForwardJob& job, const float* const* rows, int64_t r) {
-  float* y = job.y + r * job.y_stride;
+template <class Vec, int kTile, int kTaps, class S>
+void conv_tile(const ConvForwardJob<S>& job, const S* const* rows, int64_t r) {
+  S* y = job.y + r * job.y_stride;
   int64_t c = 0;
   for (; c + Vec::kWidth <= job.in.channels; c += Vec::kWidth) {
     ConvTile<Vec, kTile, kTaps, false>{rows, c, Vec::kWidth, job.in.width}.forward(job, y);
@@ -147,10 +153,10 @@ void conv_tile(const ConvForwardJob& job, const float* const* rows, int64_t r) {
   }
 }
 
-template <class Vec, int kTile, int kTaps>
-void conv_tile(const ConvGradJob& job, const float* const* rows, int64_t r) {
-  const float* dy = job.dy + r * job.dy_stride;
-  float* dpre = job.dpre + r * job.dpre_stride;
+template <class Vec, int kTile, int kTaps, class S>
+void conv_tile(const ConvGradJob<S>& job, const S* const* rows, int64_t r) {
+  const S* dy = job.dy + r * job.dy_stride;
+  S* dpre = job.dpre + r * job.dpre_stride;
   int64_t c = 0;
   for (; c + Vec::kWidth <= job.in.channels; c += Vec::kWidth) {
     ConvTile<Vec, kTile, kTaps, false>{rows, c, Vec::kWidth, job.in.width}.grad(job, dy, dpre);
@@ -167,8 +173,9 @@ void conv_rows(const Job& job) {
   // registers.
   constexpr int kTile = 4;
   constexpr int kMaxWidth = 16;
-  const ConvWindow& in = job.in;
-  const float* rows[kTile + kMaxWidth - 1];
+  using S = typename Vec::Elem;
+  const ConvWindow<S>& in = job.in;
+  const S* rows[kTile + kMaxWidth - 1];
   const auto fill = [&](int64_t r, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t from_past = r + i;  // counted from the oldest row of the past
@@ -197,10 +204,10 @@ void conv_kernel(const Job& job) {
 }
 
 template <class Vec>
-constexpr ConvKernels conv_kernels() {
+constexpr ConvKernels<typename Vec::Elem> conv_kernels() {
   return {
-      .forward = &conv_kernel<Vec, ConvForwardJob>,
-      .grad = &conv_kernel<Vec, ConvGradJob>,
+      .forward = &conv_kernel<Vec, ConvForwardJob<typename Vec::Elem>>,
+      .grad = &conv_kernel<Vec, ConvGradJob<typename Vec::Elem>>,
   };
 }
 

@@ -7,6 +7,7 @@
 
 #include "cpu/dispatch.hpp"
 #include "cpu/gka_ops.hpp"
+#include "cpu/gka_shared_gradients.hpp"
 #include "cpu/gka_split.hpp"
 #include "cpu/scratch_sizes.hpp"
 
@@ -90,7 +91,8 @@ void assign_lease(const Backward<S>& b, const Segments& s, S* lease, GkaBackward
 
 // Everything of one head, last segment first.
 template <class S>
-void backward_head(const Backward<S>& b, const Unit& unit, SolverCount& count) {
+void backward_head(const Backward<S>& b, const Unit& unit, const SharedGradients& shared,
+                   SolverCount& count) {
   const Segments s = b.segments_of(*unit.sequence);
   Buffer<S> states(s.count * b.floats());
   S* const starts = states.data();
@@ -100,9 +102,11 @@ void backward_head(const Backward<S>& b, const Unit& unit, SolverCount& count) {
   for (int64_t i = s.count - 1; i >= 0; --i) {
     GkaBackwardJob<S> job = b.job_of(unit, s, i, starts + i * b.floats());
     assign_lease(b, s, lease.data(), job);
+    shared.redirect(job);
     job.count = &count;
     b.table.gka_backward(job);
   }
+  shared.finish(unit.head);
   b.store_carry(unit, state_at(lease.data(), b.K()));
 }
 
@@ -140,7 +144,8 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
                         starts + first_state[i], h, !h);
   });
   counts.resize(pieces.size());
-  const auto run_piece = [&](size_t p, typename GkaBackwardJob<S>::Phase phase, S* lease) {
+  const auto run_piece = [&](size_t p, typename GkaBackwardJob<S>::Phase phase, S* lease,
+                             const SharedGradients* shared) {
     const Piece& piece = pieces[p];
     const Unit& unit = units[piece.unit];
     GkaBackwardJob<S> job = b.job_of(unit, segments[piece.unit], piece.segment,
@@ -149,16 +154,19 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
     job.phase = phase;
     job.z_rows = solution_rows(z, unit);
     if (!b.saved_x.defined()) job.x_rows = solution_rows(x, unit);
+    if (shared != nullptr) shared->redirect(job);
     if (phase == GkaBackwardJob<S>::solve_only) job.count = &counts[p];
     b.table.gka_backward(job);
   };
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
     const auto at = static_cast<size_t>(p);
     ScratchLease<S> lease(lease_floats(b, segments[pieces[at].unit]));
-    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data());
+    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data(), nullptr);
   });
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
   problem.executor->run(tasks, [&](int64_t task) {
+    const auto& sequence = *units[static_cast<size_t>(task * group)].sequence;
+    const SharedGradients shared(problem, b.grads, sequence);
     for (int64_t u = task * group; u < (task + 1) * group; ++u) {
       const auto i = static_cast<size_t>(u);
       const Segments& s = segments[i];
@@ -167,8 +175,10 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
       b.load_carry(units[i], carry);
       const auto first = static_cast<size_t>(first_state[i] / b.floats());
       for (int64_t j = s.count - 1; j >= 0; --j) {
-        run_piece(first + static_cast<size_t>(j), GkaBackwardJob<S>::gradients_only, lease.data());
+        run_piece(first + static_cast<size_t>(j), GkaBackwardJob<S>::gradients_only, lease.data(),
+                  &shared);
       }
+      shared.finish(units[i].head);
       b.store_carry(units[i], carry);
     }
   });
@@ -202,9 +212,11 @@ GkaReport backward_stored(const core::GkaProblem& problem, const ConstView& save
   if (enough_units(tasks, problem.executor->concurrency())) {
     counts.resize(units.size());
     problem.executor->run(tasks, [&](int64_t task) {
+      const auto& sequence = *units[static_cast<size_t>(task * group)].sequence;
+      const SharedGradients shared(problem, grads, sequence);
       for (int64_t u = task * group; u < (task + 1) * group; ++u) {
         const auto i = static_cast<size_t>(u);
-        backward_head(b, units[i], counts[i]);
+        backward_head(b, units[i], shared, counts[i]);
       }
     });
   } else {

@@ -46,12 +46,17 @@ void update_u(S* u, int64_t ld, int64_t K, int64_t Vp, S decay, const S* k, cons
 
 template <class Vec, class S>
 void load_vector(const Rows& src, int64_t t, int64_t width, S gain, S* out) {
-  const S* p = row_of<S>(src, t);
-  for (int64_t c = 0; c < width; ++c) out[c] = gain * p[c * src.stride];
+  S room[kMaxHeadDim];
+  const RowOf<S> p = read_row<Vec>(src, t, width, room);
+  for (int64_t c = 0; c < width; ++c) out[c] = gain * p.data[c * p.stride];
   for (int64_t c = width; c < padded(width); ++c) out[c] = 0;
 }
 template <class Vec, class S>
 void store_vector(const S* in, const OutRows& dst, int64_t t, int64_t width) {
+  if (!holds<S>(dst)) {
+    write_row<Vec>(dst, t, width, in);
+    return;
+  }
   S* p = row_of<S>(dst, t);
   for (int64_t c = 0; c < width; ++c) p[c * dst.stride] = in[c];
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/conv_kernels.hpp"
+#include "cpu/convert.hpp"
 #include "cpu/norm_kernels.hpp"
 #include "kalmanet/gka.hpp"
 #include "kalmanet/tensor.hpp"
@@ -148,8 +149,11 @@ struct GkaKernels {
 struct KernelTable {
   GkaKernels<float> gka;
   GkaKernels<double> gka_float64;
-  ConvKernels conv;
-  NormKernels norm;
+  ConvertKernels convert;
+  ConvKernels<float> conv;
+  ConvKernels<double> conv_float64;
+  NormKernels<float> norm;
+  NormKernels<double> norm_float64;
 };
 
 // Tokens that the chunked kernels solve together: one a vector lane. 16 is one AVX-512 register of

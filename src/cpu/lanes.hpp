@@ -244,9 +244,10 @@ template <class Vec, class S>
 void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width, S* lanes) {
   const int64_t rows = padded(width);
   for (int64_t i = 0; i < rows * kLanes; ++i) lanes[i] = 0;
+  S room[kMaxHeadDim];
   for (int64_t t = 0; t < n; ++t) {
-    const S* p = row_of<S>(src, t0 + t);
-    for (int64_t c = 0; c < width; ++c) lanes[c * kLanes + t] = p[c * src.stride];
+    const RowOf<S> p = read_row<Vec>(src, t0 + t, width, room);
+    for (int64_t c = 0; c < width; ++c) lanes[c * kLanes + t] = p.data[c * p.stride];
   }
 }
 
@@ -255,8 +256,14 @@ template <class Vec, class S>
 void store_lanes(const S* lanes, const S* gain, const OutRows& dst, int64_t t0, int64_t n,
                  int64_t width) {
   for (int64_t t = 0; t < n; ++t) {
-    S* p = row_of<S>(dst, t0 + t);
     const S w = gain == nullptr ? 1 : gain[t];
+    if (!holds<S>(dst)) {
+      S room[kMaxHeadDim];
+      for (int64_t c = 0; c < width; ++c) room[c] = w * lanes[c * kLanes + t];
+      write_row<Vec>(dst, t0 + t, width, room);
+      continue;
+    }
+    S* p = row_of<S>(dst, t0 + t);
     if (dst.accumulate) {
       for (int64_t c = 0; c < width; ++c) p[c * dst.stride] += w * lanes[c * kLanes + t];
     } else {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/conv_kernels.hpp"
+#include "cpu/convert.hpp"
 #include "cpu/gka_backward.hpp"
 #include "cpu/gka_forward.hpp"
 #include "cpu/gka_step.hpp"
@@ -25,8 +26,11 @@ constexpr KernelTable make_table() {
   return KernelTable{
       .gka = gka_kernels<Vec>(),
       .gka_float64 = gka_kernels<typename Vec::Wide>(),
+      .convert = convert_kernels<Vec>(),
       .conv = conv_kernels<Vec>(),
+      .conv_float64 = conv_kernels<typename Vec::Wide>(),
       .norm = norm_kernels<Vec>(),
+      .norm_float64 = norm_kernels<typename Vec::Wide>(),
   };
 }
 

@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "core/half.hpp"
 #include "cpu/dispatch.hpp"
+#include "cpu/strided.hpp"
 
 namespace kalmanet::cpu {
 namespace {
@@ -16,22 +19,10 @@ constexpr int64_t kTaskElements = 16384;
 // Rows whose weight gradients are summed in float32; their sums are added in float64.
 constexpr int64_t kTileRows = 64;
 
-// Rows of a view: element (r, c) is data[r * row_stride + c * stride].
-template <class T>
-struct Plane {
-  T* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t stride = 0;
-
-  bool defined() const { return data != nullptr; }
-  bool dense() const { return stride == 1; }
-  T* row(int64_t r) const { return data + r * row_stride; }
-};
-
-template <class T, class V>
-Plane<T> rows_of(const V& view) {
+template <class Void, class V>
+Plane<Void> rows_of(const V& view) {
   if (!view.defined()) return {};
-  return {static_cast<T*>(view.data), view.stride[0], view.size[1] == 1 ? 1 : view.stride[1]};
+  return {view.data, view.dtype, view.stride[0], view.size[1] == 1 ? 1 : view.stride[1]};
 }
 
 struct Plan {
@@ -54,58 +45,71 @@ Plan make_plan(int64_t rows, int64_t dim) {
 
 // Rows [r, r + count) as the kernels take them: in place, or copied into a buffer of the task's
 // own.
+template <class S>
 class Reader {
  public:
-  Reader(const Plane<const float>& plane, const Plan& plan) : plane_(plane), dim_(plan.dim) {
-    if (plane.defined() && !plane.dense()) buffer_.resize(plan.tile_rows * dim_);
+  Reader(const Plane<const void>& plane, const Plan& plan)
+      : plane_(plane), dense_(plane.dense<S>()), dim_(plan.dim) {
+    if (plane.defined() && !dense_) buffer_.resize(plan.tile_rows * dim_);
   }
-  const float* read(int64_t r, int64_t count) {
-    if (!plane_.defined() || plane_.dense()) return plane_.defined() ? plane_.row(r) : nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const float* p = plane_.row(r + i);
-      for (int64_t c = 0; c < dim_; ++c) buffer_[i * dim_ + c] = p[c * plane_.stride];
-    }
+  const S* read(int64_t r, int64_t count) {
+    if (!plane_.defined()) return nullptr;
+    if (dense_) return plane_.row<S>(r);
+    for (int64_t i = 0; i < count; ++i) plane_.read(r + i, dim_, buffer_.data() + i * dim_);
     return buffer_.data();
   }
-  int64_t stride() const { return plane_.dense() ? plane_.row_stride : dim_; }
+  int64_t stride() const { return dense_ ? plane_.row_stride : dim_; }
 
  private:
-  Plane<const float> plane_;
+  Plane<const void> plane_;
+  bool dense_;
   int64_t dim_;
-  std::vector<float> buffer_;
+  std::vector<S> buffer_;
 };
 
+template <class S>
 class Writer {
  public:
-  Writer(const Plane<float>& plane, const Plan& plan) : plane_(plane), dim_(plan.dim) {
-    if (plane.defined() && !plane.dense()) buffer_.resize(plan.tile_rows * dim_);
+  Writer(const Plane<void>& plane, const Plan& plan)
+      : plane_(plane), dense_(plane.dense<S>()), dim_(plan.dim) {
+    if (plane.defined() && !dense_) buffer_.resize(plan.tile_rows * dim_);
   }
   // Where the kernel writes rows [r, ...); flush() brings them to their place.
-  float* at(int64_t r) {
+  S* at(int64_t r) {
     if (!plane_.defined()) return nullptr;
-    return plane_.dense() ? plane_.row(r) : buffer_.data();
+    return dense_ ? plane_.row<S>(r) : buffer_.data();
   }
   void flush(int64_t r, int64_t count) {
-    if (!plane_.defined() || plane_.dense()) return;
-    for (int64_t i = 0; i < count; ++i) {
-      float* p = plane_.row(r + i);
-      for (int64_t c = 0; c < dim_; ++c) p[c * plane_.stride] = buffer_[i * dim_ + c];
-    }
+    if (!plane_.defined() || dense_) return;
+    for (int64_t i = 0; i < count; ++i) plane_.write(buffer_.data() + i * dim_, dim_, r + i);
   }
-  int64_t stride() const { return plane_.dense() ? plane_.row_stride : dim_; }
+  int64_t stride() const { return dense_ ? plane_.row_stride : dim_; }
 
  private:
-  Plane<float> plane_;
+  Plane<void> plane_;
+  bool dense_;
   int64_t dim_;
-  std::vector<float> buffer_;
+  std::vector<S> buffer_;
 };
 
 // The weight as adjacent elements: the caller's, or a copy in `buffer`.
-const float* dense_weight(const ConstView& weight, std::vector<float>& buffer) {
-  const float* data = static_cast<const float*>(weight.data);
-  if (weight.stride[0] == 1) return data;
-  for (int64_t c = 0; c < weight.size[0]; ++c) buffer.push_back(data[c * weight.stride[0]]);
+template <class S>
+const S* dense_weight(const ConstView& weight, std::vector<S>& buffer) {
+  if (weight.stride[0] == 1 && weight.dtype == DTypeOf<S>::value) {
+    return static_cast<const S*>(weight.data);
+  }
+  buffer.resize(weight.size[0]);
+  read_strided(weight.dtype, weight.data, 0, weight.stride[0], weight.size[0], buffer.data());
   return buffer.data();
+}
+
+template <class S>
+const NormKernels<S>& table_of() {
+  if constexpr (std::is_same_v<S, double>) {
+    return kernels().norm_float64;
+  } else {
+    return kernels().norm;
+  }
 }
 
 // task(index of the task, its first row, one past its last).
@@ -116,26 +120,27 @@ void spread(const Plan& plan, Executor& executor, const F& task) {
   });
 }
 
-NormRows rows_job(const NormInputs& inputs, const Plan& plan, const float* weight) {
-  NormRows job;
+template <class S>
+NormRows<S> rows_job(const NormInputs& inputs, const Plan& plan, const S* weight) {
+  NormRows<S> job;
   job.weight = weight;
   job.dim = plan.dim;
   job.eps = inputs.eps;
   return job;
 }
 
-}  // namespace
-
-void gated_rms_norm_forward(const NormInputs& inputs, const View& y, Executor& executor) {
-  const KernelTable& table = kernels();
+template <class S>
+void forward_stored(const NormInputs& inputs, const View& y, Executor& executor) {
+  const NormKernels<S>& table = table_of<S>();
   const Plan plan = make_plan(inputs.o.size[0], inputs.o.size[1]);
   if (plan.dim == 0) return;
-  std::vector<float> weight_copy;
-  const float* weight = dense_weight(inputs.weight, weight_copy);
+  std::vector<S> weight_copy;
+  const S* weight = dense_weight(inputs.weight, weight_copy);
   spread(plan, executor, [&](int64_t, int64_t begin, int64_t end) {
-    Reader o(rows_of<const float>(inputs.o), plan), gate(rows_of<const float>(inputs.gate), plan);
-    Writer out(rows_of<float>(y), plan);
-    NormForwardJob job;
+    Reader<S> o(rows_of<const void>(inputs.o), plan);
+    Reader<S> gate(rows_of<const void>(inputs.gate), plan);
+    Writer<S> out(rows_of<void>(y), plan);
+    NormForwardJob<S> job;
     job.in = rows_job(inputs, plan, weight);
     job.in.o_stride = o.stride();
     job.in.gate_stride = gate.stride();
@@ -145,28 +150,30 @@ void gated_rms_norm_forward(const NormInputs& inputs, const View& y, Executor& e
       job.in.o = o.read(r, job.in.rows);
       job.in.gate = gate.read(r, job.in.rows);
       job.y = out.at(r);
-      table.norm.forward(job);
+      table.forward(job);
       out.flush(r, job.in.rows);
     }
   });
 }
 
-void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, const View& d_o,
-                             const View& d_gate, const View& d_weight, Executor& executor) {
-  const KernelTable& table = kernels();
+template <class S>
+void backward_stored(const NormInputs& inputs, const ConstView& dy, const View& d_o,
+                     const View& d_gate, const View& d_weight, Executor& executor) {
+  const NormKernels<S>& table = table_of<S>();
   const Plan plan = make_plan(inputs.o.size[0], inputs.o.size[1]);
   if (plan.dim == 0) return;
-  std::vector<float> weight_copy;
-  const float* weight = dense_weight(inputs.weight, weight_copy);
+  std::vector<S> weight_copy;
+  const S* weight = dense_weight(inputs.weight, weight_copy);
   // Each task's part of the weight gradient, [tasks, V]; their sum is taken in the tasks' order.
   std::vector<double> parts;
   if (d_weight.defined()) parts.resize(plan.tasks * plan.dim);
   spread(plan, executor, [&](int64_t task, int64_t begin, int64_t end) {
-    Reader o(rows_of<const float>(inputs.o), plan), gate(rows_of<const float>(inputs.gate), plan);
-    Reader upstream(rows_of<const float>(dy), plan);
-    Writer to_o(rows_of<float>(d_o), plan), to_gate(rows_of<float>(d_gate), plan);
-    std::vector<float> tile_sum(d_weight.defined() ? plan.dim : 0);
-    NormBackwardJob job;
+    Reader<S> o(rows_of<const void>(inputs.o), plan);
+    Reader<S> gate(rows_of<const void>(inputs.gate), plan);
+    Reader<S> upstream(rows_of<const void>(dy), plan);
+    Writer<S> to_o(rows_of<void>(d_o), plan), to_gate(rows_of<void>(d_gate), plan);
+    std::vector<S> tile_sum(d_weight.defined() ? plan.dim : 0);
+    NormBackwardJob<S> job;
     job.in = rows_job(inputs, plan, weight);
     job.in.o_stride = o.stride();
     job.in.gate_stride = gate.stride();
@@ -181,13 +188,13 @@ void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, cons
       job.dy = upstream.read(r, job.in.rows);
       job.d_o = to_o.at(r);
       job.d_gate = to_gate.at(r);
-      table.norm.backward(job);
+      table.backward(job);
       to_o.flush(r, job.in.rows);
       to_gate.flush(r, job.in.rows);
       if (!d_weight.defined()) continue;
       double* part = parts.data() + task * plan.dim;
       for (int64_t c = 0; c < plan.dim; ++c) part[c] += tile_sum[c];
-      std::fill(tile_sum.begin(), tile_sum.end(), 0.0f);
+      std::fill(tile_sum.begin(), tile_sum.end(), S{0});
     }
   });
   if (!d_weight.defined()) return;
@@ -196,8 +203,23 @@ void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, cons
     for (int64_t c = 0; c < plan.dim; ++c) sum[c] += parts[task * plan.dim + c];
   }
   for (int64_t c = 0; c < plan.dim; ++c) {
-    static_cast<float*>(d_weight.data)[c * d_weight.stride[0]] = static_cast<float>(sum[c]);
+    core::store_element(d_weight.dtype, d_weight.data, c * d_weight.stride[0], sum[c]);
   }
+}
+
+}  // namespace
+
+void gated_rms_norm_forward(const NormInputs& inputs, const View& y, Executor& executor) {
+  const auto run =
+      inputs.o.dtype == DType::float64 ? &forward_stored<double> : &forward_stored<float>;
+  run(inputs, y, executor);
+}
+
+void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, const View& d_o,
+                             const View& d_gate, const View& d_weight, Executor& executor) {
+  const auto run =
+      inputs.o.dtype == DType::float64 ? &backward_stored<double> : &backward_stored<float>;
+  run(inputs, dy, d_o, d_gate, d_weight, executor);
 }
 
 }  // namespace kalmanet::cpu

@@ -1,6 +1,7 @@
 // The gated RMS norm's kernels, generic over a vector type: a row at a time, vectors along the row.
 //
-// The job structs hold plain data, so that this header can be read without any vector type.
+// S is float, or double for float64 tensors. The job structs hold plain data, so that this header
+// can be read without any vector type.
 #pragma once
 
 #include <cstdint>
@@ -10,38 +11,42 @@
 namespace kalmanet::cpu {
 
 // `rows` rows of `dim` adjacent elements. `gate` null: the factor silu(gate) is left out.
+template <class S>
 struct NormRows {
-  const float* o = nullptr;
+  const S* o = nullptr;
   int64_t o_stride = 0;
-  const float* gate = nullptr;
+  const S* gate = nullptr;
   int64_t gate_stride = 0;
-  const float* weight = nullptr;  // [dim]
+  const S* weight = nullptr;  // [dim]
   int64_t rows = 0, dim = 0;
   double eps = 0;
 };
 
+template <class S>
 struct NormForwardJob {
-  NormRows in;
-  float* y = nullptr;
+  NormRows<S> in;
+  S* y = nullptr;
   int64_t y_stride = 0;
 };
 
 // d_o, d_gate and d_weight may be null. d_weight [dim] is added to.
+template <class S>
 struct NormBackwardJob {
-  NormRows in;
-  const float* dy = nullptr;
+  NormRows<S> in;
+  const S* dy = nullptr;
   int64_t dy_stride = 0;
-  float* d_o = nullptr;
+  S* d_o = nullptr;
   int64_t d_o_stride = 0;
-  float* d_gate = nullptr;
+  S* d_gate = nullptr;
   int64_t d_gate_stride = 0;
-  float* d_weight = nullptr;
+  S* d_weight = nullptr;
 };
 
+template <class S>
 struct NormKernels {
-  void (*forward)(const NormForwardJob&);
-  void (*backward)(const NormBackwardJob&);
-  VecMathKernels math;
+  void (*forward)(const NormForwardJob<S>&);
+  void (*backward)(const NormBackwardJob<S>&);
+  VecMathKernels<S> math;
 };
 
 // Calls f(c, load, store) for each vector of a row: load and store reach its elements only, what
@@ -49,41 +54,44 @@ struct NormKernels {
 template <class Vec, class F>
 [[gnu::always_inline]] inline void each_vector(int64_t dim, F&& f) {
   using Reg = typename Vec::Reg;
+  using S = typename Vec::Elem;
   int64_t c = 0;
   for (; c + Vec::kWidth <= dim; c += Vec::kWidth) {
-    f([c](const float* p) __attribute__((always_inline)) { return Vec::load(p + c); },
-      [c](float* p, Reg a) __attribute__((always_inline)) { Vec::store(p + c, a); });
+    f([c](const S* p) __attribute__((always_inline)) { return Vec::load(p + c); },
+      [c](S* p, Reg a) __attribute__((always_inline)) { Vec::store(p + c, a); });
   }
   if (c < dim) {
     const int64_t lanes = dim - c;
-    f([c, lanes](const float* p)
-          __attribute__((always_inline)) { return Vec::load_n(p + c, lanes); },
-      [c, lanes](float* p, Reg a)
-          __attribute__((always_inline)) { Vec::store_n(p + c, a, lanes); });
+    f([c, lanes](const S* p) __attribute__((always_inline)) { return Vec::load_n(p + c, lanes); },
+      [c, lanes](S* p, Reg a) __attribute__((always_inline)) { Vec::store_n(p + c, a, lanes); });
   }
 }
 
-// 1 / sqrt(mean(o^2) + eps), the sum over the row in float32 (lane by lane), the rest in float64.
+// 1 / sqrt(mean(o^2) + eps), the sum over the row lane by lane in the rows' precision, the rest in
+// float64.
 template <class Vec>
-[[gnu::always_inline]] inline float inverse_rms(const float* o, int64_t dim, double eps) {
+[[gnu::always_inline]] inline typename Vec::Elem inverse_rms(const typename Vec::Elem* o,
+                                                             int64_t dim, double eps) {
   using Reg = typename Vec::Reg;
+  using S = typename Vec::Elem;
   Reg sum = Vec::zero();
   each_vector<Vec>(dim, [&](auto load, auto) __attribute__((always_inline)) {
     const Reg x = load(o);
     sum = Vec::fma(x, x, sum);
   });
   const double mean = static_cast<double>(Vec::sum(sum)) / static_cast<double>(dim);
-  return static_cast<float>(1.0 / __builtin_sqrt(mean + eps));
+  return static_cast<S>(1.0 / __builtin_sqrt(mean + eps));
 }
 
 template <class Vec, bool kGate>
-void norm_forward_rows(const NormForwardJob& job) {
+void norm_forward_rows(const NormForwardJob<typename Vec::Elem>& job) {
   using Reg = typename Vec::Reg;
-  const NormRows& in = job.in;
+  using S = typename Vec::Elem;
+  const NormRows<S>& in = job.in;
   for (int64_t i = 0; i < in.rows; ++i) {
-    const float* o = in.o + i * in.o_stride;
-    const float* gate = kGate ? in.gate + i * in.gate_stride : nullptr;
-    float* y = job.y + i * job.y_stride;
+    const S* o = in.o + i * in.o_stride;
+    const S* gate = kGate ? in.gate + i * in.gate_stride : nullptr;
+    S* y = job.y + i * job.y_stride;
     const Reg r = Vec::set1(inverse_rms<Vec>(o, in.dim, in.eps));
     each_vector<Vec>(in.dim, [&](auto load, auto store) __attribute__((always_inline)) {
       Reg a = Vec::mul(load(in.weight), Vec::mul(load(o), r));
@@ -97,15 +105,16 @@ void norm_forward_rows(const NormForwardJob& job) {
 //   d_weight += dy n s     d_gate = dy weight n silu'(gate)     d_o = r (z - n mean(z n))
 // z waits in d_o until its mean is known.
 template <class Vec, bool kGate>
-void norm_backward_rows(const NormBackwardJob& job) {
+void norm_backward_rows(const NormBackwardJob<typename Vec::Elem>& job) {
   using Reg = typename Vec::Reg;
-  const NormRows& in = job.in;
+  using S = typename Vec::Elem;
+  const NormRows<S>& in = job.in;
   for (int64_t i = 0; i < in.rows; ++i) {
-    const float* o = in.o + i * in.o_stride;
-    const float* gate = kGate ? in.gate + i * in.gate_stride : nullptr;
-    const float* dy = job.dy + i * job.dy_stride;
-    float* d_o = job.d_o == nullptr ? nullptr : job.d_o + i * job.d_o_stride;
-    float* d_gate = job.d_gate == nullptr ? nullptr : job.d_gate + i * job.d_gate_stride;
+    const S* o = in.o + i * in.o_stride;
+    const S* gate = kGate ? in.gate + i * in.gate_stride : nullptr;
+    const S* dy = job.dy + i * job.dy_stride;
+    S* d_o = job.d_o == nullptr ? nullptr : job.d_o + i * job.d_o_stride;
+    S* d_gate = job.d_gate == nullptr ? nullptr : job.d_gate + i * job.d_gate_stride;
     const Reg r = Vec::set1(inverse_rms<Vec>(o, in.dim, in.eps));
     Reg dot = Vec::zero();
     each_vector<Vec>(in.dim, [&](auto load, auto store) __attribute__((always_inline)) {
@@ -128,7 +137,7 @@ void norm_backward_rows(const NormBackwardJob& job) {
       }
     });
     if (d_o == nullptr) continue;
-    const Reg mean = Vec::set1(Vec::sum(dot) / static_cast<float>(in.dim));
+    const Reg mean = Vec::set1(Vec::sum(dot) / static_cast<S>(in.dim));
     each_vector<Vec>(in.dim, [&](auto load, auto store) __attribute__((always_inline)) {
       const Reg n = Vec::mul(load(o), r);
       store(d_o, Vec::mul(r, Vec::fnma(n, mean, load(d_o))));
@@ -137,7 +146,7 @@ void norm_backward_rows(const NormBackwardJob& job) {
 }
 
 template <class Vec>
-void norm_forward(const NormForwardJob& job) {
+void norm_forward(const NormForwardJob<typename Vec::Elem>& job) {
   if (job.in.gate != nullptr) {
     norm_forward_rows<Vec, true>(job);
   } else {
@@ -146,7 +155,7 @@ void norm_forward(const NormForwardJob& job) {
 }
 
 template <class Vec>
-void norm_backward(const NormBackwardJob& job) {
+void norm_backward(const NormBackwardJob<typename Vec::Elem>& job) {
   if (job.in.gate != nullptr) {
     norm_backward_rows<Vec, true>(job);
   } else {
@@ -155,7 +164,7 @@ void norm_backward(const NormBackwardJob& job) {
 }
 
 template <class Vec>
-constexpr NormKernels norm_kernels() {
+constexpr NormKernels<typename Vec::Elem> norm_kernels() {
   return {
       .forward = &norm_forward<Vec>,
       .backward = &norm_backward<Vec>,

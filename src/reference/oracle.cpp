@@ -3,21 +3,17 @@
 
 #include <algorithm>
 
+#include "core/half.hpp"
 #include "reference/token_loop.hpp"
 
 namespace kalmanet::reference {
 namespace {
 
 double load(const ConstView& view, int64_t offset) {
-  return view.dtype == DType::float64 ? static_cast<const double*>(view.data)[offset]
-                                      : static_cast<const float*>(view.data)[offset];
+  return core::load_element(view.dtype, view.data, offset);
 }
 void store(const View& view, int64_t offset, double value) {
-  if (view.dtype == DType::float64) {
-    static_cast<double*>(view.data)[offset] = value;
-  } else {
-    static_cast<float*>(view.data)[offset] = static_cast<float>(value);
-  }
+  core::store_element(view.dtype, view.data, offset, value);
 }
 
 // Tokens of one sequence and head of a [B,T,H,D] or [B,T,H] tensor, as an array [length, D].

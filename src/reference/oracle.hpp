@@ -2,7 +2,7 @@
 // loop.
 //
 // forward<double> and backward<double> are the float64 oracles (`exact` = Solver::direct,
-// chebyshev(r), cg(r)), whatever the dtype of the tensors, float32 or float64: inputs are
+// chebyshev(r), cg(r)), whatever the dtype of the tensors: inputs are
 // converted, results rounded once. With Real = float the same loop runs in float32 from end to end:
 // the naive same-precision version that the bounds of docs/numerics.md compare the fast kernels
 // with.

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -88,8 +89,7 @@ void automatic_is_the_cpu() {
 }
 
 TEST(ChoiceOfBackend, AutomaticIsTheCpu) {
-  automatic_is_the_cpu<float>();
-  automatic_is_the_cpu<double>();
+  testing::for_each_dtype([]<class T>(T) { automatic_is_the_cpu<T>(); });
 }
 
 TEST(ChoiceOfBackend, ReferenceByNameOnly) {
@@ -116,34 +116,28 @@ TEST(ChoiceOfBackend, EverySolverRunsOnBoth) {
   }
 }
 
-TEST(ChoiceOfBackend, SixteenBitsAreRefusedByBoth) {
-  Case<float> c(small());
-  std::vector<uint16_t> memory(4096);
-  for (DType dtype : {DType::bfloat16, DType::float16}) {
-    for (Backend backend : {Backend::automatic, Backend::reference}) {
-      const auto view = [&](std::initializer_list<int64_t> sizes) {
-        View v;
-        v.data = memory.data();
-        v.dtype = dtype;
-        return detail::fill_dense(v, sizes);
-      };
-      GkaInputs in;
-      in.q = in.k = in.v = view({1, 3, 2, 4});
-      GkaOutputs out;
-      out.o = view({1, 3, 2, 4});
-      out.o.data = memory.data() + 2048;
+// Every dtype is computed by both, and they agree.
+TEST(ChoiceOfBackend, EveryDtypeIsComputedByBoth) {
+  testing::for_each_dtype([]<class T>(T) {
+    for (Operation operation : kOperations) {
+      Case<T> cpu(small()), reference(small());
       GkaOptions options;
-      options.backend = backend;
-      try {
-        gka_forward(in, out, options);
-        ADD_FAILURE() << name(dtype) << " was computed";
-      } catch (const Error& e) {
-        EXPECT_EQ(static_cast<int>(e.code()), static_cast<int>(ErrorCode::unsupported));
-        EXPECT_NE(std::string(e.what()).find(name(dtype)), std::string::npos) << e.what();
-        EXPECT_NE(std::string(e.what()).find("float32"), std::string::npos) << e.what();
+      EXPECT_EQ(run(operation, cpu, options).backend, Backend::cpu);
+      options.backend = Backend::reference;
+      EXPECT_EQ(run(operation, reference, options).backend, Backend::reference);
+      const testing::Where where{name(DTypeOf<T>::value), name(instruction_set()),
+                                 testing::describe(small())};
+      const double bound = std::max(1e-5, 2 * testing::kRoundoff<T>);
+      const auto same = [&](const char* tensor, ConstView a, ConstView b) {
+        EXPECT_TRUE(testing::within(where, tensor, a, b, bound));
+      };
+      if (operation == Operation::backward) {
+        testing::for_each_gradient(cpu, reference, same);
+      } else {
+        testing::for_each_output(cpu, reference, same);
       }
     }
-  }
+  });
 }
 
 TEST(Backends, AreListedWithTheInstructionSetInUse) {

@@ -54,13 +54,25 @@ struct Mistake {
 
 TEST(LayerValidation, Mistakes) {
   constexpr ErrorCode kArgument = ErrorCode::invalid_argument, kShape = ErrorCode::invalid_shape,
-                      kUnsupported = ErrorCode::unsupported;
+                      kDType = ErrorCode::invalid_dtype;
   using T = Tensors;
   const std::vector<Mistake> mistakes = {
       {"no x", &T::conv_forward, [](T& t) { t.conv.x = {}; }, kArgument, "x", "[B, T, D]"},
       {"x of rank 2", &T::conv_forward, [](T& t) { t.conv.x.rank = 2; }, kShape, "x", "[2, 5]"},
-      {"x in float64", &T::conv_forward, [](T& t) { t.conv.x.dtype = DType::float64; },
-       kUnsupported, "x", "convert to float32"},
+      {"weight in float64", &T::conv_forward, [](T& t) { t.conv.weight.dtype = DType::float64; },
+       kDType, "weight", "must be float32 (as x)"},
+      {"weight in float32 beside float64", &T::conv_step,
+       [](T& t) { t.step_x.dtype = DType::float64; }, kDType, "weight", "must be float64 (as x)"},
+      {"weight in float16 beside bfloat16", &T::conv_step,
+       [](T& t) {
+         t.step_x.dtype = DType::bfloat16;
+         t.conv.weight.dtype = DType::float16;
+       },
+       kDType, "weight", "must be bfloat16, as x, or float32"},
+      {"state in float32 beside bfloat16", &T::conv_step,
+       [](T& t) { t.step_x.dtype = DType::bfloat16; }, kDType, "state", "must be bfloat16 (as x)"},
+      {"dweight in float64", &T::conv_backward, [](T& t) { t.dweight.dtype = DType::float64; },
+       kDType, "dweight", "must be float32 (as x)"},
       {"no weight", &T::conv_forward, [](T& t) { t.conv.weight = {}; }, kArgument, "weight", "D"},
       {"weight of other channels", &T::conv_forward, [](T& t) { t.conv.weight.size[0] = 5; },
        kShape, "weight", "[6, *]"},
@@ -90,8 +102,8 @@ TEST(LayerValidation, Mistakes) {
       {"no dy", &T::conv_backward, [](T& t) { t.dy = {}; }, kArgument, "dy", "required"},
       {"d_final_state of another D", &T::conv_backward, [](T& t) { t.d_final_state.size[1] = 5; },
        kShape, "d_final_state", "[2, 6, 4]"},
-      {"dx in bfloat16", &T::conv_backward, [](T& t) { t.dx.dtype = DType::bfloat16; },
-       kUnsupported, "dx", "bfloat16"},
+      {"dx in bfloat16", &T::conv_backward, [](T& t) { t.dx.dtype = DType::bfloat16; }, kDType,
+       "dx", "bfloat16"},
       {"dweight overlapping", &T::conv_backward, [](T& t) { t.dweight.stride[0] = 2; }, kShape,
        "dweight", "share"},
       {"dstate of another N", &T::conv_backward, [](T& t) { t.dstate.size[0] = 3; }, kShape,
@@ -113,6 +125,10 @@ TEST(LayerValidation, Mistakes) {
       {"eps NaN", &T::norm_forward,
        [](T& t) { t.norm.eps = std::numeric_limits<double>::quiet_NaN(); }, kArgument, "eps",
        "nan"},
+      {"gate in float32 beside float16", &T::norm_forward,
+       [](T& t) { t.norm.o.dtype = DType::float16; }, kDType, "gate", "must be float16 (as o)"},
+      {"d_weight in bfloat16", &T::norm_backward, [](T& t) { t.d_weight.dtype = DType::bfloat16; },
+       kDType, "d_weight", "must be float32 (as o)"},
       {"no y", &T::norm_forward, [](T& t) { t.norm_y = {}; }, kArgument, "y", "required"},
       {"dy of another R", &T::norm_backward, [](T& t) { t.norm_dy.size[0] = 9; }, kShape, "dy",
        "[10, 7]"},
@@ -134,6 +150,33 @@ TEST(LayerValidation, Mistakes) {
       EXPECT_EQ(static_cast<int>(e.code()), static_cast<int>(mistake.code)) << e.what();
       EXPECT_NE(std::string(e.what()).find(mistake.part), std::string::npos)
           << mistake.what << ": \"" << e.what() << "\" lacks \"" << mistake.part << '"';
+    }
+  }
+}
+
+// All tensors of one dtype; weights and their gradients also of float32 beside 16-bit ones.
+TEST(LayerValidation, AcceptsEveryDtype) {
+  for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
+    Tensors t;
+    for (DType* d :
+         {&t.conv.x.dtype, &t.conv.state.dtype, &t.y.dtype, &t.final_state.dtype, &t.dy.dtype,
+          &t.d_final_state.dtype, &t.dx.dtype, &t.dstate.dtype, &t.step_x.dtype,
+          &t.step_state.dtype, &t.step_y.dtype, &t.norm.o.dtype, &t.norm.gate.dtype,
+          &t.norm_y.dtype, &t.d_o.dtype, &t.d_gate.dtype, &t.norm_dy.dtype}) {
+      *d = dtype;
+    }
+    for (bool narrow : {true, false}) {
+      if (dtype == DType::float64 && !narrow) continue;
+      const DType weight = narrow ? dtype : DType::float32;
+      for (DType* d :
+           {&t.conv.weight.dtype, &t.dweight.dtype, &t.norm.weight.dtype, &t.d_weight.dtype}) {
+        *d = weight;
+      }
+      EXPECT_NO_THROW(t.conv_forward()) << name(dtype) << ", weight " << name(weight);
+      EXPECT_NO_THROW(t.conv_backward()) << name(dtype) << ", weight " << name(weight);
+      EXPECT_NO_THROW(t.conv_step()) << name(dtype) << ", weight " << name(weight);
+      EXPECT_NO_THROW(t.norm_forward()) << name(dtype) << ", weight " << name(weight);
+      EXPECT_NO_THROW(t.norm_backward()) << name(dtype) << ", weight " << name(weight);
     }
   }
 }

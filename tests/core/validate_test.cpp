@@ -169,5 +169,94 @@ TEST(Validation, StatesOfFloat64ProblemsAreFloat64) {
   }
 }
 
+// What 16-bit q may have beside it: per-token tensors and x of its dtype or of float32, each as it
+// likes; k, v, o and their gradients of its dtype; states of float32.
+template <class T>
+void check_mixed_dtypes() {
+  Case<T> all(Call::spec());
+  Case<T, float> mixed(Call::spec());
+  const auto validate = [](const GkaInputs& in, const GkaOutputs& out, ConstView x,
+                           const GkaOutputGrads& d_out, const GkaInputGrads& grads) {
+    core::validate_forward(in, out, {});
+    core::validate_backward(in, x, d_out, grads, {});
+  };
+  for (int bits = 0; bits < 256; ++bits) {
+    GkaInputs in = all.inputs();
+    GkaOutputs out = all.outputs();
+    GkaInputGrads grads = all.grads();
+    ConstView x = all.x.view();
+    if (bits & 1) in.g = mixed.g.view();
+    if (bits & 2) in.gk = mixed.gk.view();
+    if (bits & 4) in.alpha = mixed.alpha.view();
+    if (bits & 8) in.beta = mixed.beta.view();
+    if (bits & 16) in.ridge_ratio = mixed.ridge_ratio.view();
+    if (bits & 32) out.x = mixed.x.view(), x = mixed.x.view();
+    if (bits & 64) out.residual = mixed.residual.view();
+    if (bits & 128) {
+      grads.dg = mixed.dg.view();
+      grads.dgk = mixed.dgk.view();
+      grads.dalpha = mixed.dalpha.view();
+      grads.dbeta = mixed.dbeta.view();
+      grads.d_ridge_ratio = mixed.d_ridge_ratio.view();
+    }
+    EXPECT_NO_THROW(validate(in, out, x, all.output_grads(), grads)) << bits;
+  }
+
+  struct Arguments {
+    GkaInputs in;
+    GkaOutputs out;
+    ConstView x;
+    GkaOutputGrads d_out;
+    GkaInputGrads grads;
+  };
+  const Arguments right{mixed.inputs(), mixed.outputs(), mixed.x.view(), mixed.output_grads(),
+                        mixed.grads()};
+  const DType other = std::is_same_v<T, testing::BFloat16> ? DType::float16 : DType::bfloat16;
+  struct Wrong {
+    const char* argument;
+    std::function<DType&(Arguments&)> dtype;
+    bool mixed;  // float32 would do
+  };
+  const std::vector<Wrong> wrongs = {
+      {"k", [](Arguments& a) -> DType& { return a.in.k.dtype; }, false},
+      {"v", [](Arguments& a) -> DType& { return a.in.v.dtype; }, false},
+      {"g", [](Arguments& a) -> DType& { return a.in.g.dtype; }, true},
+      {"gk", [](Arguments& a) -> DType& { return a.in.gk.dtype; }, true},
+      {"alpha", [](Arguments& a) -> DType& { return a.in.alpha.dtype; }, true},
+      {"beta", [](Arguments& a) -> DType& { return a.in.beta.dtype; }, true},
+      {"ridge_ratio", [](Arguments& a) -> DType& { return a.in.ridge_ratio.dtype; }, true},
+      {"o", [](Arguments& a) -> DType& { return a.out.o.dtype; }, false},
+      {"x", [](Arguments& a) -> DType& { return a.out.x.dtype; }, true},
+      {"residual", [](Arguments& a) -> DType& { return a.out.residual.dtype; }, true},
+      {"d_o", [](Arguments& a) -> DType& { return a.d_out.d_o.dtype; }, false},
+      {"saved_x", [](Arguments& a) -> DType& { return a.x.dtype; }, true},
+      {"dq", [](Arguments& a) -> DType& { return a.grads.dq.dtype; }, false},
+      {"dk", [](Arguments& a) -> DType& { return a.grads.dk.dtype; }, false},
+      {"dv", [](Arguments& a) -> DType& { return a.grads.dv.dtype; }, false},
+      {"dgk", [](Arguments& a) -> DType& { return a.grads.dgk.dtype; }, true},
+      {"d_ridge_ratio", [](Arguments& a) -> DType& { return a.grads.d_ridge_ratio.dtype; }, true},
+  };
+  for (const Wrong& wrong : wrongs) {
+    Arguments a = right;
+    wrong.dtype(a) = other;
+    try {
+      validate(a.in, a.out, a.x, a.d_out, a.grads);
+      ADD_FAILURE() << wrong.argument << " of " << name(other) << " was accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.argument(), wrong.argument) << e.what();
+      EXPECT_EQ(static_cast<int>(e.code()), static_cast<int>(ErrorCode::invalid_dtype));
+      const std::string message = e.what();
+      EXPECT_NE(message.find(std::string("must be ") + name(DTypeOf<T>::value)), std::string::npos)
+          << message;
+      EXPECT_EQ(message.find("or float32") != std::string::npos, wrong.mixed) << message;
+    }
+  }
+}
+
+TEST(Validation, MixedDtypes) {
+  check_mixed_dtypes<testing::BFloat16>();
+  check_mixed_dtypes<testing::Float16>();
+}
+
 }  // namespace
 }  // namespace kalmanet

@@ -16,6 +16,7 @@
 #include "kalmanet/backend.hpp"
 #include "kalmanet/executor.hpp"
 #include "kalmanet/tensor.hpp"
+#include "support/dtypes.hpp"
 
 namespace kalmanet::testing {
 
@@ -48,12 +49,14 @@ inline const char* name(Layout layout) {
   return kNames[static_cast<int>(layout)];
 }
 
-// A float32 array of up to three dimensions. Every float of its memory begins as NaN: a read
-// outside the elements poisons the result, an element that is not written stays a NaN.
-class Array {
+// An array of up to three dimensions. Every number in its memory begins as NaN: a read outside the
+// elements poisons the result, an element that is not written stays a NaN.
+template <class T>
+class ArrayOf {
  public:
-  Array() = default;
-  explicit Array(std::initializer_list<int64_t> sizes, Layout layout = Layout::dense) {
+  ArrayOf() = default;
+  explicit ArrayOf(std::initializer_list<int64_t> sizes, Layout layout = Layout::dense) {
+    shape_.dtype = DTypeOf<T>::value;
     shape_.rank = static_cast<int>(sizes.size());
     int d = 0;
     for (int64_t s : sizes) shape_.size[d++] = s;
@@ -70,14 +73,14 @@ class Array {
       offset_ += (shape_.size[last] - 1) * shape_.stride[last];
       shape_.stride[last] = -shape_.stride[last];
     }
-    memory_.assign(static_cast<size_t>(step + 2 * kGuard), std::numeric_limits<float>::quiet_NaN());
+    memory_.assign(static_cast<size_t>(step + 2 * kGuard), std::numeric_limits<T>::quiet_NaN());
   }
 
   bool defined() const { return !memory_.empty(); }
   int64_t size(int d) const { return shape_.size[d]; }
   int64_t numel() const { return shape_.numel(); }
-  float& at(int64_t i, int64_t j = 0, int64_t k = 0) { return memory_[index(i, j, k)]; }
-  float at(int64_t i, int64_t j = 0, int64_t k = 0) const { return memory_[index(i, j, k)]; }
+  T& at(int64_t i, int64_t j = 0, int64_t k = 0) { return memory_[index(i, j, k)]; }
+  T at(int64_t i, int64_t j = 0, int64_t k = 0) const { return memory_[index(i, j, k)]; }
 
   // Absent if the array is.
   View view() {
@@ -85,7 +88,7 @@ class Array {
     if (defined()) v.data = memory_.data() + offset_;
     return v;
   }
-  ConstView view() const { return const_cast<Array*>(this)->view(); }
+  ConstView view() const { return const_cast<ArrayOf*>(this)->view(); }
 
   template <class F>
   void for_each(F f) const {
@@ -99,9 +102,10 @@ class Array {
   }
 
   // Elements of a normal distribution.
-  Array& fill(std::mt19937_64& random, float deviation = 1.0f) {
+  ArrayOf& fill(std::mt19937_64& random, float deviation = 1.0f) {
     std::normal_distribution<float> normal(0.0f, deviation);
-    for_each([&](int64_t i, int64_t j, int64_t k) { at(i, j, k) = normal(random); });
+    for_each(
+        [&](int64_t i, int64_t j, int64_t k) { at(i, j, k) = static_cast<T>(normal(random)); });
     return *this;
   }
   // The elements in row-major order.
@@ -111,16 +115,19 @@ class Array {
     for_each([&](int64_t i, int64_t j, int64_t k) { v.push_back(at(i, j, k)); });
     return v;
   }
-  // Floats that are no elements and no longer NaN.
+  // Numbers that are no elements and no longer NaN.
   int64_t gaps_written() const {
     int64_t written = 0;
-    for (float f : memory_) written += std::isnan(f) ? 0 : 1;
-    for_each([&](int64_t i, int64_t j, int64_t k) { written -= std::isnan(at(i, j, k)) ? 0 : 1; });
+    for (const T& e : memory_) written += std::isnan(static_cast<double>(e)) ? 0 : 1;
+    for_each([&](int64_t i, int64_t j, int64_t k) {
+      written -= std::isnan(static_cast<double>(at(i, j, k))) ? 0 : 1;
+    });
     return written;
   }
 
  private:
-  static constexpr int64_t kGuard = 32;  // floats before and behind: two of the widest registers
+  static constexpr int64_t kGuard =
+      32;  // numbers before and behind: two of the widest registers of float32
 
   size_t index(int64_t i, int64_t j, int64_t k) const {
     return static_cast<size_t>(offset_ + i * shape_.stride[0] + j * shape_.stride[1] +
@@ -129,8 +136,9 @@ class Array {
 
   View shape_;
   int64_t offset_ = 0;
-  std::vector<float> memory_;
+  std::vector<T> memory_;
 };
+using Array = ArrayOf<float>;
 
 // |a - b| / |scale|; |a - b| where the scale is all zeros. NaN if there is one.
 inline double relative_error(const std::vector<double>& a, const std::vector<double>& b,
@@ -145,29 +153,38 @@ inline double relative_error(const std::vector<double>& a, const std::vector<dou
 
 // Elements and nothing else were written, and they are within `bound` of `expected`, relative to
 // the size of `scale`: the expected values themselves or, for long sums that may cancel, the root
-// of the sum of their terms' squares.
-inline void expect_close(const char* what, const Array& got, const std::vector<double>& expected,
-                         double bound, const std::string& where, const std::vector<double>& scale) {
+// of the sum of their terms' squares. 16-bit elements may also have what rounding the right ones
+// once costs.
+template <class T>
+void expect_close(const char* what, const ArrayOf<T>& got, const std::vector<double>& expected,
+                  double bound, const std::string& where, const std::vector<double>& scale) {
   if (!got.defined()) return;
   ASSERT_EQ(static_cast<int64_t>(expected.size()), got.numel()) << what << " of " << where;
+  if (kIsHalf<T>) {
+    std::vector<double> rounded = expected;
+    for (double& e : rounded) e = static_cast<double>(static_cast<T>(e));
+    bound += 1.05 * relative_error(rounded, expected, scale);
+  }
   const double error = relative_error(got.values(), expected, scale);
   EXPECT_TRUE(error <= bound) << what << " of " << where << ": relative error " << error
                               << ", bound " << bound;
   EXPECT_EQ(got.gaps_written(), 0) << what << " of " << where << ": wrote between its elements";
 }
 
-inline void expect_close(const char* what, const Array& got, const std::vector<double>& expected,
-                         double bound, const std::string& where) {
+template <class T>
+void expect_close(const char* what, const ArrayOf<T>& got, const std::vector<double>& expected,
+                  double bound, const std::string& where) {
   expect_close(what, got, expected, bound, where, expected);
 }
 
-inline void expect_same_bits(const char* what, const Array& got, const Array& expected,
-                             const std::string& where) {
+template <class T>
+void expect_same_bits(const char* what, const ArrayOf<T>& got, const ArrayOf<T>& expected,
+                      const std::string& where) {
   ASSERT_EQ(got.defined(), expected.defined());
   if (!got.defined()) return;
   int64_t different = 0;
   got.for_each([&](int64_t i, int64_t j, int64_t k) {
-    const float a = got.at(i, j, k), b = expected.at(i, j, k);
+    const T a = got.at(i, j, k), b = expected.at(i, j, k);
     different += std::memcmp(&a, &b, sizeof a) != 0 ? 1 : 0;
   });
   EXPECT_EQ(different, 0) << what << " of " << where << ": " << different << " of " << got.numel()

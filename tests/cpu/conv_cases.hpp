@@ -43,25 +43,29 @@ struct Case {
   }
 };
 
-struct Tensors {
-  Array x, weight, state, dy, d_final_state;  // inputs
-  Array y, final_state, dx, dweight, dstate;  // outputs
+// W: the dtype of the weight, T or (beside 16-bit T) float.
+template <class T, class W = T>
+struct TensorsOf {
+  ArrayOf<T> x, state, dy, d_final_state;  // inputs
+  ArrayOf<W> weight;
+  ArrayOf<T> y, final_state, dx, dstate;  // outputs
+  ArrayOf<W> dweight;
 
-  explicit Tensors(const Case& c) {
+  explicit TensorsOf(const Case& c) {
     std::mt19937_64 random(c.seed);
     const int64_t N = std::ssize(c.sequences());
-    x = Array({c.B, c.T, c.D}, c.layout).fill(random);
-    weight = Array({c.D, c.W}, c.layout).fill(random, 0.7f);
-    dy = Array({c.B, c.T, c.D}, c.layout).fill(random);
+    x = ArrayOf<T>({c.B, c.T, c.D}, c.layout).fill(random);
+    weight = ArrayOf<W>({c.D, c.W}, c.layout).fill(random, 0.7f);
+    dy = ArrayOf<T>({c.B, c.T, c.D}, c.layout).fill(random);
     if (c.state) {
-      state = Array({N, c.D, c.W}, c.layout).fill(random);
-      d_final_state = Array({N, c.D, c.W}, c.layout).fill(random);
-      final_state = Array({N, c.D, c.W}, c.layout);
-      dstate = Array({N, c.D, c.W}, c.layout);
+      state = ArrayOf<T>({N, c.D, c.W}, c.layout).fill(random);
+      d_final_state = ArrayOf<T>({N, c.D, c.W}, c.layout).fill(random);
+      final_state = ArrayOf<T>({N, c.D, c.W}, c.layout);
+      dstate = ArrayOf<T>({N, c.D, c.W}, c.layout);
     }
-    y = Array({c.B, c.T, c.D}, c.layout);
-    dx = Array({c.B, c.T, c.D}, c.layout);
-    dweight = Array({c.D, c.W}, c.layout);
+    y = ArrayOf<T>({c.B, c.T, c.D}, c.layout);
+    dx = ArrayOf<T>({c.B, c.T, c.D}, c.layout);
+    dweight = ArrayOf<W>({c.D, c.W}, c.layout);
   }
   ConvInputs inputs() const {
     ConvInputs in;
@@ -71,12 +75,15 @@ struct Tensors {
     return in;
   }
 };
+using Tensors = TensorsOf<float>;
 
-inline void run_forward(const Case& c, Tensors& t, Executor& executor) {
+template <class T, class W>
+void run_forward(const Case& c, TensorsOf<T, W>& t, Executor& executor) {
   cpu::causal_conv_forward(t.inputs(), c.sequences(), t.y.view(), t.final_state.view(), c.silu,
                            executor);
 }
-inline void run_backward(const Case& c, Tensors& t, Executor& executor) {
+template <class T, class W>
+void run_backward(const Case& c, TensorsOf<T, W>& t, Executor& executor) {
   cpu::causal_conv_backward(t.inputs(), c.sequences(), t.dy.view(), t.d_final_state.view(),
                             t.dx.view(), t.dweight.view(), t.dstate.view(), c.silu, executor);
 }
@@ -89,7 +96,8 @@ struct Twin {
   std::vector<double> y, final_state, dx, dweight, dstate;
   std::vector<double> dweight_terms;  // the root of the sum of the squares of what dweight sums
 
-  Twin(const Case& case_, const Tensors& t) : c(case_), sequences(case_.sequences()) {
+  template <class T, class W>
+  Twin(const Case& case_, const TensorsOf<T, W>& t) : c(case_), sequences(case_.sequences()) {
     x = t.x.values();
     weight = t.weight.values();
     dy = t.dy.values();

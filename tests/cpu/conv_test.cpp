@@ -14,31 +14,50 @@ namespace kalmanet {
 namespace {
 
 using testing::Array;
+using testing::ArrayOf;
+using testing::BFloat16;
 using testing::expect_close;
 using testing::expect_same_bits;
+using testing::Float16;
+using testing::for_each_dtype;
 using testing::for_each_instruction_set;
 using testing::Layout;
 using testing::ReversedExecutor;
 using namespace testing::conv;
 
-constexpr double kBound = 1e-6;  // relative error of every output
+// Relative error of every output: 17 unit roundoffs of the arithmetic. The twin of float64 problems
+// has its own.
+constexpr double kBound = 1e-6;
+template <class T>
+constexpr double kBoundOf = std::is_same_v<T, double> ? 2 * 0x1p-29 * kBound : kBound;
 
-void check(const Case& c) {
-  Tensors reference(c);
+template <class T, class W>
+void check_dtype(const Case& c) {
+  TensorsOf<T, W> reference(c);
   Twin twin(c, reference);
   twin.forward();
   twin.backward();
   for_each_instruction_set([&] {
-    Tensors t(c);
+    TensorsOf<T, W> t(c);
     run_forward(c, t, default_executor());
     run_backward(c, t, default_executor());
-    const std::string where = c.text();
-    expect_close("y", t.y, twin.y, kBound, where);
+    const std::string where =
+        c.text() + " " + name(DTypeOf<T>::value) + ", weight " + name(DTypeOf<W>::value);
+    const double bound = kBoundOf<T>;
+    expect_close("y", t.y, twin.y, bound, where);
     expect_close("final_state", t.final_state, twin.final_state, 0.0, where);  // copies
-    expect_close("dx", t.dx, twin.dx, kBound, where);
-    expect_close("dweight", t.dweight, twin.dweight, kBound, where, twin.dweight_terms);
-    expect_close("dstate", t.dstate, twin.dstate, kBound, where);
+    expect_close("dx", t.dx, twin.dx, bound, where);
+    expect_close("dweight", t.dweight, twin.dweight, bound, where, twin.dweight_terms);
+    expect_close("dstate", t.dstate, twin.dstate, bound, where);
   });
+}
+
+void check(const Case& c) {
+  check_dtype<float, float>(c);
+  check_dtype<double, double>(c);
+  check_dtype<BFloat16, BFloat16>(c);
+  check_dtype<Float16, Float16>(c);
+  check_dtype<BFloat16, float>(c);
 }
 
 TEST(ConvTwin, GradientsAgainstFiniteDifferences) {
@@ -139,15 +158,14 @@ TEST(Conv, OutputsAreOptional) {
 
 TEST(Conv, AnyNumberOfThreadsGivesTheSameBits) {
   const int before = num_threads();
-  for (const Case& c : {Case{3, 200, 300, 4, {}}, Case{1, 1030, 130, 5, {500, 1, 0, 64, 465}},
-                        Case{1, 300, 8, 4, std::vector<int64_t>(300, 1)}}) {
+  const auto check_bits = [&]<class T>(const Case& c, T) {
     for_each_instruction_set([&] {
-      Tensors one(c);
+      TensorsOf<T> one(c);
       set_num_threads(1);
       run_forward(c, one, default_executor());
       run_backward(c, one, default_executor());
       const auto compare = [&](Executor& executor, const std::string& how) {
-        Tensors t(c);
+        TensorsOf<T> t(c);
         run_forward(c, t, executor);
         run_backward(c, t, executor);
         const std::string where = c.text() + ", " + how;
@@ -164,38 +182,45 @@ TEST(Conv, AnyNumberOfThreadsGivesTheSameBits) {
       ReversedExecutor reversed;
       compare(reversed, "tasks in reverse");
     });
+  };
+  for (const Case& c : {Case{3, 200, 300, 4, {}}, Case{1, 1030, 130, 5, {500, 1, 0, 64, 465}},
+                        Case{1, 300, 8, 4, std::vector<int64_t>(300, 1)}}) {
+    for_each_dtype([&](auto type) { check_bits(c, type); });
   }
   set_num_threads(before);
 }
 
 // Part [begin, end) of all sequences of `whole` as a problem of its own.
-Array slice(const Array& whole, int64_t begin, int64_t end) {
-  Array part({whole.size(0), end - begin, whole.size(2)});
+template <class T>
+ArrayOf<T> slice(const ArrayOf<T>& whole, int64_t begin, int64_t end) {
+  ArrayOf<T> part({whole.size(0), end - begin, whole.size(2)});
   part.for_each(
       [&](int64_t b, int64_t t, int64_t d) { part.at(b, t, d) = whole.at(b, begin + t, d); });
   return part;
 }
 
-void expect_slice(const char* what, const Array& part, const Array& whole, int64_t begin,
+template <class T>
+void expect_slice(const char* what, const ArrayOf<T>& part, const ArrayOf<T>& whole, int64_t begin,
                   const std::string& where) {
   expect_same_bits(what, part, slice(whole, begin, begin + part.size(1)), where);
 }
 
-TEST(Conv, WholeSequenceIsAnySplitIsStepByStep) {
+template <class T>
+void whole_sequence_is_any_split() {
   for (int64_t W : {1, 3, 4, 16}) {
     for (bool silu : {false, true}) {
       const Case c{2, 75, 37, W, {}, silu};
       for_each_instruction_set([&] {
-        Tensors whole(c);
+        TensorsOf<T> whole(c);
         run_forward(c, whole, default_executor());
         for (const std::vector<int64_t>& cuts :
              {std::vector<int64_t>{0, 40, 75}, {0, 1, 3, 3, 64, 75}, {0, 74, 75}}) {
-          Array state = whole.state;
+          ArrayOf<T> state = whole.state;
           for (size_t i = 0; i + 1 < cuts.size(); ++i) {
             const int64_t length = cuts[i + 1] - cuts[i];
             const Case part_case{2, length, 37, W, {}, silu};
-            Array x = slice(whole.x, cuts[i], cuts[i + 1]);
-            Array y({2, length, 37});
+            ArrayOf<T> x = slice(whole.x, cuts[i], cuts[i + 1]);
+            ArrayOf<T> y({2, length, 37});
             ConvInputs in = whole.inputs();
             in.x = x.view();
             in.state = state.view();
@@ -207,13 +232,13 @@ TEST(Conv, WholeSequenceIsAnySplitIsStepByStep) {
           }
           expect_same_bits("final_state", state, whole.final_state, c.text());
         }
-        Array state = whole.state;
+        ArrayOf<T> state = whole.state;
         for (int64_t t = 0; t < c.T; ++t) {
-          Array x({2, 37}), y({2, 37});
+          ArrayOf<T> x({2, 37}), y({2, 37});
           x.for_each([&](int64_t b, int64_t d, int64_t) { x.at(b, d) = whole.x.at(b, t, d); });
           cpu::causal_conv_step(x.view(), whole.weight.view(), state.view(), y.view(), silu,
                                 default_executor());
-          Array expected({2, 37});
+          ArrayOf<T> expected({2, 37});
           expected.for_each(
               [&](int64_t b, int64_t d, int64_t) { expected.at(b, d) = whole.y.at(b, t, d); });
           expect_same_bits("step's y", y, expected, c.text() + " token " + std::to_string(t));
@@ -224,21 +249,30 @@ TEST(Conv, WholeSequenceIsAnySplitIsStepByStep) {
   }
 }
 
-TEST(Conv, StepWithAnyStrides) {
+TEST(Conv, WholeSequenceIsAnySplitIsStepByStep) {
+  for_each_dtype([]<class T>(T) { whole_sequence_is_any_split<T>(); });
+}
+
+template <class T>
+void step_with_any_strides() {
   for (Layout layout : {Layout::padded, Layout::spread, Layout::transposed, Layout::mirrored}) {
     const Case c{3, 1, 70, 4, {}, true, true, layout};
-    Tensors t(c);
+    TensorsOf<T> t(c);
     Twin twin(c, t);
     twin.forward();
     for_each_instruction_set([&] {
-      Array x({3, 70}, layout), y({3, 70}, layout), state = t.state;
+      ArrayOf<T> x({3, 70}, layout), y({3, 70}, layout), state = t.state;
       x.for_each([&](int64_t b, int64_t d, int64_t) { x.at(b, d) = t.x.at(b, 0, d); });
       cpu::causal_conv_step(x.view(), t.weight.view(), state.view(), y.view(), true,
                             default_executor());
-      expect_close("step's y", y, twin.y, kBound, c.text());
+      expect_close("step's y", y, twin.y, kBoundOf<T>, c.text());
       expect_close("step's state", state, twin.final_state, 0.0, c.text());
     });
   }
+}
+
+TEST(Conv, StepWithAnyStrides) {
+  for_each_dtype([]<class T>(T) { step_with_any_strides<T>(); });
 }
 
 // The gradient through the state between two halves is the gradient of the whole.

@@ -23,7 +23,8 @@ inline void set_gates(CaseSpec& spec, int bits) {
 }
 
 // Forward and backward of the same numbers by the float64 oracle.
-inline Case<double> oracle_results(const Case<float>& c, GkaOptions options) {
+template <class T, class G>
+Case<double> oracle_results(const Case<T, G>& c, GkaOptions options) {
   Case<double> d = to_double(c);
   options.backend = Backend::reference;
   gka_forward(d.inputs(), d.outputs(), options);

@@ -2,97 +2,12 @@
 // instruction set this machine has.
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <string>
 #include <vector>
 
-#include "cpu/gka_cases.hpp"
-#include "kalmanet/kalmanet.hpp"
-#include "support/expect.hpp"
+#include "cpu/gka_oracle.hpp"
 
 namespace kalmanet::testing {
 namespace {
-
-// DESIGN's bounds: of chebyshev against the same iteration in float64, of direct against exact.
-double output_bound(Solver solver) {
-  return solver == Solver::direct ? 2e-5 : 1e-5;
-}
-double gradient_bound(Solver solver) {
-  return solver == Solver::direct ? 2e-4 : 1e-4;
-}
-
-// Residuals are small differences of numbers near 1: what float32 x leaves of them is about
-// 1e-7 / ridge_ratio; beyond that they agree.
-::testing::AssertionResult residuals_agree(const Where& where, const Case<float>& c,
-                                           const Case<double>& expected, Solver solver) {
-  const std::vector<double> got = c.residual.values(), want = expected.residual.values();
-  // What direct leaves of x by its tolerance, it leaves of the residual.
-  const double floor = 4e-7 / c.spec.ridge_ratio + (solver == Solver::direct ? 1e-5 : 0.0);
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (!(std::abs(got[i] - want[i]) <= floor + 1e-2 * want[i])) {
-      return ::testing::AssertionFailure() << text(where, "residual") << ": " << got[i]
-                                           << ", expected " << want[i] << " within " << floor;
-    }
-  }
-  return ::testing::AssertionSuccess();
-}
-
-// Forward, decode step and backward of one problem on every instruction set against the oracle.
-// Keys, and the states made of them, are multiplied by `key_size`.
-void check_against_oracle(const CaseSpec& spec, const GkaOptions& base, WorstErrors& worst,
-                          double key_size = 1.0) {
-  Case<float> c(spec);
-  if (key_size != 1.0) {
-    const auto scale = [](Tensor<float>& tensor, double by) {
-      const std::vector<double> old = tensor.values();
-      tensor.fill([&](int64_t i) { return by * old[static_cast<size_t>(i)]; });
-    };
-    scale(c.k, key_size);
-    scale(c.h0, key_size * key_size);
-    scale(c.u0, key_size);
-    // Else the first token's D would come out at 1 / key_size^3 or be drowned by it.
-    scale(c.d_h_final, 1.0 / (key_size * key_size));
-  }
-  GkaOptions options = base;
-  options.ridge_ratio = spec.ridge_ratio;
-  Case<double> expected = oracle_results(c, options);
-  options.backend = Backend::cpu;
-  for (InstructionSet isa : available_instruction_sets()) {
-    ForcedInstructionSet forced(isa);
-    const Where where{"gka_forward", name(isa), describe(spec)};
-    c.clear_results();
-    const GkaReport report = gka_forward(c.inputs(), c.outputs(), options);
-    EXPECT_EQ(report.instruction_set, isa);
-    EXPECT_EQ(report.backend, Backend::cpu);
-    for_each_output(c, expected, [&](const char* tensor, ConstView got, ConstView want) {
-      EXPECT_TRUE(within(where, tensor, got, want, output_bound(options.solver)));
-      worst.add(std::string(tensor), relative_error(got, want));
-    });
-    EXPECT_TRUE(residuals_agree(where, c, expected, options.solver));
-
-    for (bool saved : {true, false}) {
-      const Where back{saved ? "gka_backward (x saved)" : "gka_backward (x solved for)", name(isa),
-                       describe(spec)};
-      const ConstView x = saved ? ConstView(c.x.view()) : ConstView();
-      gka_backward(c.inputs(), x, c.output_grads(), c.grads(), options);
-      for_each_gradient(c, expected, [&](const char* tensor, ConstView got, ConstView want) {
-        EXPECT_TRUE(within(back, tensor, got, want, gradient_bound(options.solver)));
-        worst.add(std::string(tensor), relative_error(got, want));
-      });
-    }
-    EXPECT_TRUE(c.gaps_intact()) << where.operation << ", " << where.problem;
-
-    c.clear_results();
-    const Where step{"gka_step", name(isa), describe(spec)};
-    gka_step(c.inputs(), c.outputs(), options);
-    for_each_output(c, expected, [&](const char* tensor, ConstView got, ConstView want) {
-      EXPECT_TRUE(within(step, tensor, got, want, output_bound(options.solver)));
-      worst.add("step " + std::string(tensor), relative_error(got, want));
-    });
-    EXPECT_TRUE(residuals_agree(step, c, expected, options.solver));
-    EXPECT_TRUE(c.gaps_intact()) << step.operation << ", " << step.problem;
-  }
-}
 
 class GkaCpu : public ::testing::TestWithParam<Solver> {
  protected:
@@ -125,7 +40,7 @@ TEST_P(GkaCpu, MatchesOracleOverShapes) {
       spec.u0 = turn % 5 != 0;
       spec.memory = turn % 2 == 0 ? 32 : 300;
       spec.seed = 100 + static_cast<uint64_t>(turn);
-      check_against_oracle(spec, options(), worst);
+      check_against_oracle<float>(spec, options(), worst);
       ++turn;
     }
   }
@@ -146,7 +61,7 @@ TEST_P(GkaCpu, MatchesOracleForEveryCombinationOfGates) {
       spec.seed = 1000 + static_cast<uint64_t>(gates);
       set_gates(spec, gates);
       spec.h0 = spec.u0 = gates % 2 == 1;
-      check_against_oracle(spec, options(), worst);
+      check_against_oracle<float>(spec, options(), worst);
     }
   }
   worst.print("worst relative errors over gates:");
@@ -167,7 +82,7 @@ TEST_P(GkaCpu, MatchesOracleForPackedSequences) {
       set_gates(spec, 63 - turn);
       spec.h0 = spec.u0 = turn % 2 == 0;
       spec.strided = turn % 3 == 0;
-      check_against_oracle(spec, options(), worst);
+      check_against_oracle<float>(spec, options(), worst);
       ++turn;
     }
   }
@@ -192,7 +107,7 @@ TEST_P(GkaCpu, MatchesOracleForFewerQueryKeyOrValueHeads) {
     spec.seed = 3000 + static_cast<uint64_t>(turn);
     set_gates(spec, turn % 2 == 0 ? 63 : 21);
     spec.h0 = spec.u0 = true;
-    check_against_oracle(spec, options(), worst);
+    check_against_oracle<float>(spec, options(), worst);
     ++turn;
   }
   worst.print("worst relative errors over head counts:");
@@ -210,7 +125,7 @@ TEST_P(GkaCpu, MatchesOracleForTinyAndLargeKeys) {
       spec.h0 = spec.u0 = states;
       spec.seed = 7000;
       set_gates(spec, 63);
-      check_against_oracle(spec, options(), worst, size);
+      check_against_oracle<float>(spec, options(), worst, size);
     }
   }
   worst.print("worst relative errors over the size of keys:");
@@ -228,11 +143,11 @@ TEST_P(GkaCpu, MatchesOracleForOtherOptions) {
     GkaOptions other = options();
     other.num_iter = num_iter;
     other.scale = 0.7;
-    check_against_oracle(spec, other, worst);
+    check_against_oracle<float>(spec, other, worst);
   }
   GkaOptions constant_norm = options();
   constant_norm.bp_lambda = false;
-  check_against_oracle(spec, constant_norm, worst);
+  check_against_oracle<float>(spec, constant_norm, worst);
   worst.print("worst relative errors over options:");
 }
 

@@ -14,13 +14,21 @@ namespace kalmanet {
 namespace {
 
 using testing::Array;
+using testing::ArrayOf;
+using testing::BFloat16;
 using testing::expect_close;
 using testing::expect_same_bits;
+using testing::Float16;
+using testing::for_each_dtype;
 using testing::for_each_instruction_set;
 using testing::Layout;
 using testing::ReversedExecutor;
 
-constexpr double kBound = 1e-6;  // relative error of every output
+// Relative error of every output: 17 unit roundoffs of the arithmetic. The twin of float64 problems
+// has its own.
+constexpr double kBound = 1e-6;
+template <class T>
+constexpr double kBoundOf = std::is_same_v<T, double> ? 2 * 0x1p-29 * kBound : kBound;
 
 struct Case {
   int64_t R, V;
@@ -39,23 +47,27 @@ struct Case {
   }
 };
 
-struct Tensors {
-  Array o, gate, weight, dy;       // inputs
-  Array y, d_o, d_gate, d_weight;  // outputs
+// W: the dtype of the weight, T or (beside 16-bit T) float.
+template <class T, class W = T>
+struct TensorsOf {
+  ArrayOf<T> o, gate, dy;  // inputs
+  ArrayOf<W> weight;
+  ArrayOf<T> y, d_o, d_gate;  // outputs
+  ArrayOf<W> d_weight;
   double eps;
 
-  explicit Tensors(const Case& c) : eps(c.eps) {
+  explicit TensorsOf(const Case& c) : eps(c.eps) {
     std::mt19937_64 random(c.seed);
-    o = Array({c.R, c.V}, c.layout).fill(random, c.size);
-    weight = Array({c.V}, c.layout).fill(random);
-    dy = Array({c.R, c.V}, c.layout).fill(random);
+    o = ArrayOf<T>({c.R, c.V}, c.layout).fill(random, c.size);
+    weight = ArrayOf<W>({c.V}, c.layout).fill(random);
+    dy = ArrayOf<T>({c.R, c.V}, c.layout).fill(random);
     if (c.gate) {
-      gate = Array({c.R, c.V}, c.layout).fill(random, 2.0f);
-      d_gate = Array({c.R, c.V}, c.layout);
+      gate = ArrayOf<T>({c.R, c.V}, c.layout).fill(random, 2.0f);
+      d_gate = ArrayOf<T>({c.R, c.V}, c.layout);
     }
-    y = Array({c.R, c.V}, c.layout);
-    d_o = Array({c.R, c.V}, c.layout);
-    d_weight = Array({c.V}, c.layout);
+    y = ArrayOf<T>({c.R, c.V}, c.layout);
+    d_o = ArrayOf<T>({c.R, c.V}, c.layout);
+    d_weight = ArrayOf<W>({c.V}, c.layout);
   }
   NormInputs inputs() const {
     NormInputs in;
@@ -71,6 +83,7 @@ struct Tensors {
                                  executor);
   }
 };
+using Tensors = TensorsOf<float>;
 
 // The definition in float64, row-major.
 struct Twin {
@@ -79,7 +92,8 @@ struct Twin {
   std::vector<double> y, d_o, d_gate, d_weight;
   std::vector<double> d_weight_terms;  // the root of the sum of the squares of what d_weight sums
 
-  Twin(const Case& case_, const Tensors& t) : c(case_) {
+  template <class T, class W>
+  Twin(const Case& case_, const TensorsOf<T, W>& t) : c(case_) {
     o = t.o.values();
     if (c.gate) gate = t.gate.values();
     weight = t.weight.values();
@@ -140,21 +154,35 @@ struct Twin {
   }
 };
 
-void check(const Case& c) {
-  Tensors reference(c);
+template <class T, class W>
+void check_dtype(const Case& c) {
+  TensorsOf<T, W> reference(c);
   Twin twin(c, reference);
   twin.forward();
   twin.backward();
   for_each_instruction_set([&] {
-    Tensors t(c);
+    TensorsOf<T, W> t(c);
     t.forward(default_executor());
     t.backward(default_executor());
-    const std::string where = c.text();
-    expect_close("y", t.y, twin.y, kBound, where);
-    expect_close("d_o", t.d_o, twin.d_o, kBound, where);
-    expect_close("d_gate", t.d_gate, twin.d_gate, kBound, where);
-    expect_close("d_weight", t.d_weight, twin.d_weight, kBound, where, twin.d_weight_terms);
+    const std::string where =
+        c.text() + " " + name(DTypeOf<T>::value) + ", weight " + name(DTypeOf<W>::value);
+    const double bound = kBoundOf<T>;
+    expect_close("y", t.y, twin.y, bound, where);
+    expect_close("d_o", t.d_o, twin.d_o, bound, where);
+    expect_close("d_gate", t.d_gate, twin.d_gate, bound, where);
+    expect_close("d_weight", t.d_weight, twin.d_weight, bound, where, twin.d_weight_terms);
   });
+}
+
+// float16 where it can hold the elements.
+void check(const Case& c, bool with_float16 = true) {
+  check_dtype<float, float>(c);
+  check_dtype<double, double>(c);
+  check_dtype<BFloat16, BFloat16>(c);
+  check_dtype<BFloat16, float>(c);
+  if (!with_float16) return;
+  check_dtype<Float16, Float16>(c);
+  check_dtype<Float16, float>(c);
 }
 
 TEST(NormTwin, GradientsAgainstFiniteDifferences) {
@@ -241,8 +269,9 @@ TEST(Norm, AnyStrides) {
 // if they were not kept apart from eps.
 TEST(Norm, SizesAgainstEps) {
   for (float size : {1e-12f, 1e-6f, 1e-3f, 1e3f, 1e12f}) {
-    check({20, 64, true, Layout::dense, 1e-6, size});
-    check({20, 64, true, Layout::dense, 0.1, size});
+    const bool normal = size >= 1e-3f && size <= 1e3f;  // in float16
+    check({20, 64, true, Layout::dense, 1e-6, size}, normal);
+    check({20, 64, true, Layout::dense, 0.1, size}, normal);
   }
 }
 
@@ -287,14 +316,14 @@ TEST(Norm, OutputsAreOptional) {
 
 TEST(Norm, AnyNumberOfThreadsGivesTheSameBits) {
   const int before = num_threads();
-  for (const Case& c : {Case{3000, 64}, Case{700, 129}, Case{40000, 5}}) {
+  const auto check_bits = [&]<class T>(const Case& c, T) {
     for_each_instruction_set([&] {
-      Tensors one(c);
+      TensorsOf<T> one(c);
       set_num_threads(1);
       one.forward(default_executor());
       one.backward(default_executor());
       const auto compare = [&](Executor& executor, const std::string& how) {
-        Tensors t(c);
+        TensorsOf<T> t(c);
         t.forward(executor);
         t.backward(executor);
         const std::string where = c.text() + ", " + how;
@@ -310,6 +339,9 @@ TEST(Norm, AnyNumberOfThreadsGivesTheSameBits) {
       ReversedExecutor reversed;
       compare(reversed, "tasks in reverse");
     });
+  };
+  for (const Case& c : {Case{3000, 64}, Case{700, 129}, Case{40000, 5}}) {
+    for_each_dtype([&](auto type) { check_bits(c, type); });
   }
   set_num_threads(before);
 }

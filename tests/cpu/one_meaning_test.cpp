@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -14,14 +15,20 @@
 namespace kalmanet::testing {
 namespace {
 
-double bound_of(Solver solver) {
-  return solver == Solver::direct ? 2e-5 : 1e-5;
+// Between two ways to compute the same: the arithmetic (float64's as kOutputBound says), and where
+// 16-bit results are rounded, now and then to neighbours: at most one step apart.
+template <class T>
+constexpr double bound() {
+  if (kIsHalf<T>) return 1e-5 + kRoundoff<T>;
+  return std::is_same_v<T, double> ? 1e-12 : 1e-5;
 }
 
 // Chebyshev and direct take turns.
+template <class T>
 GkaOptions options_of(const CaseSpec& spec) {
-  GkaOptions options = Case<float>(spec).options();
-  options.solver = spec.seed % 2 == 0 ? Solver::direct : Solver::chebyshev;
+  GkaOptions options = Case<T>(spec).options();
+  options.solver = spec.seed % 4 < 2 ? Solver::direct : Solver::chebyshev;
+  options.tolerance = kDtypeTolerance;
   return options;
 }
 
@@ -82,7 +89,8 @@ GkaInputs tokens(GkaInputs in, int64_t begin, int64_t end) {
 
 // The outputs of `c` computed piece by piece: pieces[i] tokens by the forward, or by the step if
 // negative.
-void run_pieces(Case<float>& c, const std::vector<int64_t>& pieces, const GkaOptions& options) {
+template <class T>
+void run_pieces(Case<T>& c, const std::vector<int64_t>& pieces, const GkaOptions& options) {
   int64_t at = 0;
   bool first = true;
   for (int64_t piece : pieces) {
@@ -102,20 +110,27 @@ void run_pieces(Case<float>& c, const std::vector<int64_t>& pieces, const GkaOpt
   }
 }
 
-void expect_same_outputs(const char* how, const CaseSpec& spec, const Case<float>& got,
-                         const Case<float>& whole, Solver solver) {
-  const Where where{how, name(instruction_set()), describe(spec)};
+template <class T>
+std::string how_text(const char* how) {
+  return std::string(how) + " " + name(DTypeOf<T>::value);
+}
+
+template <class T>
+void expect_same_outputs(const char* how, const CaseSpec& spec, const Case<T>& got,
+                         const Case<T>& whole, Solver solver) {
+  const Where where{how_text<T>(how), name(instruction_set()), describe(spec)};
   for_each_output(got, whole, [&](const char* tensor, ConstView a, ConstView b) {
-    EXPECT_TRUE(within(where, tensor, a, b, bound_of(solver)));
+    EXPECT_TRUE(within(where, tensor, a, b, bound<T>() + solver_slack<T>(solver)));
   });
 }
 
-TEST(OneMeaning, WholeEqualsAnySplitAndTokenByToken) {
+template <class T>
+void whole_equals_pieces(uint64_t seeds) {
   Random random(20);
-  for (uint64_t seed = 1; seed <= 120; ++seed) {
+  for (uint64_t seed = 1; seed <= seeds; ++seed) {
     const CaseSpec spec = random_spec(random, seed);
-    const GkaOptions options = options_of(spec);
-    Case<float> whole(spec), split(spec), steps(spec), chunks(spec);
+    const GkaOptions options = options_of<T>(spec);
+    Case<T> whole(spec), split(spec), steps(spec), chunks(spec);
     gka_forward(whole.inputs(), whole.outputs(), options);
 
     std::vector<int64_t> pieces;  // prefill, continuations and runs of single steps
@@ -137,15 +152,28 @@ TEST(OneMeaning, WholeEqualsAnySplitAndTokenByToken) {
   }
 }
 
-TEST(OneMeaning, PackedEqualsSeparate) {
+TEST(OneMeaning, WholeEqualsAnySplitAndTokenByToken) {
+  for (InstructionSet isa : available_instruction_sets()) {
+    ForcedInstructionSet forced(isa);
+    for_each_dtype([]<class T>(T) { whole_equals_pieces<T>(std::is_same_v<T, float> ? 120 : 40); });
+  }
+}
+
+template <class T>
+void packed_equals_separate(uint64_t seeds) {
   Random random(21);
-  for (uint64_t seed = 1; seed <= 60; ++seed) {
+  for (uint64_t seed = 1; seed <= seeds; ++seed) {
     CaseSpec spec = random_spec(random, 500 + seed);
     spec.lengths.clear();
     for (int64_t i = random.integer(1, 5); i > 0; --i)
       spec.lengths.push_back(random.integer(0, 40));
-    Case<float> packed(spec), apart(spec);
-    const GkaOptions options = options_of(spec);
+    if (seed % 4 == 0) {
+      spec.H = 4;
+      spec.Hk = 2;
+      spec.Hv = 1;
+    }
+    Case<T> packed(spec), apart(spec);
+    const GkaOptions options = options_of<T>(spec);
     gka_forward(packed.inputs(), packed.outputs(), options);
     gka_backward(packed.inputs(), packed.x.view(), packed.output_grads(), packed.grads(), options);
     for (size_t n = 0; n < spec.lengths.size(); ++n) {
@@ -184,7 +212,7 @@ TEST(OneMeaning, PackedEqualsSeparate) {
       gka_backward(in, out.x, dout, din, options);
     }
     // Chunks start where their sequence does, packed or not: the same bits.
-    const Where where{"packed", name(instruction_set()), describe(spec)};
+    const Where where{how_text<T>("packed"), name(instruction_set()), describe(spec)};
     const auto same = [&](const char* tensor, ConstView a, ConstView b) {
       EXPECT_TRUE(identical(where, tensor, a, b));
     };
@@ -193,9 +221,14 @@ TEST(OneMeaning, PackedEqualsSeparate) {
   }
 }
 
-TEST(OneMeaning, ThreadsChangeNoBit) {
+TEST(OneMeaning, PackedEqualsSeparate) {
+  for_each_dtype([]<class T>(T) { packed_equals_separate<T>(std::is_same_v<T, float> ? 60 : 24); });
+}
+
+template <class T>
+void threads_change_no_bit(uint64_t seeds) {
   Random random(22);
-  for (uint64_t seed = 1; seed <= 40; ++seed) {
+  for (uint64_t seed = 1; seed <= seeds; ++seed) {
     CaseSpec spec = random_spec(random, 1000 + seed);
     if (seed % 2 == 0) {  // one long sequence with few heads: cut into segments
       spec.B = 1;
@@ -207,12 +240,11 @@ TEST(OneMeaning, ThreadsChangeNoBit) {
       spec.Hk = 2;
       spec.Hv = 1;
     }
-    Case<float> one(spec), many(spec);
-    const Where where{"threads", name(instruction_set()), describe(spec)};
-    GkaOptions options = options_of(spec);
-    if (seed % 4 < 2) options.solver = Solver::direct;
+    Case<T> one(spec), many(spec);
+    const Where where{how_text<T>("threads"), name(instruction_set()), describe(spec)};
+    GkaOptions options = options_of<T>(spec);
     const bool saved = seed % 3 != 0;
-    const auto run = [&](Case<float>& c, int threads) {
+    const auto run = [&](Case<T>& c, int threads) {
       ManyThreads executor(threads);
       options.executor = &executor;
       gka_forward(c.inputs(), c.outputs(), options);
@@ -232,6 +264,10 @@ TEST(OneMeaning, ThreadsChangeNoBit) {
       same("residual", many.residual.view(), one.residual.view());
     }
   }
+}
+
+TEST(OneMeaning, ThreadsChangeNoBit) {
+  for_each_dtype([]<class T>(T) { threads_change_no_bit<T>(std::is_same_v<T, float> ? 40 : 20); });
 }
 
 }  // namespace

@@ -337,14 +337,39 @@ TEST(Float32, NaiveCholeskyIsNearTheExactOracle) {
   }
 }
 
-TEST(Backend, RefusesSixteenBits) {
-  CaseSpec spec;
-  Case<float> c(spec);
-  const GkaOutputs out = c.outputs();
-  core::GkaProblem problem = core::validate_forward(c.inputs(), out, {});
-  EXPECT_EQ(reference::gka_backend().refuses(problem), "");
-  problem.dtype = DType::bfloat16;
-  EXPECT_NE(reference::gka_backend().refuses(problem).find("bfloat16"), std::string::npos);
+// 16-bit tensors too: computed in float64 on the rounded inputs, every result rounded once.
+template <class T, class G>
+void check_sixteen_bits() {
+  CaseSpec spec = everything();
+  spec.Hk = 1;  // a gradient summed over heads is one result
+  Case<T, G> c(spec);
+  Case<double> d = to_double(c);
+  const GkaOptions options = with(Solver::direct);
+  run_forward<double>(c, options);
+  run_forward<double>(d, options);
+  const Where where{std::string("oracle on ") + name(DTypeOf<T>::value), "", describe(spec)};
+  const auto exactly = [&](const char* tensor, const ConstView& got, const ConstView& want) {
+    std::vector<double> expected = values(want);
+    for (double& e : expected) {
+      if (got.dtype == DType::float32) e = static_cast<float>(e);
+      if (got.dtype == DTypeOf<T>::value) e = T(e);
+    }
+    EXPECT_TRUE(within(where, tensor, values(got), expected, 0));
+  };
+  for_each_output(c, d, exactly);
+  exactly("x", c.x.view(), d.x.view());
+  exactly("residual", c.residual.view(), d.residual.view());
+  run_backward<double>(c, options);
+  run_backward<double>(d, options);
+  for_each_gradient(c, d, exactly);
+  EXPECT_TRUE(c.gaps_intact());
+}
+
+TEST(SixteenBits, AreRoundedOnceByTheOracle) {
+  check_sixteen_bits<BFloat16, BFloat16>();
+  check_sixteen_bits<Float16, Float16>();
+  check_sixteen_bits<BFloat16, float>();
+  check_sixteen_bits<Float16, float>();
 }
 
 }  // namespace

@@ -9,15 +9,15 @@
 
 namespace kalmanet::testing {
 
-template <class Real, class T>
-GkaReport run_forward(Case<T>& c, const GkaOptions& options) {
+template <class Real, class T, class G>
+GkaReport run_forward(Case<T, G>& c, const GkaOptions& options) {
   const GkaOutputs outputs = c.outputs();
   return reference::forward<Real>(core::validate_forward(c.inputs(), outputs, options), outputs);
 }
 
 // Solves for x again unless `with_saved_x`.
-template <class Real, class T>
-GkaReport run_backward(Case<T>& c, const GkaOptions& options, bool with_saved_x = false) {
+template <class Real, class T, class G>
+GkaReport run_backward(Case<T, G>& c, const GkaOptions& options, bool with_saved_x = false) {
   const ConstView x = with_saved_x ? ConstView(c.x.view()) : ConstView();
   const GkaOutputGrads output_grads = c.output_grads();
   const GkaInputGrads grads = c.grads();

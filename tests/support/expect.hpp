@@ -101,15 +101,15 @@ class WorstErrors {
 };
 
 // The named tensors of two Cases side by side, absent ones left out: f(name, got, expected).
-template <class A, class B, class F>
-void for_each_output(const Case<A>& got, const Case<B>& expected, F&& f) {
+template <class A, class GA, class B, class GB, class F>
+void for_each_output(const Case<A, GA>& got, const Case<B, GB>& expected, F&& f) {
   f("o", got.o.view(), expected.o.view());
   f("h_final", got.h_final.view(), expected.h_final.view());
   f("u_final", got.u_final.view(), expected.u_final.view());
 }
-template <class A, class B, class F>
-void for_each_gradient(const Case<A>& got, const Case<B>& expected, F&& f) {
-  const auto call = [&](const char* tensor, const Tensor<A>& a, const Tensor<B>& b) {
+template <class A, class GA, class B, class GB, class F>
+void for_each_gradient(const Case<A, GA>& got, const Case<B, GB>& expected, F&& f) {
+  const auto call = [&](const char* tensor, const auto& a, const auto& b) {
     if (a.defined()) f(tensor, a.view(), b.view());
   };
   call("dq", got.dq, expected.dq);

@@ -65,14 +65,22 @@ inline std::string describe(const CaseSpec& s) {
 
 // All tensors of one problem: random inputs, random output gradients, and room (NaN until written)
 // for outputs and input gradients. The views that inputs(), outputs()... return point into the
-// Case.
-template <class T>
+// Case. G: what the per-token tensors and x are made of, T or (beside 16-bit T) float.
+template <class T, class G = T>
 struct Case {
+  using S = StateOf<T>;
   CaseSpec spec;
-  Tensor<T> q, k, v, g, gk, alpha, beta, ridge_ratio, h0, u0;
-  Tensor<T> o, h_final, u_final, x, residual;
-  Tensor<T> d_o, d_h_final, d_u_final;
-  Tensor<T> dq, dk, dv, dg, dgk, dalpha, dbeta, d_ridge_ratio, d_h0, d_u0;
+  Tensor<T> q, k, v;
+  Tensor<G> g, gk, alpha, beta, ridge_ratio;
+  Tensor<S> h0, u0;
+  Tensor<T> o;
+  Tensor<S> h_final, u_final;
+  Tensor<G> x, residual;
+  Tensor<T> d_o;
+  Tensor<S> d_h_final, d_u_final;
+  Tensor<T> dq, dk, dv;
+  Tensor<G> dg, dgk, dalpha, dbeta, d_ridge_ratio;
+  Tensor<S> d_h0, d_u0;
   std::vector<int64_t> cu_seqlens;
 
   Case() = default;
@@ -86,58 +94,54 @@ struct Case {
     Random layout(spec.seed + 0x1000), random(spec.seed);
     const int64_t B = spec.B, L = spec.T, H = spec.H, K = spec.K, V = spec.V;
     const int64_t N = spec.num_sequences();
-    const auto make = [&](std::vector<int64_t> sizes) {
-      return Tensor<T>(std::move(sizes), spec.strided, layout);
+    const auto make = [&]<class E>(Tensor<E>& tensor, std::vector<int64_t> sizes) -> Tensor<E>& {
+      return tensor = Tensor<E>(std::move(sizes), spec.strided, layout);
     };
     const std::vector<int64_t> scalar = {B, L, H}, state_h = {N, H, K, K}, state_u = {N, H, K, V};
 
-    q = make({B, L, spec.num_q_heads(), K});
-    q.assign(vectors(B * L, spec.num_q_heads(), K, 0, random));
-    k = make({B, L, spec.num_k_heads(), K});
-    k.assign(vectors(B * L, spec.num_k_heads(), K, spec.key_correlation, random));
-    v = make({B, L, spec.num_v_heads(), V});
-    v.fill([&](int64_t) { return random.normal(); });
+    make(q, {B, L, spec.num_q_heads(), K}).assign(vectors(B * L, spec.num_q_heads(), K, 0, random));
+    make(k, {B, L, spec.num_k_heads(), K})
+        .assign(vectors(B * L, spec.num_k_heads(), K, spec.key_correlation, random));
+    make(v, {B, L, spec.num_v_heads(), V}).fill([&](int64_t) { return random.normal(); });
     // Around 1/memory, mostly within a factor of e either way.
     const auto decay = [&](int64_t) {
       const double spread = std::exp(0.5 * random.normal());
       return spec.memory > 0 ? -spread / spec.memory : 0.0;
     };
-    if (spec.g) (g = make(scalar)).fill(decay);
-    if (spec.gk && !spec.same_gate) (gk = make(scalar)).fill(decay);
-    if (spec.alpha) (alpha = make(scalar)).fill([&](int64_t) { return random.uniform(); });
-    if (spec.beta) (beta = make(scalar)).fill([&](int64_t) { return random.uniform(0.2, 1); });
+    if (spec.g) make(g, scalar).fill(decay);
+    if (spec.gk && !spec.same_gate) make(gk, scalar).fill(decay);
+    if (spec.alpha) make(alpha, scalar).fill([&](int64_t) { return random.uniform(); });
+    if (spec.beta) make(beta, scalar).fill([&](int64_t) { return random.uniform(0.2, 1); });
     if (spec.ridge_tensor) {
-      (ridge_ratio = make(scalar)).fill([&](int64_t) {
-        // Rounding to T must not fall below the ratio that bounds are chosen by.
+      make(ridge_ratio, scalar).fill([&](int64_t) {
+        // Rounding to float32 must not fall below the ratio that bounds are chosen by.
         return spec.ridge_ratio * std::exp(random.uniform(1e-6, std::log(4.0)));
       });
     }
-    if (spec.h0) h0 = make(state_h);
-    if (spec.u0) u0 = make(state_u);
+    if (spec.h0) make(h0, state_h);
+    if (spec.u0) make(u0, state_u);
     fill_states(random);
 
-    o = make({B, L, H, V});
-    x = make({B, L, H, K});
-    residual = make(scalar);
-    h_final = make(state_h);
-    u_final = make(state_u);
-    d_o = make({B, L, H, V});
-    d_o.fill([&](int64_t) { return random.normal(); });
-    d_h_final = make(state_h);
-    d_h_final.fill([&](int64_t) { return random.normal(); });
-    d_u_final = make(state_u);
-    d_u_final.fill([&](int64_t) { return random.normal(); });
+    make(o, {B, L, H, V});
+    make(x, {B, L, H, K});
+    make(residual, scalar);
+    make(h_final, state_h);
+    make(u_final, state_u);
+    const auto normal = [&](int64_t) { return random.normal(); };
+    make(d_o, {B, L, H, V}).fill(normal);
+    make(d_h_final, state_h).fill(normal);
+    make(d_u_final, state_u).fill(normal);
 
-    dq = make({B, L, spec.num_q_heads(), K});
-    dk = make({B, L, spec.num_k_heads(), K});
-    dv = make({B, L, spec.num_v_heads(), V});
-    if (spec.g) dg = make(scalar);
-    if (spec.gk) dgk = make(scalar);
-    if (spec.alpha) dalpha = make(scalar);
-    if (spec.beta) dbeta = make(scalar);
-    d_ridge_ratio = make(scalar);
-    if (spec.h0) d_h0 = make(state_h);
-    if (spec.u0) d_u0 = make(state_u);
+    make(dq, {B, L, spec.num_q_heads(), K});
+    make(dk, {B, L, spec.num_k_heads(), K});
+    make(dv, {B, L, spec.num_v_heads(), V});
+    if (spec.g) make(dg, scalar);
+    if (spec.gk) make(dgk, scalar);
+    if (spec.alpha) make(dalpha, scalar);
+    if (spec.beta) make(dbeta, scalar);
+    make(d_ridge_ratio, scalar);
+    if (spec.h0) make(d_h0, state_h);
+    if (spec.u0) make(d_u0, state_u);
   }
 
   GkaInputs inputs() const {
@@ -181,18 +185,15 @@ struct Case {
 
   // Forgets what was computed: outputs and gradients are NaN again.
   void clear_results() {
-    for (Tensor<T>* t : {&o, &h_final, &u_final, &x, &residual, &dq, &dk, &dv, &dg, &dgk, &dalpha,
-                         &dbeta, &d_ridge_ratio, &d_h0, &d_u0}) {
-      t->clear();
-    }
+    const auto clear = [](auto&... tensors) { (tensors.clear(), ...); };
+    clear(o, h_final, u_final, x, residual, dq, dk, dv, dg, dgk, dalpha, dbeta, d_ridge_ratio, d_h0,
+          d_u0);
   }
   // No gap between the elements of any result was written to.
   bool gaps_intact() const {
-    for (const Tensor<T>* t : {&o, &h_final, &u_final, &x, &residual, &dq, &dk, &dv, &dg, &dgk,
-                               &dalpha, &dbeta, &d_ridge_ratio, &d_h0, &d_u0}) {
-      if (!t->gaps_intact()) return false;
-    }
-    return true;
+    const auto intact = [](const auto&... tensors) { return (tensors.gaps_intact() && ...); };
+    return intact(o, h_final, u_final, x, residual, dq, dk, dv, dg, dgk, dalpha, dbeta,
+                  d_ridge_ratio, d_h0, d_u0);
   }
 
  private:
@@ -254,7 +255,8 @@ struct Case {
 };
 
 // The same problem, values and layouts in float64, results included.
-inline Case<double> to_double(const Case<float>& c) {
+template <class T, class G>
+Case<double> to_double(const Case<T, G>& c) {
   Case<double> d;
   d.spec = c.spec;
   d.cu_seqlens = c.cu_seqlens;
@@ -262,7 +264,7 @@ inline Case<double> to_double(const Case<float>& c) {
     d.*member_d = (c.*member_f).template as<double>();
   };
   using D = Case<double>;
-  using F = Case<float>;
+  using F = Case<T, G>;
   copy(&D::q, &F::q), copy(&D::k, &F::k), copy(&D::v, &F::v);
   copy(&D::g, &F::g), copy(&D::gk, &F::gk), copy(&D::alpha, &F::alpha), copy(&D::beta, &F::beta);
   copy(&D::ridge_ratio, &F::ridge_ratio), copy(&D::h0, &F::h0), copy(&D::u0, &F::u0);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kalmanet/tensor.hpp"
+#include "support/dtypes.hpp"
 
 namespace kalmanet::testing {
 
@@ -53,14 +54,29 @@ void for_each_element(const V& view, F&& f) {
   }
 }
 
-// A view's values in row-major order, as doubles (float32 and float64).
+// A view's values in row-major order, as doubles.
 inline std::vector<double> values(const ConstView& view) {
   std::vector<double> result(view.defined() ? static_cast<size_t>(view.numel()) : 0);
   if (result.empty()) return result;
   for_each_element(view, [&](int64_t i, int64_t offset) {
-    result[static_cast<size_t>(i)] = view.dtype == DType::float64
-                                         ? static_cast<const double*>(view.data)[offset]
-                                         : static_cast<const float*>(view.data)[offset];
+    const auto value = [&]<class T>(T) -> double {
+      return static_cast<const T*>(view.data)[offset];
+    };
+    double& to = result[static_cast<size_t>(i)];
+    switch (view.dtype) {
+      case DType::float32:
+        to = value(float());
+        break;
+      case DType::float64:
+        to = value(double());
+        break;
+      case DType::bfloat16:
+        to = value(BFloat16());
+        break;
+      case DType::float16:
+        to = value(Float16());
+        break;
+    }
   });
   return result;
 }
@@ -161,7 +177,7 @@ class Tensor {
     other.view_ = view_;
     other.view_.dtype = DTypeOf<U>::value;
     other.origin_ = origin_;
-    other.memory_.assign(memory_.begin(), memory_.end());
+    for (const T& e : memory_) other.memory_.push_back(static_cast<U>(static_cast<double>(e)));
     return other;
   }
 

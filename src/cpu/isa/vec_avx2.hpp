@@ -1,9 +1,11 @@
-// The vector primitives of AVX2 with FMA: 8 float32 lanes, 16 registers.
+// The vector primitives of AVX2 with FMA and F16C: 8 float32 lanes, 16 registers.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+
+#include "cpu/isa/half_avx2.hpp"
 
 namespace kalmanet::cpu {
 
@@ -22,15 +24,46 @@ struct Avx2Wide {
   static Reg load_f32(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static void store(double* p, Reg a) { _mm256_storeu_pd(p, a); }
   static void store_f32(float* p, Reg a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
+  // The first n lanes only, as Avx2's.
+  static Reg load_n(const double* p, int64_t n) { return _mm256_maskload_pd(p, mask_n(n)); }
+  static void store_n(double* p, Reg a, int64_t n) { _mm256_maskstore_pd(p, mask_n(n), a); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }    // a b + c
   static Reg fnma(Reg a, Reg b, Reg c) { return _mm256_fnmadd_pd(a, b, c); }  // c - a b
+  static double sum(Reg a) {
+    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+  }
+  static Reg round(Reg a) {
+    return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // 2^n for integral n in [-1022, 1023]: beside 1.5 2^52 the last bits of a sum are its integer.
+  static Reg exp2i(Reg n) {
+    const Reg biased = _mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023.0));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(biased), 52));
+  }
+  // a 2^n for integral n in [-2044, 2046], rounded once.
+  static Reg scale2(Reg a, Reg n) {
+    const Reg half = round(mul(n, set1(0.5)));
+    return mul(mul(a, exp2i(half)), exp2i(sub(n, half)));
+  }
+  // a where x is negative, else b (the sign bit decides).
+  static Reg if_negative(Reg x, Reg a, Reg b) { return _mm256_blendv_pd(b, a, x); }
+
+ private:
+  static __m256i mask_n(int64_t n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
 };
 
 struct Avx2 {
   using Wide = Avx2Wide;
+  using Half = HalfAvx2;
   using Elem = float;
   using Reg = __m256;
   static constexpr int kWidth = 8;       // float32 lanes a register

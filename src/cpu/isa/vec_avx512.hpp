@@ -1,18 +1,10 @@
 // The vector primitives of AVX-512 (F, VL, DQ, BW and FMA): 16 float32 lanes, 32 registers.
 #pragma once
 
-// gcc 12 finds its own _mm512_undefined_ps() uninitialised wherever these intrinsics are inlined.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
 #include <cstdint>
+
+#include "cpu/isa/avx512_intrinsics.hpp"
+#include "cpu/isa/half_avx512.hpp"
 
 namespace kalmanet::cpu {
 
@@ -31,15 +23,35 @@ struct Avx512Wide {
   static Reg load_f32(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
   static void store(double* p, Reg a) { _mm512_storeu_pd(p, a); }
   static void store_f32(float* p, Reg a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
+  // The first n lanes only, as Avx512's.
+  static Reg load_n(const double* p, int64_t n) { return _mm512_maskz_loadu_pd(mask_n(n), p); }
+  static void store_n(double* p, Reg a, int64_t n) { _mm512_mask_storeu_pd(p, mask_n(n), a); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }    // a b + c
   static Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_pd(a, b, c); }  // c - a b
+  static double sum(Reg a) { return _mm512_reduce_add_pd(a); }
+  static Reg round(Reg a) {
+    return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  // a 2^n for integral n, rounded once.
+  static Reg scale2(Reg a, Reg n) { return _mm512_scalef_pd(a, n); }
+  // a where x is negative, else b (the sign bit decides).
+  static Reg if_negative(Reg x, Reg a, Reg b) {
+    return _mm512_mask_blend_pd(_mm512_movepi64_mask(_mm512_castpd_si512(x)), b, a);
+  }
+
+ private:
+  static __mmask8 mask_n(int64_t n) { return static_cast<__mmask8>((1u << n) - 1u); }
 };
 
 struct Avx512 {
   using Wide = Avx512Wide;
+  using Half = HalfAvx512;
   using Elem = float;
   using Reg = __m512;
   static constexpr int kWidth = 16;      // float32 lanes a register

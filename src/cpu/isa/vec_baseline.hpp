@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/isa/half_baseline.hpp"
+
 namespace kalmanet::cpu {
 
 // The same with float64 lanes, 2 a register: for the few sums that float32 cannot hold
@@ -13,6 +15,7 @@ struct BaselineWide {
   using Wide = BaselineWide;
   using Elem = double;
   typedef double Reg __attribute__((vector_size(16)));
+  typedef int64_t Int __attribute__((vector_size(16)));
   static constexpr int kWidth = 2;
   static constexpr int kRegisters = 16;
 
@@ -29,15 +32,47 @@ struct BaselineWide {
     p[0] = static_cast<float>(a[0]);
     p[1] = static_cast<float>(a[1]);
   }
+  // The first n lanes only, as Baseline's.
+  static Reg load_n(const double* p, int64_t n) { return Reg{p[0], n > 1 ? p[1] : 0.0}; }
+  static void store_n(double* p, Reg a, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = a[i];
+  }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
   static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
+  static double sum(Reg a) { return a[0] + a[1]; }
+  // To the nearest integer, |a| < 2^51: adding 1.5 * 2^52 leaves no fraction bits.
+  static Reg round(Reg a) {
+    const Reg magic = set1(0x1.8p52);
+    return (a + magic) - magic;
+  }
+  // 2^n for integral n in [-1022, 1023]: beside 1.5 2^52 the last bits of a sum are its integer.
+  static Reg exp2i(Reg n) {
+    const Reg biased = n + (0x1.8p52 + 1023.0);
+    Int bits;
+    std::memcpy(&bits, &biased, sizeof bits);
+    bits <<= 52;
+    Reg a;
+    std::memcpy(&a, &bits, sizeof a);
+    return a;
+  }
+  // a 2^n for integral n in [-2044, 2046], rounded once.
+  static Reg scale2(Reg a, Reg n) {
+    const Reg half = round(mul(n, set1(0.5)));
+    return mul(mul(a, exp2i(half)), exp2i(sub(n, half)));
+  }
+  // a where x is negative, else b.
+  static Reg if_negative(Reg x, Reg a, Reg b) { return x < zero() ? a : b; }
 };
 
 struct Baseline {
   using Wide = BaselineWide;
+  using Half = HalfBaseline;
   using Elem = float;
   typedef float Reg __attribute__((vector_size(16)));
   typedef int32_t Int __attribute__((vector_size(16)));
