@@ -115,7 +115,7 @@ RecallModelImpl::RecallModelImpl(const RecallOptions& options, const std::string
   } else if (variant == "learned") {
     mixer.fixed_alpha = 1.0;
     mixer.learned_ridge = true;
-    mixer.num_iter = 0;  // auto: 30 steps are not enough for the small ridges it may choose
+    mixer.solver = "direct";  // 30 steps are not enough for the small ridges it may choose
   } else {
     throw Error(ErrorCode::invalid_argument, "variant",
                 "'" + variant + "'; allowed: gka, linear, learned");

@@ -33,7 +33,7 @@ struct RecallOptions {
 };
 
 // "gka": alpha 1, ridge 0.02, chebyshev(30). "linear": the same model with alpha 0, gated linear
-// attention. "learned": alpha 1 and the learned ridge ratio, num_iter auto.
+// attention. "learned": alpha 1 and the learned ridge ratio, solver direct.
 const std::vector<std::string>& recall_variants();
 
 struct RecallBatch {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/gka_cases.hpp"
+#include "cpu/gka_oracle.hpp"
 #include "kalmanet/kalmanet.hpp"
 #include "support/expect.hpp"
 
