@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kTokens = 512;
 constexpr int64_t kChecked = 64;  // its first tokens, compared with the reference
 constexpr int64_t kRound = 64;    // tokens timed at a time
+constexpr int64_t kFewKeys = 64;  // of the other state, whose price is measured beside it
 constexpr int kProducts = kNumIter + 1;
 
 GkaReport step(Problem& p, int64_t t) {
@@ -38,12 +39,16 @@ GkaReport step(Problem& p, int64_t t) {
   return gka_step(in, out, options);
 }
 
+void empty_states(Problem& p) {
+  std::fill(p.h.begin(), p.h.end(), 0.0f);
+  std::fill(p.u.begin(), p.u.end(), 0.0f);
+}
+
 // The first tokens one by one from empty states, against the reference; then the others.
 bool check_decode(Problem& p, const Settings& settings) {
   const Shape& s = p.shape;
   Gate gate("decode " + s.text() + " on " + name(instruction_set()), settings);
-  std::fill(p.h.begin(), p.h.end(), 0.0f);
-  std::fill(p.u.begin(), p.u.end(), 0.0f);
+  empty_states(p);
   for (int64_t t = 0; t < kChecked; ++t) step(p, t);
   Floats o(static_cast<size_t>(kChecked * s.H * s.V)), h(p.h.size()), u(p.u.size());
   GkaOutputs out;
@@ -72,12 +77,15 @@ void run_decode(benchmark::State& state, const Settings& settings, InstructionSe
     VectorProducts products(H, K, kProducts);
     products.run(false);
     products.run(true);
+    Problem few(Shape{kFewKeys, H, K, K}, 7);
+    empty_states(few);
+    for (int64_t t = 0; t < kFewKeys; ++t) step(few, t);
     const double heads = static_cast<double>(kRound * H);
     int64_t next = 0;
-    // One thread each, by its processor time. A round: 64 tokens of ours, then 64 times the
-    // products of all heads; both about as long, and short enough that many rounds see the same
-    // machine.
-    Samples ours, peer, ratio;
+    // One thread each, by its processor time. A round: 64 times the products of all heads, then 64
+    // tokens of ours, then 64 with the state of few keys; each about as long, and short enough that
+    // many rounds see the same machine.
+    Samples ours, peer, ratio, few_keys;
     for (auto _ : state) {
       double best = std::numeric_limits<double>::infinity();
       for (const bool transposed : {false, true}) {  // the peer may choose its direction
@@ -89,6 +97,10 @@ void run_decode(benchmark::State& state, const Settings& settings, InstructionSe
         for (int64_t t = 0; t < kRound; ++t) step(problem, next + t);
       });
       next = (next + kRound) % kTokens;
+      const double seconds_of_few = cpu_seconds_of(Cpu::thread, [&] {
+        for (int64_t t = 0; t < kRound; ++t) step(few, t % kFewKeys);
+      });
+      few_keys.add(seconds_of_few / seconds);
       state.SetIterationTime(seconds);
       ours.add(1e6 * seconds / heads);
       peer.add(1e6 * best / heads);
@@ -102,6 +114,9 @@ void run_decode(benchmark::State& state, const Settings& settings, InstructionSe
     state.counters["ratio_min"] = ratio.min();
     state.counters["ratio_max"] = ratio.max();
     state.counters["ratio_of_best"] = ours.min() / peer.min();
+    state.counters["state_keys"] = static_cast<double>(kTokens);
+    state.counters["few_keys"] = static_cast<double>(kFewKeys);
+    state.counters["few_keys_over_ours"] = few_keys.median();
     state.SetLabel("H=" + std::to_string(H));
   }
   set_num_threads(settings.threads);

@@ -90,6 +90,20 @@ def decode_rows(kernels):
     return rows
 
 
+def decode_text(kernels):
+    """What was decoded, and what a state of few keys costs at most."""
+    runs = [run for _, run in measured(kernels, "decode/")]
+    text = "Decode, microseconds a token and head of processor time, one thread"
+    if not runs:
+        return text + ":"
+    many, few = runs[0]["state_keys"], runs[0]["few_keys"]
+    dearer = max(run["few_keys_over_ours"] for run in runs)
+    return (
+        f"{text}, from a state that {many:.0f} different keys have filled (one of only {few:.0f} "
+        f"may be solved in float64, see numerics.md, and costs up to {dearer:.1f} times as much):"
+    )
+
+
 def lengths(run):
     return sorted(int(name[4:]) for name in run if name.startswith("us_T"))
 
@@ -226,7 +240,7 @@ def report(kernels, eager, speed):
             table(["T", "us a token (range)", "processor time"], length_rows(spread)),
         ]
     parts += [
-        "Decode, microseconds a token and head of processor time, one thread:",
+        decode_text(kernels),
         table(
             ["K = V", "heads", "code", "ours", "31 sgemv", "ratio (range)"], decode_rows(kernels)
         ),

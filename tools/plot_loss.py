@@ -1,23 +1,15 @@
 #!/usr/bin/env python3
-"""Draw the loss curve of a training run from its metrics.jsonl."""
+"""Draw the loss curve of a training run: plot_loss.py metrics.jsonl loss.png"""
 
 import json
 import math
 import sys
 
+import picture
 
-def main() -> int:
-    if len(sys.argv) != 3:
-        print("usage: plot_loss.py metrics.jsonl loss.png", file=sys.stderr)
-        return 2
-    try:
-        import matplotlib
-    except ImportError:
-        return 3  # the command says what to install
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    with open(sys.argv[1], encoding="utf-8") as file:
+def draw(pyplot, path):
+    with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.strip()]
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     valid = [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line]
@@ -33,9 +25,8 @@ def main() -> int:
     bits.set_ylabel("bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(sys.argv[2], dpi=130)
-    return 0
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(picture.run(draw))

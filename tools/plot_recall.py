@@ -1,22 +1,17 @@
 #!/usr/bin/env python3
-"""Draw recall.json of `kalmanet experiment recall`: accuracy and loss of every variant."""
+"""Draw accuracy and loss of every variant: plot_recall.py recall.json recall.png
+
+recall.json comes from `kalmanet experiment recall`.
+"""
 
 import json
 import sys
 
+import picture
 
-def main() -> int:
-    if len(sys.argv) != 3:
-        print("usage: plot_recall.py recall.json recall.png", file=sys.stderr)
-        return 2
-    try:
-        import matplotlib
-    except ImportError:
-        return 3  # the command says what to install
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    with open(sys.argv[1], encoding="utf-8") as file:
+def draw(pyplot, path):
+    with open(path, encoding="utf-8") as file:
         data = json.load(file)
     figure, (accuracy, loss) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for run in data["runs"]:
@@ -33,9 +28,8 @@ def main() -> int:
         f"Associative recall: {data['pairs']} pairs, {data['layers']} layers of width "
         f"{data['width']}, {data['heads']} head(s)"
     )
-    figure.savefig(sys.argv[2], dpi=130)
-    return 0
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(picture.run(draw))
