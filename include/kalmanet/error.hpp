@@ -13,6 +13,7 @@ enum class ErrorCode {
   invalid_shape,     // rank, size or stride does not fit the problem
   invalid_dtype,     // a dtype that the argument never takes
   unsupported,       // valid, but no backend here computes it (yet)
+  invalid_data,      // bytes that are no saved state, or a damaged one
 };
 
 // Thrown by every public function on bad input, before anything is written to an output.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 
 #include "kalmanet/export.hpp"
 
@@ -26,5 +27,9 @@ KALMANET_API Executor& default_executor();
 // while work runs.
 KALMANET_API void set_num_threads(int num_threads);
 KALMANET_API int num_threads();
+
+// A pool of its own, of `num_threads` threads (the one that calls run() included), beside the
+// process-wide one: for a host that wants two sizes at a time. Throws Error outside 1..1024.
+KALMANET_API std::unique_ptr<Executor> make_executor(int num_threads);
 
 }  // namespace kalmanet

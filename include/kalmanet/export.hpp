@@ -1,8 +1,4 @@
 // Symbol visibility of the public library.
 #pragma once
 
-#if defined(_WIN32)
-#define KALMANET_API
-#else
-#define KALMANET_API __attribute__((visibility("default")))
-#endif
+#include "kalmanet/export.h"  // IWYU pragma: export

@@ -2,7 +2,10 @@
 #include "kalmanet/gka.hpp"
 
 #include "api/backends.hpp"
+#include "core/check.hpp"
 #include "core/problem.hpp"
+#include "core/text.hpp"
+#include "kalmanet/workspace.hpp"
 
 namespace kalmanet {
 
@@ -23,6 +26,18 @@ GkaReport gka_backward(const GkaInputs& inputs, ConstView saved_x,
 GkaReport gka_step(const GkaInputs& inputs, const GkaOutputs& outputs, const GkaOptions& options) {
   const core::GkaProblem problem = core::validate_forward(inputs, outputs, options);
   return api::choose_backend(problem).step(problem, outputs);
+}
+
+int64_t gka_workspace_bytes(GkaOperation operation, const GkaShape& shape,
+                            const GkaOptions& options) {
+  if (operation != GkaOperation::forward && operation != GkaOperation::backward &&
+      operation != GkaOperation::step) {
+    core::fail(ErrorCode::invalid_argument, "operation",
+               core::text("unknown value ", static_cast<int>(operation),
+                          "; must be forward, backward or step"));
+  }
+  const core::GkaProblem problem = core::validate_shape(shape, options);
+  return api::choose_backend(problem).workspace_bytes(operation, problem, shape.saved_x);
 }
 
 }  // namespace kalmanet

@@ -22,6 +22,11 @@ class GkaBackend {
                              const GkaOutputGrads& output_grads,
                              const GkaInputGrads& grads) const = 0;
   virtual GkaReport step(const GkaProblem& problem, const GkaOutputs& outputs) const = 0;
+
+  // What the operation allocates at most, for a problem that has sizes but no tensors; throws
+  // Error(unsupported) from a backend that does not say.
+  virtual int64_t workspace_bytes(GkaOperation operation, const GkaProblem& problem,
+                                  bool saved_x) const = 0;
 };
 
 }  // namespace kalmanet::core

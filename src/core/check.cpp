@@ -207,6 +207,7 @@ void check_distinct(std::span<const Named> written, std::span<const Named> read,
 std::vector<Sequence> make_sequences(int64_t B, int64_t T, std::span<const int64_t> cu_seqlens) {
   std::vector<Sequence> sequences;
   if (cu_seqlens.empty()) {
+    sequences.reserve(static_cast<size_t>(B));
     for (int64_t b = 0; b < B; ++b) sequences.push_back({b, b, 0, T});
     return sequences;
   }

@@ -200,8 +200,13 @@ int initial_num_threads() {
 
 class Pool final : public Executor {
  public:
-  explicit Pool(int num_threads) : workers_(std::make_unique<Workers>(num_threads)) {
-    pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); });
+  explicit Pool(int num_threads) {
+    [[maybe_unused]] static const int once =  // however many pools there are
+        pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); });
+    workers_ = std::make_unique<Workers>(num_threads);
+  }
+  ~Pool() override {
+    if (!workers_->survived_fork()) static_cast<void>(workers_.release());  // as in replace()
   }
   int concurrency() const noexcept override { return workers_->concurrency(); }
 
@@ -226,6 +231,13 @@ class Pool final : public Executor {
   std::unique_ptr<Workers> workers_;
 };
 
+void check_num_threads(int num_threads) {
+  if (num_threads < 1 || num_threads > kMaxThreads) {
+    throw Error(ErrorCode::invalid_argument, "num_threads",
+                core::text("got ", num_threads, "; must be in 1..", kMaxThreads));
+  }
+}
+
 // Never destroyed: the threads may outlive every static object.
 Pool& pool() {
   static Pool& instance = *new Pool(initial_num_threads());
@@ -239,10 +251,7 @@ Executor& default_executor() {
 }
 
 void set_num_threads(int num_threads) {
-  if (num_threads < 1 || num_threads > kMaxThreads) {
-    throw Error(ErrorCode::invalid_argument, "num_threads",
-                core::text("got ", num_threads, "; must be in 1..", kMaxThreads));
-  }
+  check_num_threads(num_threads);
   if (inside_task) {
     throw Error(ErrorCode::invalid_argument, "num_threads",
                 "set_num_threads was called from inside a task; call it while no work runs");
@@ -252,6 +261,11 @@ void set_num_threads(int num_threads) {
 
 int num_threads() {
   return pool().concurrency();
+}
+
+std::unique_ptr<Executor> make_executor(int num_threads) {
+  check_num_threads(num_threads);
+  return std::make_unique<Pool>(num_threads);
 }
 
 }  // namespace kalmanet

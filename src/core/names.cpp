@@ -7,6 +7,7 @@
 #include "kalmanet/gka.hpp"
 #include "kalmanet/tensor.hpp"
 #include "kalmanet/version.hpp"
+#include "kalmanet/workspace.hpp"
 
 #define KALMANET_TEXT_(x) #x
 #define KALMANET_TEXT(x) KALMANET_TEXT_(x)
@@ -76,6 +77,18 @@ const char* name(Solver solver) noexcept {
       return "cg";
   }
   return "unknown solver";
+}
+
+const char* name(GkaOperation operation) noexcept {
+  switch (operation) {
+    case GkaOperation::forward:
+      return "forward";
+    case GkaOperation::backward:
+      return "backward";
+    case GkaOperation::step:
+      return "step";
+  }
+  return "unknown operation";
 }
 
 const char* version() noexcept {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kalmanet/gka.hpp"
+#include "kalmanet/workspace.hpp"
 
 namespace kalmanet::core {
 
@@ -45,6 +46,9 @@ inline DType state_dtype(const GkaProblem& problem) {
 }
 
 // Throw Error naming the argument, what came and what is allowed. (validate.cpp)
+void validate_options(const GkaOptions& options);
+// Sizes, sequences and options as from a call; no tensors (validate_shape.cpp).
+GkaProblem validate_shape(const GkaShape& shape, const GkaOptions& options);
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
                             const GkaOptions& options);
 GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,

@@ -209,6 +209,10 @@ std::vector<Named> named_inputs(const GkaInputs& in) {
 
 }  // namespace
 
+void validate_options(const GkaOptions& options) {
+  check_options(options);
+}
+
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
                             const GkaOptions& options) {
   check_required("o", out.o, {{"B", {}}, {"T", {}}, {"H", {}}, {"V", {}}});

@@ -40,6 +40,10 @@ class CpuBackend final : public core::GkaBackend {
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return cpu::step(problem, outputs);
   }
+  int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
+                          bool saved_x) const override {
+    return cpu::workspace_bytes(operation, problem, saved_x);
+  }
 };
 
 }  // namespace

@@ -10,6 +10,9 @@ GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
                    const GkaOutputGrads& output_grads, const GkaInputGrads& grads);
 GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
+// Bytes that one call allocates at most (kalmanet/workspace.hpp).
+int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem, bool saved_x);
+
 // Tokens a chunk: as asked, at most the kernels' lanes.
 int64_t chosen_chunk_size(const core::GkaProblem& problem);
 

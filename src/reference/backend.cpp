@@ -1,6 +1,7 @@
 // The reference backend.
 #include "reference/backend.hpp"
 
+#include "kalmanet/error.hpp"
 #include "reference/oracle.hpp"
 
 namespace kalmanet::reference {
@@ -23,6 +24,10 @@ class ReferenceBackend final : public core::GkaBackend {
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return reference::forward<double>(problem, outputs);
+  }
+  int64_t workspace_bytes(GkaOperation, const core::GkaProblem&, bool) const override {
+    throw Error(ErrorCode::unsupported, "backend",
+                "the reference backend does not say how much memory it takes; ask about the cpu");
   }
 };
 

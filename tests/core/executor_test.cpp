@@ -143,6 +143,50 @@ TEST_F(Executors, WorkInAForkedChild) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
 }
 
+TEST_F(Executors, PoolsOfTheirOwn) {
+  set_num_threads(2);
+  const auto three = make_executor(3);
+  const auto one = make_executor(1);
+  EXPECT_EQ(three->concurrency(), 3);
+  EXPECT_EQ(one->concurrency(), 1);
+  EXPECT_EQ(num_threads(), 2) << "the process-wide pool stays as it is";
+  std::atomic<int64_t> sum{0};
+  std::vector<std::thread> callers;
+  for (Executor* pool : {three.get(), one.get(), &default_executor()}) {
+    callers.emplace_back([&sum, pool] {
+      for (int job = 0; job < 500; ++job) pool->run(7, [&](int64_t i) { sum += i; });
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(sum, 3 * 500 * 21);
+  // A task of one pool that asks another to spread work does it itself.
+  std::atomic<int> wrong{0};
+  three->run(8, [&](int64_t) {
+    const auto me = std::this_thread::get_id();
+    default_executor().run(4, [&](int64_t) { wrong += std::this_thread::get_id() != me; });
+  });
+  EXPECT_EQ(wrong, 0);
+  for (int n : {0, -1, 1025}) EXPECT_THROW(make_executor(n), Error) << n;
+}
+
+TEST_F(Executors, APoolSurvivesAFork) {
+  auto pool = make_executor(3);
+  pool->run(10, [](int64_t) {});
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(60);
+    pool.reset();  // its threads are the parent's
+    auto another = make_executor(2);
+    std::atomic<int> count{0};
+    another->run(100, [&](int64_t) { ++count; });
+    _exit(count == 100 ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+}
+
 TEST_F(Executors, RefuseBadThreadCounts) {
   for (int n : {0, -1, 1025}) {
     try {

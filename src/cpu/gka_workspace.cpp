@@ -1,0 +1,109 @@
+// What the CPU backend's operations allocate: the sums of what gka_forward.cpp and gka_backward.cpp
+// ask for. tests/api/memory_test.cpp holds each to what is really allocated.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cpu/gka_ops.hpp"
+#include "cpu/gka_split.hpp"
+#include "cpu/scratch_sizes.hpp"
+
+namespace kalmanet::cpu {
+namespace {
+
+// A buffer of floats as the allocator sees it: rounded up to whole lanes, and a header of its own.
+int64_t bytes_of(int64_t floats) {
+  return padded(floats) * static_cast<int64_t>(sizeof(float)) + 128;
+}
+
+// Lists: a problem's sequences, its heads, the tasks, an error's text; rounded up.
+int64_t list_bytes(const core::GkaProblem& problem, int64_t pieces) {
+  return 8192 + 128 * problem.N + 64 * problem.N * problem.H + 64 * pieces;
+}
+
+struct Sizes {
+  const core::GkaProblem& problem;
+  int64_t K, V, floats, chunk_size, units, threads;
+
+  explicit Sizes(const core::GkaProblem& p)
+      : problem(p),
+        K(p.K),
+        V(p.V),
+        floats(state_floats(p.K, p.V)),
+        chunk_size(chosen_chunk_size(p)),
+        units(0),
+        threads(p.executor->concurrency()) {
+    for (const core::Sequence& s : p.sequences) units += s.length() > 0 ? p.H : 0;
+  }
+  int64_t chunks(const core::Sequence& s) const {
+    return (s.length() + chunk_size - 1) / chunk_size;
+  }
+  // Each thread at work holds one piece of scratch.
+  int64_t scratch_bytes(int64_t tasks, int64_t scratch_floats) const {
+    return std::min(threads, std::max<int64_t>(tasks, 1)) * bytes_of(scratch_floats);
+  }
+};
+
+int64_t forward_bytes(const Sizes& s) {
+  const int64_t scratch = forward_scratch_floats(s.K, s.V);
+  if (enough_units(s.units, static_cast<int>(s.threads))) {
+    return list_bytes(s.problem, 0) + s.scratch_bytes(s.units, scratch + s.floats);
+  }
+  // The states before each segment: some four segments a thread.
+  const int64_t wanted = (4 * s.threads + s.units - 1) / s.units;
+  int64_t pieces = 0;
+  for (const core::Sequence& sequence : s.problem.sequences) {
+    if (sequence.length() == 0) continue;
+    const int64_t group = std::max<int64_t>(1, (s.chunks(sequence) + wanted - 1) / wanted);
+    pieces += s.problem.H * cut(sequence, s.chunk_size, group).count;
+  }
+  const int64_t lease = std::max({scan_scratch_floats(s.K, s.V), scratch, s.floats});
+  return list_bytes(s.problem, pieces) + bytes_of(pieces * s.floats) +
+         s.scratch_bytes(std::max(pieces, 2 * s.units), lease);
+}
+
+int64_t backward_bytes(const Sizes& s, int64_t group, bool saved_x) {
+  const int64_t tasks = s.units / group;
+  const bool by_units = enough_units(tasks, static_cast<int>(s.threads));
+  int64_t pieces = 0, most_segments = 0, most_states = 0;
+  for (const core::Sequence& sequence : s.problem.sequences) {
+    if (sequence.length() == 0) continue;
+    const auto root =
+        static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.chunks(sequence)))));
+    const Segments segments = cut(sequence, s.chunk_size, std::max<int64_t>(1, root));
+    pieces += s.problem.H * segments.count;
+    most_segments = std::max(most_segments, segments.count * s.floats);
+    most_states = std::max(most_states, segments.tokens / s.chunk_size * s.floats);
+  }
+  const int64_t lease = std::max(scan_scratch_floats(s.K, s.V),
+                                 s.floats + most_states + backward_scratch_floats(s.K, s.V));
+  if (by_units) {
+    return list_bytes(s.problem, 0) + s.scratch_bytes(tasks, lease) +
+           s.scratch_bytes(tasks, most_segments);
+  }
+  const int64_t solutions = s.problem.B * s.problem.T * s.problem.H * s.K;
+  return list_bytes(s.problem, pieces) + bytes_of(pieces * s.floats) +
+         (saved_x ? 1 : 2) * bytes_of(solutions) +
+         s.scratch_bytes(std::max(pieces, 2 * s.units), lease);
+}
+
+}  // namespace
+
+int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem, bool saved_x) {
+  const Sizes sizes(problem);
+  // Heads of a backward task, as in backward().
+  const int64_t group = std::lcm(std::lcm(problem.q_group, problem.k_group), problem.v_group);
+  if (sizes.units == 0) return list_bytes(problem, 0) + bytes_of(sizes.floats);
+  switch (operation) {
+    case GkaOperation::forward:
+      return forward_bytes(sizes);
+    case GkaOperation::backward:
+      return backward_bytes(sizes, group, saved_x);
+    case GkaOperation::step:
+      break;
+  }
+  return list_bytes(problem, 0) +
+         sizes.scratch_bytes(sizes.units, step_scratch_floats(problem.K, problem.V) + sizes.floats);
+}
+
+}  // namespace kalmanet::cpu
