@@ -168,7 +168,7 @@ enum { /* kalmanet_gka_options.solver */
            0, /* num_iter steps of the Chebyshev iteration: the published one */
        KALMANET_SOLVER_DIRECT = 1,   /* exact */
        KALMANET_SOLVER_CG = 2,       /* num_iter steps of conjugate gradients, for comparison */
-       KALMANET_SOLVER_AUTOMATIC = 3 /* reserved: KALMANET_UNSUPPORTED in this version */
+       KALMANET_SOLVER_AUTOMATIC = 3 /* the cheapest that meets the tolerance */
 };
 KALMANET_API const char* kalmanet_solver_name(int32_t solver); /* "chebyshev", ... */
 
@@ -180,7 +180,8 @@ typedef struct kalmanet_gka_options {
   int32_t num_iter;   /* default 30; >= 1, or 0: from the ridge ratio and the tolerance */
   int32_t backend;    /* default KALMANET_BACKEND_AUTOMATIC */
   double ridge_ratio; /* default 0.02; > 0; where kalmanet_gka_inputs.ridge_ratio is absent */
-  double tolerance;   /* default 1e-5; > 0; relative error of x_t that num_iter = 0 aims at */
+  double tolerance;   /* default 1e-5; >= 0: relative error of x_t that direct, automatic and
+                         num_iter = 0 aim at; 0: what the dtype can carry */
   double scale;       /* default 0, which stands for K^-1/2 */
   int32_t bp_lambda;  /* default 1; 0: |H_t| is a constant to the gradient */
   int32_t chunk_size; /* default 0: the backend's choice; 1..256. Never changes the meaning */
@@ -284,8 +285,11 @@ typedef struct kalmanet_gka_report {
   int32_t max_iterations;
   int32_t reserved;
   int64_t chunk_size;
+  int64_t solves;         /* chunks (step: tokens) solved, over heads */
+  int64_t direct_solves;  /* of them, by the direct solver */
+  int64_t factorizations; /* K x K matrices factored for them */
 } kalmanet_gka_report;
-#define KALMANET_GKA_REPORT_INIT {(uint32_t)sizeof(kalmanet_gka_report), 0, 0, 0, 0, 0, 0}
+#define KALMANET_GKA_REPORT_INIT {(uint32_t)sizeof(kalmanet_gka_report), 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Whole sequences, chunk by chunk: linear time, constant memory a sequence. report may be NULL. */
 KALMANET_API kalmanet_status kalmanet_gka_forward(const kalmanet_gka_plan* plan,

@@ -42,7 +42,7 @@ int64_t kalmanet_dtype_size(int32_t dtype) {
 }
 
 const char* kalmanet_solver_name(int32_t solver) {
-  return solver == KALMANET_SOLVER_AUTOMATIC ? "automatic" : name(static_cast<Solver>(solver));
+  return name(static_cast<Solver>(solver));
 }
 
 const char* kalmanet_backend_name(int32_t backend) {

@@ -120,10 +120,6 @@ kalmanet_executor_callbacks read_callbacks(const kalmanet_executor_callbacks* ca
 }
 
 GkaOptions options_of(const kalmanet_gka_options& from) {
-  if (from.solver == KALMANET_SOLVER_AUTOMATIC) {
-    core::fail(ErrorCode::unsupported, "solver",
-               "automatic is reserved for a later version; pass chebyshev, direct or cg");
-  }
   GkaOptions options;
   options.solver = static_cast<Solver>(from.solver);
   options.num_iter = from.num_iter;
@@ -216,7 +212,9 @@ namespace {
 using Report = kalmanet_gka_report;
 constexpr std::initializer_list<size_t> kReportEnds = {
     offsetof(Report, instruction_set), offsetof(Report, min_iterations),
-    offsetof(Report, max_iterations), offsetof(Report, reserved), offsetof(Report, chunk_size)};
+    offsetof(Report, max_iterations),  offsetof(Report, reserved),
+    offsetof(Report, chunk_size),      offsetof(Report, solves),
+    offsetof(Report, direct_solves),   offsetof(Report, factorizations)};
 
 }  // namespace
 
@@ -232,6 +230,9 @@ void write_report(const GkaReport& from, kalmanet_gka_report* report) {
   to.min_iterations = from.min_iterations;
   to.max_iterations = from.max_iterations;
   to.chunk_size = from.chunk_size;
+  to.solves = from.solves;
+  to.direct_solves = from.direct_solves;
+  to.factorizations = from.factorizations;
   write_struct("report", report, to, kReportEnds);
 }
 

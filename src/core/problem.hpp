@@ -40,6 +40,9 @@ struct GkaProblem {
   Executor* executor = nullptr;  // resolved, never null
 };
 
+// What kDtypeTolerance stands for. (validate.cpp)
+double dtype_tolerance(DType dtype);
+
 // Of every state and state gradient.
 inline DType state_dtype(const GkaProblem& problem) {
   return problem.dtype == DType::float64 ? DType::float64 : DType::float32;

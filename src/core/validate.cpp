@@ -11,12 +11,6 @@
 #include "core/text.hpp"
 
 namespace kalmanet::core {
-namespace {
-
-bool known(Solver solver) {
-  return solver == Solver::chebyshev || solver == Solver::direct || solver == Solver::cg ||
-         solver == Solver::automatic;
-}
 double dtype_tolerance(DType dtype) {
   switch (dtype) {
     case DType::float64:
@@ -28,6 +22,13 @@ double dtype_tolerance(DType dtype) {
       return 1e-4;
   }
   return 1e-5;
+}
+
+namespace {
+
+bool known(Solver solver) {
+  return solver == Solver::chebyshev || solver == Solver::direct || solver == Solver::cg ||
+         solver == Solver::automatic;
 }
 bool known(Backend backend) {
   return backend == Backend::automatic || backend == Backend::cpu || backend == Backend::reference;

@@ -124,8 +124,6 @@ TEST(CMistakes, OfEveryOperation) {
        "unknown value 17"},
       {"a negative solver", [](Call& m) { m.options.solver = -1; }, argument, "solver",
        "unknown value -1"},
-      {"the reserved solver", [](Call& m) { m.options.solver = KALMANET_SOLVER_AUTOMATIC; },
-       KALMANET_UNSUPPORTED, "solver", "reserved"},
       {"an unknown backend", [](Call& m) { m.options.backend = 9; }, argument, "backend",
        "unknown value 9"},
       {"an unknown dtype", [](Call& m) { m.in.q.dtype = 4; }, dtype, "q", "unknown dtype (4)"},

@@ -30,7 +30,7 @@ TEST(CQuery, NamesAndSizes) {
   EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_CHEBYSHEV), "chebyshev");
   EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_DIRECT), "direct");
   EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_CG), "cg");
-  EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_AUTOMATIC), "automatic");
+  EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_AUTOMATIC), "auto");
   EXPECT_STREQ(kalmanet_solver_name(99), "unknown solver");
   const std::vector<std::string> statuses = {"KALMANET_OK",
                                              "KALMANET_INVALID_ARGUMENT",
