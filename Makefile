@@ -34,6 +34,8 @@ test-cpp: build
 
 # With tests/torch, which ctest knows as torch_ops.
 test-python: build
+	KALMANET_COMMAND=$(CURDIR)/build/release/apps/kalmanet \
+	KALMANET_SAFETENSORS_TOOL=$(CURDIR)/build/release/tests/models/safetensors_tool \
 	KALMANET_TORCH_LIBRARY=$(CURDIR)/build/release/src/torch/libkalmanet_torch.so \
 	  .venv/bin/python -m pytest
 

@@ -12,13 +12,19 @@
 namespace kalmanet::apps {
 namespace {
 
+#ifdef __SANITIZE_ADDRESS__
+constexpr const char* kSanitizers = ", under AddressSanitizer";
+#else
+constexpr const char* kSanitizers = "";
+#endif
+
 int print_version() {
   std::string available;
   for (const InstructionSet isa : available_instruction_sets()) {
     available += (available.empty() ? "" : " ") + std::string(name(isa));
   }
   std::printf("kalmanet %s\n", version());
-  std::printf("build            %s, %s\n", KALMANET_BUILD_TYPE, KALMANET_COMPILER);
+  std::printf("build            %s, %s%s\n", KALMANET_BUILD_TYPE, KALMANET_COMPILER, kSanitizers);
   std::printf("instruction set  %s (available: %s)\n", name(instruction_set()), available.c_str());
   for (const BackendInfo& backend : backends()) {
     std::printf("backend          %s: %s%s\n", name(backend.backend),

@@ -72,10 +72,18 @@ endif()
 # torch/torch.h takes seconds to read: it is compiled once, and every room, test and program on
 # full LibTorch shares the result. Programs are compiled -fPIC like libraries (not -fPIE) because
 # gcc takes a precompiled header only with the flags it was made with.
+set(_torch_options -fPIC -fpch-preprocess)
+if(KALMANET_SANITIZE)
+  # Their templates make these the slow files of a sanitizer build. They run small models there:
+  # nothing is gained by optimising. Left out are UndefinedBehaviorSanitizer's checks of every
+  # pointer; AddressSanitizer sees what comes of a wrong one.
+  list(APPEND _torch_options -O0 -fno-sanitize=null,alignment,object-size,vptr)
+endif()
 add_library(kalmanet_torch_pch OBJECT ${PROJECT_SOURCE_DIR}/cmake/torch_pch.cpp)
 target_link_libraries(kalmanet_torch_pch PRIVATE kalmanet_options torch_full)
 target_precompile_headers(kalmanet_torch_pch PRIVATE <torch/torch.h>)
-target_compile_options(kalmanet_torch_pch PRIVATE -fPIC -fpch-preprocess)
+target_compile_options(kalmanet_torch_pch PRIVATE ${_torch_options})
+set_property(GLOBAL PROPERTY KALMANET_TORCH_OPTIONS ${_torch_options})
 
 # A compiler that reads it holds about 2 GB: no more of them at a time than there is memory for.
 cmake_host_system_information(RESULT _megabytes QUERY TOTAL_PHYSICAL_MEMORY)
@@ -87,7 +95,8 @@ set_property(GLOBAL APPEND PROPERTY JOB_POOLS torch_jobs=${_torch_jobs})
 
 function(kalmanet_share_torch_pch target)
   target_precompile_headers(${target} REUSE_FROM kalmanet_torch_pch)
-  target_compile_options(${target} PRIVATE -fPIC -fpch-preprocess)
+  get_property(_options GLOBAL PROPERTY KALMANET_TORCH_OPTIONS)
+  target_compile_options(${target} PRIVATE ${_options})
   set_target_properties(${target} PROPERTIES JOB_POOL_COMPILE torch_jobs)
 endfunction()
 

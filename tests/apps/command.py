@@ -1,9 +1,13 @@
-"""How the tests run the built command; KALMANET_COMMAND names another than the newest build."""
+"""How the tests run the built command; KALMANET_COMMAND names another than the newest build.
+
+That may be a build under the sanitizers: whatever they report fails the test.
+"""
 
 import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 # Threads that wait for each other by spinning crawl where other tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a sanitizer finds ends the program with a code that it never uses itself. AddressSanitizer's
+# reports go to files of this folder, so that no test can overlook them (UndefinedBehaviorSanitizer
+# only writes to standard error beside it). PyTorch's own leaks are not ours to report.
+REPORTS = Path(tempfile.mkdtemp(prefix="kalmanet-reports-"))
+REPORTED = 99
+for name, more in {
+    "ASAN_OPTIONS": "detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1"
+    f":log_path={REPORTS}/asan",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}.items():
+    os.environ[name] = f"{os.environ.get(name, '')}:{more}:exitcode={REPORTED}"
 
 # A model that trains in a second.
 TINY_MODEL = ["--layers", "2", "--width", "16", "--heads", "2", "--num-iter", "10"]
@@ -40,6 +56,15 @@ def find_command():
     return built[-1]
 
 
+def take_reports():
+    """All that the sanitizers have reported since the last call."""
+    text = ""
+    for path in sorted(REPORTS.iterdir()):
+        text += path.read_text(errors="replace")
+        path.unlink()
+    return text
+
+
 class Command:
     """The command, and what its tests need to do with it."""
 
@@ -60,6 +85,8 @@ class Command:
             f"kalmanet {shown}: exit code {done.returncode} instead of {code}\n"
             f"--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
         )
+        for word in ("Sanitizer", "runtime error:", "ASan runtime"):
+            assert word not in done.stderr, f"kalmanet {shown}: a sanitizer says\n{done.stderr}"
         return done
 
     def start(self, *arguments, **keywords):

@@ -1,5 +1,6 @@
 """The command, a text and a finished run, for the tests of this folder."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,7 +9,20 @@ import pytest
 # Modules beside this one are imported by name (pytest's importlib mode adds no folder).
 sys.path.insert(0, str(Path(__file__).parent))
 
-from command import Command, find_command  # noqa: E402
+from command import REPORTS, Command, find_command, take_reports  # noqa: E402
+
+
+def pytest_unconfigure():
+    shutil.rmtree(REPORTS, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_report_of_a_sanitizer():
+    """Whoever started the command, and whatever became of its output and exit code."""
+    yield
+    reports = take_reports()
+    if reports:
+        pytest.fail(f"reported by a sanitizer:\n{reports}")
 
 
 @pytest.fixture(scope="session")

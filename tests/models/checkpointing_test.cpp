@@ -7,8 +7,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
-#include "models/message_of.hpp"
 #include "models/small_model.hpp"
+#include "support/message_of.hpp"
 
 namespace kalmanet::models {
 namespace {

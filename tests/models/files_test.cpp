@@ -13,8 +13,8 @@
 #include "kalmanet/error.hpp"
 #include "models/config.hpp"
 #include "models/safetensors.hpp"
-#include "models/temporary_folder.hpp"
 #include "models/tokenizer.hpp"
+#include "support/temporary_folder.hpp"
 
 namespace kalmanet::models {
 namespace {

@@ -8,10 +8,10 @@
 
 #include "models/generate.hpp"
 #include "models/io.hpp"
-#include "models/message_of.hpp"
 #include "models/small_model.hpp"
-#include "models/temporary_folder.hpp"
 #include "models/tokenizer.hpp"
+#include "support/message_of.hpp"
+#include "support/temporary_folder.hpp"
 
 namespace kalmanet::models {
 namespace {

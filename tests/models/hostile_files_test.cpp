@@ -12,32 +12,21 @@
 #include "kalmanet/error.hpp"
 #include "models/config.hpp"
 #include "models/safetensors.hpp"
-#include "models/temporary_folder.hpp"
 #include "models/tokenizer.hpp"
+#include "support/message_of.hpp"
+#include "support/temporary_folder.hpp"
 
 namespace kalmanet::models {
 namespace {
 
 using testing::HasSubstr;
 
-// The message of the Error that `action` throws; a test failure if it throws none or another.
-std::string message_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& e) {
-    return e.what();
-  } catch (const std::exception& e) {
-    ADD_FAILURE() << "threw something else than kalmanet::Error: " << e.what();
-    return {};
-  }
-  ADD_FAILURE() << "accepted";
-  return {};
-}
-
 void expect_refused(const std::string& what, const std::function<void()>& action,
                     const std::vector<std::string>& parts) {
   SCOPED_TRACE(what);
   const std::string message = message_of(action);
+  EXPECT_NE(message, "accepted");
+  EXPECT_THAT(message, testing::Not(testing::StartsWith("not a kalmanet::Error")));
   for (const std::string& part : parts) EXPECT_THAT(message, HasSubstr(part));
 }
 

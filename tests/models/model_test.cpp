@@ -6,8 +6,8 @@
 
 #include <cmath>
 
-#include "models/message_of.hpp"
 #include "models/small_model.hpp"
+#include "support/message_of.hpp"
 
 namespace kalmanet::models {
 namespace {

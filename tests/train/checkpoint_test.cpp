@@ -11,7 +11,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using test::read_all;
-using test::TemporaryFolder;
 using test::write_text;
 
 struct Fixture {

@@ -14,17 +14,7 @@ namespace {
 
 using test::read_all;
 using test::some_text;
-using test::TemporaryFolder;
 using test::write_text;
-
-std::string error_of(const std::function<void()>& run) {
-  try {
-    run();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "no error";
-}
 
 TEST(PrepareText, AFileIsUsedAsItIs) {
   const TemporaryFolder folder;
@@ -73,7 +63,7 @@ TEST(PrepareText, ErrorsSayWhatToDo) {
   write_text(folder.path() / "binary", std::string("a\0b", 3));
   std::filesystem::create_directories(folder.path() / "none");
   const auto message = [&](const char* name) {
-    return error_of([&] { prepare_text(folder.path() / name, folder.path()); });
+    return message_of([&] { prepare_text(folder.path() / name, folder.path()); });
   };
   EXPECT_NE(message("missing").find("no such file or folder"), std::string::npos);
   EXPECT_NE(message("empty").find("is empty"), std::string::npos);
@@ -98,9 +88,9 @@ TEST(TextData, AShortTextStillHoldsAWindowOnEachSideOrIsAnError) {
   write_text(folder.path() / "t", some_text(34));
   EXPECT_EQ(TextData(folder.path() / "t", 0.01, 16).valid().size(), 17u);
   write_text(folder.path() / "t", some_text(33));
-  EXPECT_NE(error_of([&] { TextData(folder.path() / "t", 0.01, 16); }).find("too short"),
+  EXPECT_NE(message_of([&] { TextData(folder.path() / "t", 0.01, 16); }).find("too short"),
             std::string::npos);
-  EXPECT_NE(error_of([&] { TextData(folder.path() / "t", 0.0, 16); }).find("held-out"),
+  EXPECT_NE(message_of([&] { TextData(folder.path() / "t", 0.0, 16); }).find("held-out"),
             std::string::npos);
 }
 

@@ -12,7 +12,6 @@ namespace kalmanet::train {
 namespace {
 
 using test::some_text;
-using test::TemporaryFolder;
 using test::write_text;
 
 models::HybridLanguageModel make_model(const models::ModelConfig& config) {

@@ -11,7 +11,6 @@
 namespace kalmanet::train {
 namespace {
 
-using test::TemporaryFolder;
 using test::write_text;
 
 TEST(Files, RequireWritableMakesTheFolderAndLeavesNothingBehind) {
@@ -25,13 +24,8 @@ TEST(Files, RequireWritableMakesTheFolderAndLeavesNothingBehind) {
 TEST(Files, RequireWritableNamesAFileInTheWay) {
   const TemporaryFolder folder;
   write_text(folder.path() / "f", "x");
-  try {
-    require_writable(folder.path() / "f", 1);
-    FAIL() << "no error";
-  } catch (const std::runtime_error& error) {
-    EXPECT_NE(std::string(error.what()).find("cannot create the folder"), std::string::npos)
-        << error.what();
-  }
+  const std::string message = message_of([&] { require_writable(folder.path() / "f", 1); });
+  EXPECT_NE(message.find("cannot create the folder"), std::string::npos) << message;
 }
 
 TEST(Files, RequireWritableFindsThatTheRoomIsNotThere) {
@@ -43,12 +37,7 @@ TEST(Files, RequireWritableFindsThatTheRoomIsNotThere) {
   rlimit limit = old_limit;
   limit.rlim_cur = 1 << 16;
   ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &limit), 0);
-  std::string message;
-  try {
-    require_writable(folder.path(), 1 << 20);
-  } catch (const std::runtime_error& error) {
-    message = error.what();
-  }
+  const std::string message = message_of([&] { require_writable(folder.path(), 1 << 20); });
   ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &old_limit), 0);
   std::signal(SIGXFSZ, before);
   EXPECT_NE(message.find("cannot reserve 1.0 MiB"), std::string::npos) << message;

@@ -11,7 +11,6 @@ namespace kalmanet::train {
 namespace {
 
 using test::read_all;
-using test::TemporaryFolder;
 
 TEST(Metrics, EachLineIsThereAtOnce) {
   const TemporaryFolder folder;

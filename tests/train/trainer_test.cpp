@@ -15,7 +15,6 @@ namespace {
 namespace fs = std::filesystem;
 using test::read_all;
 using test::some_text;
-using test::TemporaryFolder;
 using test::tiny_config;
 using test::write_text;
 
@@ -33,15 +32,6 @@ TrainOptions tiny_options(const fs::path& folder) {
   options.log_every = 1;
   options.threads = 1;
   return options;
-}
-
-std::string message_of(const std::function<void()>& run) {
-  try {
-    run();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 // Names the first tensor that differs between two .safetensors files, or nothing.

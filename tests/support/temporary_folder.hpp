@@ -8,7 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-namespace kalmanet::models {
+// In no namespace of its own: the tests of every room say TemporaryFolder.
+namespace kalmanet {
 
 class TemporaryFolder {
  public:
@@ -31,4 +32,4 @@ class TemporaryFolder {
   std::filesystem::path path_;
 };
 
-}  // namespace kalmanet::models
+}  // namespace kalmanet

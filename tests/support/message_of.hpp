@@ -6,7 +6,7 @@
 
 #include "kalmanet/error.hpp"
 
-namespace kalmanet::models {
+namespace kalmanet {
 
 inline std::string message_of(const std::function<void()>& action) {
   try {
@@ -19,4 +19,4 @@ inline std::string message_of(const std::function<void()>& action) {
   return "accepted";
 }
 
-}  // namespace kalmanet::models
+}  // namespace kalmanet
