@@ -1,4 +1,4 @@
-// The direct solver's table (docs/numerics.md, section 7): errors of the float32 kernels against
+// The direct solver's table (docs/numerics.md, section 9): errors of the float32 kernels against
 // the exact float64 oracle, beside those of a plain float32 Cholesky factorisation a token.
 #include <gtest/gtest.h>
 

@@ -76,5 +76,68 @@ TEST(ErrorTable, OutputsWithinTwiceNaiveFloat32) {
   }
 }
 
+// float64 problems have no wider oracle. Naive float32 code's error scaled by the precisions'
+// ratio, 2^-29, is what naive float64 code's is; kernel and oracle are measured together: 2. The
+// chunked form rounds a token's norm and its operator apart, which the iteration magnifies
+// (chunk.hpp), and float64 has nothing wider for the first tokens, where that shows: 8 more.
+TEST(ErrorTable, Float64NearNaive) {
+  std::printf(
+      "float64, T 1, 16, 130, K = V = 64: kernel, and naive float32 times 2^-29\n%-8s %-10s %9s "
+      "%9s %9s %9s %9s\n",
+      "ridge", "", "o", "o (step)", "naive o", "gradients", "naive");
+  for (double ridge : {0.1, 0.02, 0.005, 0.001, 0.0002}) {
+    struct Problem {
+      CaseSpec spec;
+      Case<double> expected;
+    };
+    std::vector<Problem> problems;
+    Row naive;
+    const auto largest = [](double& to, double error) { to = std::max(to, error); };
+    // The error of a single token depends on how its query meets its key: many of them.
+    for (int i = 0; i < 13; ++i) {
+      for (bool gates : {false, true}) {
+        CaseSpec spec;
+        spec.T = i < 6 ? 1 : i < 12 ? 16 : 130;
+        spec.K = spec.V = 64;
+        spec.H = 1;
+        set_gates(spec, gates ? 63 - 16 : 0);
+        spec.ridge_ratio = ridge;
+        spec.seed = 6500 + static_cast<uint64_t>(i);
+        Case<float> plain(spec);
+        const Case<double> expected = oracle_results(plain, plain.options());
+        run_forward<float>(plain, plain.options());
+        run_backward<float>(plain, plain.options());
+        largest(naive.o, 0x1p-29 * relative_error(plain.o.view(), expected.o.view()));
+        for_each_gradient(plain, expected, [&](const char*, ConstView got, ConstView want) {
+          largest(naive.gradients, 0x1p-29 * relative_error(got, want));
+        });
+        const Case<double> wide(spec);
+        problems.push_back({spec, oracle_results(wide, wide.options())});
+      }
+    }
+    for (InstructionSet isa : available_instruction_sets()) {
+      ForcedInstructionSet forced(isa);
+      Row row;
+      for (const Problem& problem : problems) {
+        Case<double> c(problem.spec);
+        gka_forward(c.inputs(), c.outputs(), c.options());
+        largest(row.o, relative_error(c.o.view(), problem.expected.o.view()));
+        gka_backward(c.inputs(), c.x.view(), c.output_grads(), c.grads(), c.options());
+        for_each_gradient(c, problem.expected, [&](const char*, ConstView got, ConstView want) {
+          largest(row.gradients, relative_error(got, want));
+        });
+        gka_step(c.inputs(), c.outputs(), c.options());
+        largest(row.step, relative_error(c.o.view(), problem.expected.o.view()));
+      }
+      std::printf("%-8g %-10s %9.1e %9.1e %9.1e %9.1e %9.1e\n", ridge, name(isa), row.o, row.step,
+                  naive.o, row.gradients, naive.gradients);
+      EXPECT_LE(row.o, 16 * naive.o) << "ridge ratio " << ridge << " on " << name(isa);
+      EXPECT_LE(row.step, 16 * naive.o) << "ridge ratio " << ridge << " on " << name(isa);
+      EXPECT_LE(row.gradients, 16 * naive.gradients)
+          << "ridge ratio " << ridge << " on " << name(isa);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kalmanet::testing

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -17,12 +18,13 @@ namespace kalmanet::testing {
 // What the arithmetic may do to outputs and gradients, relative, at ridge ratios from 0.005 up.
 // 16-bit problems are computed in float32. float64 kernels have nothing wider for a sequence's
 // first tokens, so they are measured against plain code: naive float32 errs by up to 2.9e-4 there
-// on o and by up to 1.2e-3 on gradients (docs/numerics.md, section 7), so naive float64 by 2^-29 of
-// that; the kernel and the oracle may both.
+// on o (docs/numerics.md, section 7), so naive float64 by 2^-29 of that; the kernel and the oracle
+// may both, and gradients by four times as much (float32's by ten times). Lone tokens whose query
+// hardly meets their key can be worse: ErrorTable.Float64NearNaive has many of them.
 template <class T>
 inline constexpr double kOutputBound = std::is_same_v<T, double> ? 2 * 0x1p-29 * 2.9e-4 : 1e-5;
 template <class T>
-inline constexpr double kGradientBound = std::is_same_v<T, double> ? 2 * 0x1p-29 * 1.2e-3 : 1e-4;
+inline constexpr double kGradientBound = std::is_same_v<T, double> ? 4 * kOutputBound<T> : 1e-4;
 
 // What the direct solver may add, being compared with the exact answer: a few times its tolerance
 // (kDtypeTolerance of the dtype) on outputs and residuals, and ten times that on gradients.
@@ -68,11 +70,24 @@ template <class T, class G>
   return ::testing::AssertionSuccess();
 }
 
-// The oracle's gradients where x_t is what the forward saved, rounded to 16 bits, and not the
-// oracle's own.
+// The oracle's gradients where x_t is what the forward saved, rounded to 16 bits: but for a
+// sequence's first chunk of `chunk` tokens without a state before it, which the backward solves
+// again in float64 (gka_backward_solve.hpp), so that its x_t are as good as the oracle's `own`.
 template <class T, class G>
-Case<double> oracle_from_saved_x(const Case<T, G>& c, GkaOptions options) {
+Case<double> oracle_from_saved_x(const Case<T, G>& c, const Case<double>& own, int64_t chunk,
+                                 GkaOptions options) {
   Case<double> d = to_double(c);
+  const CaseSpec& spec = c.spec;
+  Case<double> solved = own;
+  for (int64_t n = 0; n < spec.num_sequences() && !spec.h0; ++n) {
+    const bool packed = !c.cu_seqlens.empty();
+    const int64_t begin = packed ? c.cu_seqlens[static_cast<size_t>(n)] : n * spec.T;
+    const int64_t end = packed ? c.cu_seqlens[static_cast<size_t>(n + 1)] : begin + spec.T;
+    const int64_t row = spec.H * spec.K;
+    for (int64_t i = begin * row; i < std::min(end, begin + chunk) * row; ++i) {
+      d.x[i] = solved.x[i];
+    }
+  }
   options.backend = Backend::reference;
   gka_backward(d.inputs(), d.x.view(), d.output_grads(), d.grads(), options);
   return d;
@@ -122,7 +137,8 @@ void check_against_oracle(const CaseSpec& spec, const GkaOptions& base, WorstErr
                        name(isa), describe(spec)};
       const ConstView x = saved ? ConstView(c.x.view()) : ConstView();
       const bool rounded_x = saved && kIsHalf<G>;
-      const Case<double> from_x = rounded_x ? oracle_from_saved_x(c, options) : Case<double>();
+      const Case<double> from_x =
+          rounded_x ? oracle_from_saved_x(c, expected, report.chunk_size, options) : Case<double>();
       gka_backward(c.inputs(), x, c.output_grads(), c.grads(), options);
       const auto compare = [&](const char* tensor, ConstView got, ConstView want) {
         EXPECT_TRUE(rounded_once(back, tensor, got, want, kGradientBound<T> + 10 * slack));
