@@ -35,9 +35,10 @@ std::tuple<Tensor, Tensor> causal_conv_forward_cpu(const Tensor& x, const Tensor
                                                    bool want_final_state) {
   Conv conv = read(x, weight, state, cu_seqlens);
   conv.inputs.cu_seqlens = conv.cu_seqlens;
-  Tensor y = new_tensor(x, {x.size(0), x.size(1), conv.D}, DType::float32);
-  Tensor final_state =
-      want_final_state ? new_tensor(x, {conv.N, conv.D, conv.W}, DType::float32) : no_tensor(x);
+  Tensor y = new_tensor(x, {x.size(0), x.size(1), conv.D}, const_view(x, "x").dtype);
+  Tensor final_state = want_final_state
+                           ? new_tensor(x, {conv.N, conv.D, conv.W}, const_view(x, "x").dtype)
+                           : no_tensor(x);
   causal_conv_forward(conv.inputs, mutable_view(y, "y"),
                       want_final_state ? mutable_view(final_state, "final_state") : View{}, silu,
                       &torch_executor());
@@ -52,9 +53,10 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(const Tensor& x, con
                                                             bool silu) {
   Conv conv = read(x, weight, state, cu_seqlens);
   conv.inputs.cu_seqlens = conv.cu_seqlens;
-  Tensor dx = new_tensor(x, {x.size(0), x.size(1), conv.D}, DType::float32);
-  Tensor dweight = new_tensor(x, {conv.D, conv.W}, DType::float32);
-  Tensor dstate = state ? new_tensor(x, {conv.N, conv.D, conv.W}, DType::float32) : no_tensor(x);
+  Tensor dx = new_tensor(x, {x.size(0), x.size(1), conv.D}, const_view(x, "x").dtype);
+  Tensor dweight = new_tensor(x, {conv.D, conv.W}, const_view(weight, "weight").dtype);
+  Tensor dstate =
+      state ? new_tensor(x, {conv.N, conv.D, conv.W}, const_view(x, "x").dtype) : no_tensor(x);
   causal_conv_backward(conv.inputs, const_view(dy, "dy"),
                        const_view(d_final_state, "d_final_state"), mutable_view(dx, "dx"),
                        mutable_view(dweight, "dweight"),
@@ -65,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(const Tensor& x, con
 Tensor causal_conv_step_cpu(const Tensor& x, const Tensor& weight, const Tensor& state, bool silu) {
   require_rank(x, 2, "x", "[N,D]");
   require_rank(weight, 2, "weight", "[D,W]");
-  Tensor y = new_tensor(x, {x.size(0), x.size(1)}, DType::float32);
+  Tensor y = new_tensor(x, {x.size(0), x.size(1)}, const_view(x, "x").dtype);
   causal_conv_step(const_view(x, "x"), const_view(weight, "weight"), mutable_view(state, "state"),
                    mutable_view(y, "y"), silu, &torch_executor());
   return y;
@@ -84,7 +86,7 @@ NormInputs read(const Tensor& o, const OptionalTensor& gate, const Tensor& weigh
 Tensor gated_rms_norm_forward_cpu(const Tensor& o, const OptionalTensor& gate, const Tensor& weight,
                                   double eps) {
   const NormInputs inputs = read(o, gate, weight, eps);
-  Tensor y = new_tensor(o, {o.size(0), o.size(1)}, DType::float32);
+  Tensor y = new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype);
   gated_rms_norm_forward(inputs, mutable_view(y, "y"), &torch_executor());
   return y;
 }
@@ -94,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_cpu(const Tensor& o,
                                                                const Tensor& weight,
                                                                const Tensor& dy, double eps) {
   const NormInputs inputs = read(o, gate, weight, eps);
-  Tensor d_o = new_tensor(o, {o.size(0), o.size(1)}, DType::float32);
-  Tensor d_gate = gate ? new_tensor(o, {o.size(0), o.size(1)}, DType::float32) : no_tensor(o);
-  Tensor d_weight = new_tensor(o, {o.size(1)}, DType::float32);
+  Tensor d_o = new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype);
+  Tensor d_gate = gate ? new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype) : no_tensor(o);
+  Tensor d_weight = new_tensor(o, {o.size(1)}, inputs.weight.dtype);
   gated_rms_norm_backward(inputs, const_view(dy, "dy"), mutable_view(d_o, "d_o"),
                           gate ? mutable_view(d_gate, "d_gate") : View{},
                           mutable_view(d_weight, "d_weight"), &torch_executor());

@@ -211,13 +211,6 @@ TEST(CMistakes, OfTheBackward) {
   expect_refused(mistakes, {Call::backward});
 }
 
-TEST(CMistakes, WhatNoBackendComputesIsSaidSo) {
-  Call solver;
-  solver.options.solver = KALMANET_SOLVER_CG;
-  EXPECT_TRUE(fails(solver.run(Call::forward), KALMANET_UNSUPPORTED, "backend", "reference"));
-  solver.expect_nothing_written("cg on the cpu");
-}
-
 TEST(CMistakes, PlansNeedAPlaceToGo) {
   EXPECT_TRUE(
       fails(kalmanet_gka_plan_create(nullptr, nullptr), KALMANET_INVALID_ARGUMENT, "plan", "null"));

@@ -206,7 +206,6 @@ TEST(CQuery, WorkspaceBytes) {
   refused([](S& s) { s.V = 0; }, KALMANET_INVALID_SHAPE, "V", "1..256");
   refused([](S& s) { s.Hk = 3; }, KALMANET_INVALID_SHAPE, "Hk", "divide H = 4");
   refused([](S& s) { s.dtype = 9; }, KALMANET_INVALID_DTYPE, "dtype", "(9)");
-  refused([](S& s) { s.dtype = KALMANET_FLOAT64; }, KALMANET_UNSUPPORTED, "backend", "float64");
   refused([](S& s) { s.T = s.H = int64_t{1} << 40; }, KALMANET_INVALID_SHAPE, "B", "64-bit");
   refused([](S& s) { s.num_offsets = 0; }, KALMANET_INVALID_ARGUMENT, "cu_seqlens", "both");
   refused([](S& s) { s.T = 299; }, KALMANET_INVALID_ARGUMENT, "cu_seqlens", "299");

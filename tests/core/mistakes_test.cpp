@@ -210,7 +210,7 @@ const std::vector<Mistake>& shared_mistakes() {
        kArgument,
        "num_iter",
        {"-1", ">= 1"}},
-      {"tolerance 0", [](Call& m) { m.options.tolerance = 0; }, kArgument, "tolerance", {"> 0"}},
+      {"tolerance -1", [](Call& m) { m.options.tolerance = -1; }, kArgument, "tolerance", {"> 0"}},
       {"tolerance NaN",
        [](Call& m) { m.options.tolerance = kNaN; },
        kArgument,

@@ -57,11 +57,6 @@ ERRORS = {
     "gate of another shape": ({"g": lambda p: p["g"][:, :6]}, {}, "g: "),
     "integer q": ({"q": lambda p: p["q"].long()}, {}, "q: .*dtype Long"),
     "mixed dtypes": ({"v": lambda p: p["v"].double()}, {}, "v: .*float64"),
-    "float64 on the cpu backend": (
-        {n: (lambda p, n=n: p[n].double()) for n in ("q", "k", "v", *GATES, "h0", "u0")},
-        {"backend": "cpu"},
-        "float64",
-    ),
     "state of another shape": ({"h0": lambda p: p["h0"][:1]}, {}, "h0: "),
     "head dim too large": (
         {"q": lambda p: torch.zeros(2, 7, 2, 300), "k": lambda p: torch.zeros(2, 7, 2, 300)},
