@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import GATES, ops, problem
+from operators import ops, problem
 
 
 def test_schemas_declare_what_is_written():
