@@ -29,7 +29,7 @@ void copy(char (&to)[Size], std::string_view from) noexcept {
 }
 
 kalmanet_status keep(kalmanet_status status, std::string_view message,
-                     std::string_view argument = {}) noexcept {
+                     std::string_view argument = "") noexcept {
   copy(last_error.message, message);
   copy(last_error.argument, argument);
   return status;
