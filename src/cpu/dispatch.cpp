@@ -5,30 +5,22 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
-#if defined(KALMANET_X86_64)
-#include <cpuid.h>
-#endif
 
 #include "kalmanet/error.hpp"
+#if defined(KALMANET_X86_64)
+#include "cpu/isa/processor.hpp"
+#endif
 
 namespace kalmanet {
 namespace {
-
-#if defined(KALMANET_X86_64)
-// Half-precision conversions, which not every compiler's __builtin_cpu_supports knows. (Whether the
-// system saves the registers they use is asked with AVX2.)
-bool processor_has_f16c() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-}
-#endif
 
 bool processor_has(InstructionSet isa) {
   if (isa == InstructionSet::baseline) return true;
 #if defined(KALMANET_X86_64)
   __builtin_cpu_init();
   if (isa == InstructionSet::avx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && processor_has_f16c();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           cpu::processor_has_f16c();
   }
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
