@@ -8,13 +8,10 @@
 
 namespace kalmanet::cpu {
 
-// to[i] = from[i * stride] for i < n: every 16-bit number is a float32.
-template <class Vec>
-void load_halves(DType dtype, const void* data, int64_t stride, int64_t n, float* to) {
-  const auto* from = static_cast<const uint16_t*>(data);
-  const auto load = [dtype](const uint16_t* p) __attribute__((always_inline)) {
-    return dtype == DType::bfloat16 ? Vec::Half::load_bf16(p) : Vec::Half::load_f16(p);
-  };
+// to[i] = load(from[i * stride]) for i < n, registers at a time where numbers are adjacent.
+template <class Vec, class Load>
+[[gnu::always_inline]] inline void load_halves_by(const uint16_t* from, int64_t stride, int64_t n,
+                                                  float* to, Load load) {
   int64_t i = 0;
   if (stride == 1) {
     for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::store(to + i, load(from + i));
@@ -27,13 +24,9 @@ void load_halves(DType dtype, const void* data, int64_t stride, int64_t n, float
   }
 }
 
-// to[i * stride] = from[i] for i < n, rounded to the nearest, ties to even.
-template <class Vec>
-void store_halves(DType dtype, const float* from, int64_t n, void* data, int64_t stride) {
-  auto* to = static_cast<uint16_t*>(data);
-  const auto store = [dtype](uint16_t* p, typename Vec::Reg a) __attribute__((always_inline)) {
-    dtype == DType::bfloat16 ? Vec::Half::store_bf16(p, a) : Vec::Half::store_f16(p, a);
-  };
+template <class Vec, class Store>
+[[gnu::always_inline]] inline void store_halves_by(const float* from, int64_t n, uint16_t* to,
+                                                   int64_t stride, Store store) {
   int64_t i = 0;
   if (stride == 1) {
     for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(to + i, Vec::load(from + i));
@@ -43,6 +36,39 @@ void store_halves(DType dtype, const float* from, int64_t n, void* data, int64_t
     uint16_t few[Vec::kWidth];
     store(few, Vec::load_n(from + i, lanes));
     for (int64_t j = 0; j < lanes; ++j) to[(i + j) * stride] = few[j];
+  }
+}
+
+// to[i] = from[i * stride] for i < n: every 16-bit number is a float32.
+template <class Vec>
+void load_halves(DType dtype, const void* data, int64_t stride, int64_t n, float* to) {
+  using Half = typename Vec::Half;
+  const auto* from = static_cast<const uint16_t*>(data);
+  if (dtype == DType::bfloat16) {
+    load_halves_by<Vec>(from, stride, n, to, [](const uint16_t* p) __attribute__((always_inline)) {
+      return Half::load_bf16(p);
+    });
+  } else {
+    load_halves_by<Vec>(from, stride, n, to, [](const uint16_t* p) __attribute__((always_inline)) {
+      return Half::load_f16(p);
+    });
+  }
+}
+
+// to[i * stride] = from[i] for i < n, rounded to the nearest, ties to even.
+template <class Vec>
+void store_halves(DType dtype, const float* from, int64_t n, void* data, int64_t stride) {
+  using Half = typename Vec::Half;
+  using Reg = typename Vec::Reg;
+  auto* to = static_cast<uint16_t*>(data);
+  if (dtype == DType::bfloat16) {
+    store_halves_by<Vec>(from, n, to, stride,
+                         [](uint16_t* p, Reg a)
+                             __attribute__((always_inline)) { Half::store_bf16(p, a); });
+  } else {
+    store_halves_by<Vec>(from, n, to, stride,
+                         [](uint16_t* p, Reg a)
+                             __attribute__((always_inline)) { Half::store_f16(p, a); });
   }
 }
 

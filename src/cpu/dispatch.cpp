@@ -8,6 +8,9 @@
 
 #include "cpu/isa/features.hpp"
 #include "kalmanet/error.hpp"
+#if defined(KALMANET_X86_64)
+#include "cpu/isa/processor.hpp"
+#endif
 
 namespace kalmanet {
 namespace {

@@ -55,7 +55,7 @@ class Reader {
   const S* read(int64_t r, int64_t count) {
     if (!plane_.defined()) return nullptr;
     if (dense_) return plane_.row<S>(r);
-    for (int64_t i = 0; i < count; ++i) plane_.read(r + i, dim_, buffer_.data() + i * dim_);
+    plane_.read_rows(r, count, dim_, buffer_.data());
     return buffer_.data();
   }
   int64_t stride() const { return dense_ ? plane_.row_stride : dim_; }
@@ -81,7 +81,7 @@ class Writer {
   }
   void flush(int64_t r, int64_t count) {
     if (!plane_.defined() || dense_) return;
-    for (int64_t i = 0; i < count; ++i) plane_.write(buffer_.data() + i * dim_, dim_, r + i);
+    plane_.write_rows(buffer_.data(), count, dim_, r);
   }
   int64_t stride() const { return dense_ ? plane_.row_stride : dim_; }
 

@@ -73,6 +73,17 @@ struct Plane {
   void write(const S* from, int64_t n, int64_t r) const {
     write_strided(from, n, dtype, data, r * row_stride, stride);
   }
+  // `count` rows of n elements from row r on, in one go where nothing lies between them.
+  template <class S>
+  void read_rows(int64_t r, int64_t count, int64_t n, S* to) const {
+    if (stride == 1 && row_stride == n) return read(r, count * n, to);
+    for (int64_t i = 0; i < count; ++i) read(r + i, n, to + i * n);
+  }
+  template <class S>
+  void write_rows(const S* from, int64_t count, int64_t n, int64_t r) const {
+    if (stride == 1 && row_stride == n) return write(from, count * n, r);
+    for (int64_t i = 0; i < count; ++i) write(from + i * n, n, r + i);
+  }
 };
 
 }  // namespace kalmanet::cpu

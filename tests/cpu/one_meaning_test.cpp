@@ -223,7 +223,11 @@ void packed_equals_separate(uint64_t seeds) {
 }
 
 TEST(OneMeaning, PackedEqualsSeparate) {
-  for_each_dtype([]<class T>(T) { packed_equals_separate<T>(std::is_same_v<T, float> ? 60 : 24); });
+  for (InstructionSet isa : available_instruction_sets()) {
+    ForcedInstructionSet forced(isa);
+    for_each_dtype(
+        []<class T>(T) { packed_equals_separate<T>(std::is_same_v<T, float> ? 60 : 24); });
+  }
 }
 
 template <class T>
@@ -268,7 +272,11 @@ void threads_change_no_bit(uint64_t seeds) {
 }
 
 TEST(OneMeaning, ThreadsChangeNoBit) {
-  for_each_dtype([]<class T>(T) { threads_change_no_bit<T>(std::is_same_v<T, float> ? 40 : 20); });
+  for (InstructionSet isa : available_instruction_sets()) {
+    ForcedInstructionSet forced(isa);
+    for_each_dtype(
+        []<class T>(T) { threads_change_no_bit<T>(std::is_same_v<T, float> ? 40 : 20); });
+  }
 }
 
 }  // namespace
