@@ -43,6 +43,7 @@ def world(run, text, tmp_path_factory):
     broken("empty_weights", lambda p: (p / "model.safetensors").write_bytes(b""))
     broken("no_weights", lambda p: (p / "model.safetensors").unlink())
     broken("huge_header", lambda p: header(p, 2**63))
+    broken("long_header", lambda p: header(p, 10**6, b'{"a":'))
     broken("not_json", lambda p: header(p, 10, b"{not json}"))
     broken(
         "overlap",
@@ -136,6 +137,7 @@ CASES = [
     ("generate --model {empty_weights} --prompt x", FAILED, "model.safetensors"),
     ("generate --model {no_weights} --prompt x", FAILED, "model.safetensors"),
     ("generate --model {huge_header} --prompt x", FAILED, "header"),
+    ("generate --model {long_header} --prompt x", FAILED, "cut short"),
     ("info {not_json}", FAILED, "model.safetensors"),
     ("info {overlap}", FAILED, "model.safetensors"),
     ("info {huge_offset}/model.safetensors", FAILED, "model.safetensors"),
