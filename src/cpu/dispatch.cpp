@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <string>
 
-#include "cpu/isa/features.hpp"
 #include "kalmanet/error.hpp"
 #if defined(KALMANET_X86_64)
 #include "cpu/isa/processor.hpp"
