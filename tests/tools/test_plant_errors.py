@@ -28,7 +28,7 @@ def test_an_error_that_no_test_notices_fails(planter, monkeypatch, tmp_path, cap
     """With builds that are not made: green with nothing planted, then as told."""
     answers = iter([("", ""), ("A.Test", "said so"), ("A.Test", "so") if noticed else ("", "")])
     monkeypatch.setattr(planter, "prepare", lambda: None)
-    monkeypatch.setattr(planter, "build_and_test", lambda: next(answers))
+    monkeypatch.setattr(planter, "build_and_test", lambda program: next(answers))
     monkeypatch.setattr(planter, "COPY", tmp_path)
     (tmp_path / "f").write_text("int a = 1;\nint b = 2;\n")
     monkeypatch.setattr(planter, "ROOT", tmp_path)
@@ -51,4 +51,4 @@ def test_the_first_failing_test_is_named(planter, monkeypatch):
         return subprocess.CompletedProcess(command, code, out, "")
 
     monkeypatch.setattr(planter, "run", run)
-    assert planter.build_and_test() == ("Gka.A", "false (o: 2e-3)")
+    assert planter.build_and_test("cpu_gka_test") == ("Gka.A", "false (o: 2e-3)")
