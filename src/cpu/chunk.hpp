@@ -9,6 +9,7 @@
 #include "cpu/kernel_table.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
+#include "cpu/transpose.hpp"
 #include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
@@ -101,24 +102,6 @@ void load_decay(ChunkDecay<S>& d, const Column& gate, int64_t t0, int64_t n) {
   // The last real row holds e^{G_C - G_j}.
   for (int64_t t = 0; t < kLanes; ++t) d.to_end[t] = t < n ? static_cast<S>(row[t]) : 0;
   d.total = static_cast<S>(start);
-}
-
-// Rows of keys or values, times beta.
-template <class Vec, class S>
-void load_rows(const Rows& src, const Column& beta, int64_t t0, int64_t n, int64_t width, S* rows) {
-  const int64_t cols = padded(width);
-  for (int64_t t = 0; t < kLanes; ++t) {
-    S* row = rows + t * cols;
-    if (t < n) {
-      S room[kMaxHeadDim];
-      const RowOf<S> p = read_row<Vec>(src, t0 + t, width, room);
-      const S b = value_at<S>(beta, t0 + t, 1);
-      for (int64_t c = 0; c < width; ++c) row[c] = b * p.data[c * p.stride];
-      for (int64_t c = width; c < cols; ++c) row[c] = 0;
-    } else {
-      for (int64_t c = 0; c < cols; ++c) row[c] = 0;
-    }
-  }
 }
 
 // Keys, values and decays: all that the states need. `h`, `u`: which of the two.
@@ -238,24 +221,34 @@ void ridge_norms(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   }
 }
 
-// H <- e^{G_C} H + sum_j e^{G_C - G_j} k_j k_j^T, U likewise. `weighted` has room for [kLanes][Kp].
+// The states after the chunk: to = e^{G_C} from + sum_j e^{G_C - G_j} k_j k_j^T, U likewise; from
+// may be to. `weighted` has room for [kLanes][Kp].
 template <class Vec, class S>
-void advance_h(const Chunk<S>& c, S* h, S* weighted) {
-  const ChunkDecay<S>& d = *c.h_decay;
+void decay_keys(const Chunk<S>& c, const ChunkDecay<S>& d, S* weighted) {
   for (int64_t j = 0; j < c.n; ++j) {
     for (int64_t i = 0; i < c.Kp; ++i)
       weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
   }
-  rank_update<Vec>(h, c.Kp, c.K, c.Kp, d.total, weighted, c.Kp, c.k_rows, c.Kp, c.n);
+}
+// What pads the rows of a state to a multiple of kLanes.
+template <class Vec, class S>
+void copy_padding(const S* from, S* to, int64_t begin, int64_t end) {
+  if (from == to) return;
+  for (int64_t i = begin; i < end; ++i) to[i] = from[i];
 }
 template <class Vec, class S>
-void advance_u(const Chunk<S>& c, S* u, S* weighted) {
-  const ChunkDecay<S>& d = *c.u_decay;
-  for (int64_t j = 0; j < c.n; ++j) {
-    for (int64_t i = 0; i < c.Kp; ++i)
-      weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
-  }
-  rank_update<Vec>(u, c.Vp, c.K, c.Vp, d.total, weighted, c.Kp, c.v_rows, c.Vp, c.n);
+void advance_h(const Chunk<S>& c, const S* from, S* to, S* weighted) {
+  decay_keys<Vec>(c, *c.h_decay, weighted);
+  copy_padding<Vec>(from, to, c.K * c.Kp, c.Kp * c.Kp);
+  rank_update<Vec>(to, {from, c.h_decay->total}, c.Kp, c.K, c.Kp, weighted, c.Kp, c.k_rows, c.Kp,
+                   c.n);
+}
+template <class Vec, class S>
+void advance_u(const Chunk<S>& c, const S* from, S* to, S* weighted) {
+  decay_keys<Vec>(c, *c.u_decay, weighted);
+  copy_padding<Vec>(from, to, c.K * c.Vp, c.Kp * c.Vp);
+  rank_update<Vec>(to, {from, c.u_decay->total}, c.Vp, c.K, c.Vp, weighted, c.Kp, c.v_rows, c.Vp,
+                   c.n);
 }
 
 }  // namespace kalmanet::cpu

@@ -27,23 +27,24 @@ struct InverseFactor {
 };
 
 // C^{-1} of one block, C C^T = d, in float64: a small share of the work, and all later rows stand
-// on it.
+// on it. Elimination on [d | I], row by row: row c of d, divided by its pivot's root, is row c of
+// C^T, and what becomes of I is C^{-1}. Only d's upper triangle counts; whole rows are computed, for
+// a row of 16 is two registers.
 template <class Vec>
 void invert_cholesky_block(double (&d)[kLanes][kLanes], double (&inverse)[kLanes][kLanes]) {
   for (int64_t c = 0; c < kLanes; ++c) {
-    const double pivot = 1.0 / std::sqrt(d[c][c]);
-    for (int64_t i = c; i < kLanes; ++i) d[i][c] *= pivot;
-    for (int64_t i = c + 1; i < kLanes; ++i) {
-      const double f = d[i][c];
-      for (int64_t j = c + 1; j <= i; ++j) d[i][j] -= f * d[j][c];
-    }
     for (int64_t j = 0; j < kLanes; ++j) inverse[c][j] = 0.0;
-    for (int64_t i = 0; i < c; ++i) {
+    inverse[c][c] = 1.0;
+  }
+  for (int64_t c = 0; c < kLanes; ++c) {
+    const double pivot = 1.0 / std::sqrt(d[c][c]);
+    for (int64_t j = 0; j < kLanes; ++j) d[c][j] *= pivot;
+    for (int64_t j = 0; j < kLanes; ++j) inverse[c][j] *= pivot;
+    for (int64_t i = c + 1; i < kLanes; ++i) {
       const double f = d[c][i];
-      for (int64_t j = 0; j <= i; ++j) inverse[c][j] -= f * inverse[i][j];
+      for (int64_t j = 0; j < kLanes; ++j) d[i][j] -= f * d[c][j];
+      for (int64_t j = 0; j < kLanes; ++j) inverse[i][j] -= f * inverse[c][j];
     }
-    for (int64_t j = 0; j < c; ++j) inverse[c][j] *= pivot;
-    inverse[c][c] = pivot;
   }
 }
 
