@@ -144,9 +144,16 @@ template <class Vec, class S>
 void key_products(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   using T = Tile<Vec>;
   using Elem = typename Vec::Elem;
-  alignas(64) Elem keys[kMaxHeadDim * kLanes];
-  for (int64_t i = 0; i < c.Kp * kLanes; ++i) keys[i] = c.k_lanes[i];
-  double kappa[kLanes] = {};
+  constexpr bool kSame = sizeof(Elem) == sizeof(S);
+  alignas(64) Elem room[kSame ? 1 : kMaxHeadDim * kLanes];
+  const Elem* keys;
+  if constexpr (kSame) {
+    keys = c.k_lanes;
+  } else {
+    for (int64_t i = 0; i < c.Kp * kLanes; ++i) room[i] = c.k_lanes[i];
+    keys = room;
+  }
+  for (int64_t t = 0; t < kLanes; ++t) c.kappa[t] = 0.0;
   if (!h_is_zero) {
     alignas(64) Elem hk[T::kRows * kLanes];
     for (int64_t n = 0; n < c.Kp; n += T::kRows) {
@@ -154,21 +161,17 @@ void key_products(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
       tile.clear();
       tile.accumulate(h + n, c.Kp, c.K, keys);
       tile.store(hk);
+      double sum[kLanes];
+      lanes_dot<Vec>(hk, keys + n * kLanes, T::kRows, sum);
+      for (int64_t t = 0; t < kLanes; ++t) c.kappa[t] += sum[t];
       for (int64_t i = 0; i < T::kRows * kLanes; ++i) {
         hk_lanes[n * kLanes + i] = static_cast<S>(hk[i]);
-        kappa[i % kLanes] += static_cast<double>(hk[i]) * keys[n * kLanes + i];
       }
     }
   }
   alignas(64) Elem gram[kLanes * kLanes];
-  for (int64_t n = 0; n < kLanes; n += T::kRows) {
-    T tile;
-    tile.clear();
-    tile.accumulate(c.k_lanes + n, kLanes, c.K, keys);
-    tile.store(gram + n * kLanes);
-  }
+  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, keys, gram);
   for (int64_t i = 0; i < kLanes; ++i) {
-    c.kappa[i] = kappa[i];
     for (int64_t j = 0; j < kLanes; ++j) {
       const double e = gram[i * kLanes + j];
       c.gram2[i][j] = e * e;

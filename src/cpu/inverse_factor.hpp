@@ -27,23 +27,45 @@ struct InverseFactor {
 };
 
 // C^{-1} of one block, C C^T = d, in float64: a small share of the work, and all later rows stand
-// on it. Elimination on [d | I], row by row: row c of d, divided by its pivot's root, is row c of
-// C^T, and what becomes of I is C^{-1}. Only d's upper triangle counts; whole rows are computed, for
-// a row of 16 is two registers.
+// on it. Elimination on [d | I], row by row, reading d's upper triangle: with the pivots p_c, d
+// becomes P C'^T (C' = C P^{-1/2}) and I becomes C'^{-1}; its rows over sqrt(p_c) are C^{-1}'s. So
+// one division a row is all that the next row waits for.
 template <class Vec>
 void invert_cholesky_block(double (&d)[kLanes][kLanes], double (&inverse)[kLanes][kLanes]) {
+  using Wide = typename Vec::Wide;
+  using Reg = typename Wide::Reg;
+  constexpr int W = Wide::kWidth, kRegs = kLanes / W;
   for (int64_t c = 0; c < kLanes; ++c) {
-    for (int64_t j = 0; j < kLanes; ++j) inverse[c][j] = 0.0;
-    inverse[c][c] = 1.0;
+    for (int64_t j = 0; j < kLanes; ++j) inverse[c][j] = c == j ? 1.0 : 0.0;
   }
   for (int64_t c = 0; c < kLanes; ++c) {
-    const double pivot = 1.0 / std::sqrt(d[c][c]);
-    for (int64_t j = 0; j < kLanes; ++j) d[c][j] *= pivot;
-    for (int64_t j = 0; j < kLanes; ++j) inverse[c][j] *= pivot;
+    Reg row[kRegs], inverse_row[kRegs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kRegs; ++v) {
+      row[v] = Wide::load(&d[c][v * W]);
+      inverse_row[v] = Wide::load(&inverse[c][v * W]);
+    }
+    const double over_pivot = 1.0 / d[c][c];
     for (int64_t i = c + 1; i < kLanes; ++i) {
-      const double f = d[c][i];
-      for (int64_t j = 0; j < kLanes; ++j) d[i][j] -= f * d[c][j];
-      for (int64_t j = 0; j < kLanes; ++j) inverse[i][j] -= f * inverse[c][j];
+      const Reg f = Wide::set1(d[c][i] * over_pivot);
+#pragma GCC unroll 8
+      for (int v = 0; v < kRegs; ++v) {
+        // Columns up to c are done with; the inverse has none yet beyond c.
+        if ((v + 1) * W > c) {
+          Wide::store(&d[i][v * W], Wide::fnma(f, row[v], Wide::load(&d[i][v * W])));
+        }
+        if (v * W <= c) {
+          Wide::store(&inverse[i][v * W],
+                      Wide::fnma(f, inverse_row[v], Wide::load(&inverse[i][v * W])));
+        }
+      }
+    }
+  }
+  for (int64_t c = 0; c < kLanes; ++c) {
+    const Reg scale = Wide::set1(1.0 / std::sqrt(d[c][c]));
+    for (int v = 0; v < kRegs; ++v) {
+      double* const at = &inverse[c][v * W];
+      Wide::store(at, Wide::mul(scale, Wide::load(at)));
     }
   }
 }

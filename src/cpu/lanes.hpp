@@ -109,8 +109,9 @@ struct Tile {
 };
 
 // Y[n][t] = sum_{c < inner} A(c, n) X[c][t] for n < rows (a multiple of kLanes).
-template <class Vec, bool kTransposed = false, class S>
-void lanes_product(const S* a, int64_t ld, int64_t inner, int64_t rows, const S* x, S* y) {
+template <class Vec, bool kTransposed = false, class S, class X>
+void lanes_product(const S* a, int64_t ld, int64_t inner, int64_t rows, const X* x,
+                   typename Vec::Elem* y) {
   using T = Tile<Vec>;
   for (int64_t n = 0; n < rows; n += T::kRows) {
     T tile;
@@ -137,16 +138,26 @@ void gained_product(const S* a_lanes, int64_t inner, const typename Vec::Elem* x
   }
 }
 
-// dot[t] = sum_n A[n][t] B[n][t], in float64: these sums feed norms and gate gradients.
+// dot[t] = sum_n A[n][t] B[n][t], in float64: these sums feed norms and gate gradients. Even and
+// odd rows apart, so that no sum waits for the one before.
 template <class Vec, class A, class B>
 void lanes_dot(const A* a, const B* b, int64_t rows, double* dot) {
-  double sum[kLanes] = {};
-  for (int64_t n = 0; n < rows; ++n) {
+  double even[kLanes] = {}, odd[kLanes] = {};
+  int64_t n = 0;
+  for (; n + 2 <= rows; n += 2) {
+    const A* pa = a + n * kLanes;
+    const B* pb = b + n * kLanes;
+    for (int64_t t = 0; t < kLanes; ++t) even[t] += static_cast<double>(pa[t]) * pb[t];
     for (int64_t t = 0; t < kLanes; ++t) {
-      sum[t] += static_cast<double>(a[n * kLanes + t]) * b[n * kLanes + t];
+      odd[t] += static_cast<double>(pa[kLanes + t]) * pb[kLanes + t];
     }
   }
-  for (int64_t t = 0; t < kLanes; ++t) dot[t] = sum[t];
+  if (n < rows) {
+    for (int64_t t = 0; t < kLanes; ++t) {
+      even[t] += static_cast<double>(a[n * kLanes + t]) * b[n * kLanes + t];
+    }
+  }
+  for (int64_t t = 0; t < kLanes; ++t) dot[t] = even[t] + odd[t];
 }
 
 // What a rank update starts from: decay * from (+ weight * (inner * extra), where there is one: two
