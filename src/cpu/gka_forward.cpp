@@ -107,8 +107,9 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
   problem.executor->run(2 * num_units, [&](int64_t task) {
     const size_t i = static_cast<size_t>(task / 2);
     const bool h = task % 2 == 0;
+    ScratchLease<S> scratch(scan_scratch_floats(problem.K, problem.V));
     scan_segment_states(table, problem, units[i], segments[i], chunk_size, base + first_state[i], h,
-                        !h);
+                        !h, scratch.data());
   });
   counts.resize(pieces.size());
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
