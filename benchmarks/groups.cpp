@@ -90,9 +90,11 @@ void time_one_thread(const Settings& settings, const Group& group, MatrixProduct
   set_num_threads(settings.threads);
 }
 
-void write_counters(benchmark::State& state, const Group& group, const Runner& runner) {
+// Google Benchmark sorts counters by name: a digit in front keeps the order of the group.
+void write_counters(benchmark::State& state, const Group& group, const Runner& runner,
+                    size_t index) {
   const auto set = [&](const char* field, double value) {
-    state.counters[runner.variant.name + ":" + field] = value;
+    state.counters[std::to_string(index) + " " + runner.variant.name + ":" + field] = value;
   };
   const Figures& f = runner.figures;
   set("ms", f.ms.median());
@@ -131,7 +133,7 @@ void run_group(benchmark::State& state, const Settings& settings, const Group& g
   Samples openblas, one_openblas;
   time_rounds(state, settings, group, product, runners, openblas);
   time_one_thread(settings, group, product, runners, one_openblas);
-  for (const Runner& runner : runners) write_counters(state, group, runner);
+  for (size_t i = 0; i < runners.size(); ++i) write_counters(state, group, runners[i], i);
   state.counters["openblas_gflops"] = openblas.median();
   state.counters["one_openblas_gflops"] = one_openblas.median();
   state.SetLabel(group.variants.front().recipe.shape.text());

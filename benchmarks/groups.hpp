@@ -25,10 +25,10 @@ struct Group {
 };
 
 // Registers the case. A round runs OpenBLAS's matrix product and then every variant. The counters,
-// each after "<variant>:": ms (its _min and _max), gflop, mbytes, gflops, ratio (to OpenBLAS, a
-// round; median), speed (the first variant's time over this one's, likewise), one_ms, one_gflops,
-// one_ratio, one_speed (one thread, by its processor time), steps_min, steps_max, factorizations (a
-// chunk), workspace (bytes).
+// each after "<index> <variant>:" (at most ten variants): ms (its _min and _max), gflop, mbytes,
+// gflops, ratio (to OpenBLAS, a round; median), speed (the first variant's time over this one's,
+// likewise), one_ms, one_gflops, one_ratio, one_speed (one thread, by its processor time),
+// steps_min, steps_max, factorizations (a chunk), workspace (bytes).
 void register_group(const Group& group, const Settings& settings);
 
 // Operations of a pass, counted as flops.hpp says.

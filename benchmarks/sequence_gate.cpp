@@ -2,7 +2,7 @@
 #include "sequence_gate.hpp"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdio>
 #include <utility>
 #include <vector>
 
@@ -169,7 +169,10 @@ void compare_gradients(Sequence& p, Doubles& part, States& before, const Method&
 
 bool check(Sequence& p, Pass pass, const Method& method, const Settings& settings) {
   const Shape& s = p.recipe.shape;
-  Gate gate(std::string(name(pass)) + " " + s.text() + " " + name(p.recipe.dtype) + " " +
+  char problem[80];
+  std::snprintf(problem, sizeof problem, " memory=%g ridge=%g ", p.recipe.memory,
+                p.ridge.empty() ? method.ridge_ratio : p.recipe.ridge_low);
+  Gate gate(std::string(name(pass)) + " " + s.text() + " " + name(p.recipe.dtype) + problem +
                 method.text() + " on " + name(instruction_set()),
             settings);
   const Bounds bounds = bounds_of(p.recipe, method);
