@@ -122,11 +122,11 @@ struct GkaReport {
   // Over chunks and heads (tokens and heads in gka_step):
   int min_iterations = 0;  // steps of the iteration (direct: after the first, exact application)
   int max_iterations = 0;
-  int64_t solves = 0;          // chunks solved
-  int64_t direct_solves = 0;   // of them, those that the direct solver solved: it hands a chunk to
-                               // Chebyshev's iteration where that is cheaper at the same tolerance
-  int64_t factorizations = 0;  // K x K matrices factored or inverted for them
-  int64_t bfloat16_solves = 0;         // of `solves`, those with products in bfloat16
+  int64_t solves = 0;           // chunks solved
+  int64_t direct_solves = 0;    // of them, those that the direct solver solved: it hands a chunk to
+                                // Chebyshev's iteration where that is cheaper at the same tolerance
+  int64_t factorizations = 0;   // K x K matrices factored or inverted for them
+  int64_t bfloat16_solves = 0;  // of `solves`, those with products in bfloat16
   bool bfloat16_instructions = false;  // they were the processor's; false: float32 ones, or none
 };
 

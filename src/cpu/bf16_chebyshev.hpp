@@ -84,9 +84,9 @@ struct Bf16Operator {
     next_y = take(Kp * kLanes);
   }
 
-  Word* h;       // [Kp/2 pairs][Kp]
-  Word* k_lanes;  // [Kp/2 pairs][kLanes]
-  Word* k_rows;  // [kLanes/2 pairs][Kp]
+  Word* h;           // [Kp/2 pairs][Kp]
+  Word* k_lanes;     // [Kp/2 pairs][kLanes]
+  Word* k_rows;      // [kLanes/2 pairs][Kp]
   Word *y, *next_y;  // [Kp/2 pairs][kLanes]
 };
 
@@ -176,8 +176,8 @@ float* bf16_solve(const Chunk<float>& c, bool h_is_zero, float* words, const flo
           const auto advance = [&](int row) __attribute__((always_inline)) {
             const int64_t at = (n + row) * kLanes + lane;
             const Reg xt = Vec::load(x + at);
-            const Reg residual =
-                Vec::sub(Vec::fma(Vec::load(lambda + lane), xt, tile.acc[row][v]), Vec::load(b + at));
+            const Reg residual = Vec::sub(Vec::fma(Vec::load(lambda + lane), xt, tile.acc[row][v]),
+                                          Vec::load(b + at));
             const Reg change = Vec::sub(xt, Vec::load(other + at));
             const Reg moved = Vec::fma(Vec::load(momentum + lane), change, xt);
             const Reg next = Vec::fnma(Vec::load(gain + lane), residual, moved);

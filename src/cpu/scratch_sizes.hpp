@@ -47,7 +47,8 @@ constexpr int64_t solver_floats(int64_t K, Solver solver, Arithmetic arithmetic)
 // Two buffers of the solver and the mix, in float32 and in float64; the output.
 constexpr int64_t forward_scratch_floats(int64_t K, int64_t V, Solver solver,
                                          Arithmetic arithmetic) {
-  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes + solver_floats(K, solver, arithmetic);
+  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes +
+         solver_floats(K, solver, arithmetic);
 }
 // The decayed keys.
 constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {

@@ -23,8 +23,9 @@ struct Avx512Bf16Products {
   static KALMANET_INLINE void store_pair(Word* to, int64_t /*ld*/, Reg even, Reg odd) {
     // 16 words of `even`, then 16 of `odd`; interleaved.
     const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, halves));
   }
   // An instruction's latency is 6 cycles and two start in one, so at least 12 accumulators are
