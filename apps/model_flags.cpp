@@ -36,6 +36,10 @@ void ModelFlags::declare(CLI::App& app) {
   app.add_option(kNumIter, num_iter, "Solver steps, 0 for as many as the ridge ratio needs")
       ->capture_default_str()
       ->group(kGroup);
+  app.add_option("--arithmetic", arithmetic, "Products of the solver: standard or bfloat16")
+      ->check(CLI::IsMember({"standard", "bfloat16"}))
+      ->capture_default_str()
+      ->group(kGroup);
   app.add_option("--chunk-size", chunk_size, "Tokens a chunk, 0 for the backend's choice")
       ->capture_default_str()
       ->group(kGroup);
@@ -50,7 +54,7 @@ models::ModelConfig ModelFlags::make(const CLI::App& app) const {
   if (!config_path.empty()) {
     for (const char* flag : {"--mixer", "--pattern", "--layers", "--width", "--heads", "--kv-heads",
                              "--head-dim", "--mlp", "--ridge", "--learned-ridge", kNumIter,
-                             "--chunk-size", "--max-positions", "--untied"}) {
+                             "--arithmetic", "--chunk-size", "--max-positions", "--untied"}) {
       if (app.count(flag) > 0) {
         throw UsageError(std::string(flag) + " and --config exclude each other");
       }
@@ -91,6 +95,7 @@ models::ModelConfig ModelFlags::make(const CLI::App& app) const {
   config.gka.ridge_strength = ridge;
   config.gka.num_iter = learned_ridge && app.count(kNumIter) == 0 ? 0 : num_iter;
   config.gka.learned_ridge = learned_ridge;
+  config.gka.arithmetic = arithmetic;
   config.gka.chunk_size = chunk_size;
   if (mixer == "linear") config.gka.fixed_alpha = 0.0;
   models::validate(config, "the model's flags");

@@ -13,6 +13,7 @@ struct ModelFlags {
   std::string config_path;
   std::string mixer = "gka";  // gka | attention | linear
   std::string pattern;
+  std::string arithmetic = "standard";  // standard | bfloat16
   int64_t layers = 4, width = 128, heads = 4, kv_heads = 0, head_dim = 0, mlp = -1;
   int64_t max_positions = 32768, num_iter = 30, chunk_size = 0;
   double ridge = 0.02;

@@ -79,7 +79,8 @@ struct Backward {
 template <class S>
 int64_t lease_floats(const Backward<S>& b, const Segments& s) {
   return b.floats() + b.chunk_state_floats(s) +
-         backward_scratch_floats(b.K(), b.V(), b.problem.options.solver);
+         backward_scratch_floats(b.K(), b.V(), b.problem.options.solver,
+                                 b.problem.options.arithmetic);
 }
 
 template <class S>

@@ -58,8 +58,9 @@ void forward_by_units(const GkaKernels<S>& table, const core::GkaProblem& proble
   counts.resize(units.size());
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
-    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver) +
-                            state_floats(K, V));
+    ScratchLease<S> scratch(
+        forward_scratch_floats(K, V, problem.options.solver, problem.options.arithmetic) +
+        state_floats(K, V));
     GkaForwardJob<S> job = forward_job<S>(problem, outputs, unit, chunk_size);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
@@ -116,7 +117,8 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
     const Piece& piece = pieces[static_cast<size_t>(p)];
     const size_t i = static_cast<size_t>(piece.unit);
     const Segments& s = segments[i];
-    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver));
+    ScratchLease<S> scratch(
+        forward_scratch_floats(K, V, problem.options.solver, problem.options.arithmetic));
     GkaForwardJob<S> job = forward_job<S>(problem, outputs, units[i], chunk_size);
     job.begin = s.begin_of(piece.segment);
     job.end = s.end_of(piece.segment);

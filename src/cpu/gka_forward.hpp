@@ -138,6 +138,9 @@ void gka_forward_segment(const GkaForwardJob<typename Vec::Elem>& job) {
     if constexpr (kHasWider<Vec>) {
       if (ill) {
         ridge_norms<Wide>(c, job.state.h, h_is_zero, narrow.m);
+        if (solver.bf16 != nullptr && count == nullptr && job.count != nullptr) {
+          --job.count->bf16_chunks;  // what it solved is discarded
+        }
         prepare_solver<Wide>(wide_solver, c, in, job.state.h, h_is_zero, 1, count);
         x = solve_and_read<Wide>(c, in, job.state, h_is_zero, wide_solver, wide, narrow.a, o);
       }

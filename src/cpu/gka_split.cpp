@@ -80,7 +80,9 @@ void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report) {
     report.solves += count.chunks;
     report.direct_solves += count.direct_chunks;
     report.factorizations += count.factorizations;
+    report.bfloat16_solves += count.bf16_chunks;
   }
+  report.bfloat16_instructions = report.bfloat16_solves > 0 && bf16_kernels().instructions;
 }
 
 }  // namespace kalmanet::cpu
