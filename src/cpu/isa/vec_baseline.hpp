@@ -46,6 +46,11 @@ struct BaselineWide {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
   static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
   static double sum(Reg a) { return a[0] + a[1]; }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    return __builtin_shufflevector(row[0], row[1], 0, 2) +
+           __builtin_shufflevector(row[0], row[1], 1, 3);
+  }
   // To the nearest integer, |a| < 2^51: adding 1.5 * 2^52 leaves no fraction bits.
   static Reg round(Reg a) {
     const Reg magic = set1(0x1.8p52);
@@ -110,6 +115,14 @@ struct Baseline {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
   static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
   static float sum(Reg a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    const Reg a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5) +
+                  __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+    const Reg b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5) +
+                  __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  }
   // To the nearest integer, |a| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
   static Reg round(Reg a) {
     const Reg magic = set1(12582912.0f);
