@@ -1,5 +1,7 @@
 // Decode of one head, token by token: update the states, solve, read out. Every token touches each
-// state once for the update and H once an iteration; both live in the second-level cache meanwhile.
+// state in one pass: H's updates it, packs it for the solver (packed_symmetric.hpp) and sums its
+// norm; U's, after the solve, updates it, reads it out and sums its norm. So where the states of
+// all sequences exceed the last-level cache, each is read from memory and written to it once.
 #pragma once
 
 #include <cmath>
@@ -13,35 +15,106 @@
 
 namespace kalmanet::cpu {
 
-// H <- decay H + k k^T; returns |H|_F^2.
+// sum of the squares of m[0, n) added to `sum`, in float64 (squared_norm of lanes.hpp says why). n
+// is a multiple of two registers of float64 lanes.
 template <class Vec, class S>
-double update_h(S* h, int64_t ld, int64_t K, int64_t Kp, S decay, const S* k) {
+KALMANET_INLINE void add_squares(const S* m, int64_t n, typename Vec::Wide::Reg (&sum)[2]) {
+  using Wide = typename Vec::Wide;
+  for (int64_t i = 0; i < n; i += 2 * Wide::kWidth) {
+    const auto a = load_as<Wide>(m + i), b = load_as<Wide>(m + i + Wide::kWidth);
+    sum[0] = Wide::fma(a, a, sum[0]);
+    sum[1] = Wide::fma(b, b, sum[1]);
+  }
+}
+
+// H <- decay H + k k^T in one pass, which also packs the new H where `packed` is not null (Kp rows
+// of it: those from K on are zeros). Returns |H|_F^2, for which the lower triangle's blocks of
+// kLanes do: the others are the same numbers.
+template <class Vec, class S>
+double update_h(S* h, int64_t ld, int64_t K, int64_t Kp, S decay, const S* k, S* packed) {
   using Reg = typename Vec::Reg;
+  using Wide = typename Vec::Wide;
+  constexpr int64_t W = Vec::kWidth;
   const Reg d = Vec::set1(decay);
-  double norm2 = 0.0;
+  typename Wide::Reg below[2] = {Wide::zero(), Wide::zero()};
+  typename Wide::Reg diagonal[2] = {Wide::zero(), Wide::zero()};
   for (int64_t c = 0; c < K; ++c) {
     const Reg kc = Vec::set1(k[c]);
     S* row = h + c * ld;
-    for (int64_t n = 0; n < Kp; n += Vec::kWidth) {
-      Vec::store(row + n, Vec::fma(kc, Vec::load(k + n), Vec::mul(d, Vec::load(row + n))));
+    const auto updated = [&](int64_t n) __attribute__((always_inline)) {
+      const Reg a = Vec::fma(kc, Vec::load(k + n), Vec::mul(d, Vec::load(row + n)));
+      Vec::store(row + n, a);
+      return a;
+    };
+    int64_t n = 0;
+    if (packed != nullptr) {
+      const int64_t i = c / W;
+      S* to = packed + packed_row_begin<Vec>(i) + c % W * W;
+      for (; n <= i * W; n += W, to += W * W) Vec::store(to, updated(n));
+    }
+    for (; n < Kp; n += W) updated(n);
+    const int64_t block = c / kLanes * kLanes;
+    add_squares<Vec>(row, block, below);
+    add_squares<Vec>(row + block, kLanes, diagonal);
+  }
+  if (packed != nullptr) {
+    for (int64_t c = K; c < Kp; ++c) {
+      S* to = packed + packed_row_begin<Vec>(c / W) + c % W * W;
+      for (int64_t n = 0; n <= c / W * W; n += W, to += W * W) Vec::store(to, Vec::zero());
     }
   }
-  norm2 = squared_norm<Vec>(h, ld, K, Kp);
-  return norm2;
+  return 2.0 * Wide::sum(Wide::add(below[0], below[1])) +
+         Wide::sum(Wide::add(diagonal[0], diagonal[1]));
 }
 
-// U <- decay U + k v^T
-template <class Vec, class S>
-void update_u(S* u, int64_t ld, int64_t K, int64_t Vp, S decay, const S* k, const S* v) {
+// U <- decay U + k v^T and o = U^T m in one pass, four rows at a time; returns |U|_F^2, or 0 for
+// float64 storage, where nobody asks (kHasWider).
+template <class Vec, int kRows, class S>
+KALMANET_INLINE void update_and_read_rows(S* u, int64_t ld, int64_t Vp, typename Vec::Reg decay,
+                                          const S* k, const S* v, const S* m, S* o) {
   using Reg = typename Vec::Reg;
-  const Reg d = Vec::set1(decay);
-  for (int64_t c = 0; c < K; ++c) {
-    const Reg kc = Vec::set1(k[c]);
-    S* row = u + c * ld;
-    for (int64_t n = 0; n < Vp; n += Vec::kWidth) {
-      Vec::store(row + n, Vec::fma(kc, Vec::load(v + n), Vec::mul(d, Vec::load(row + n))));
-    }
+  Reg kc[kRows], mc[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    kc[r] = Vec::set1(k[r]);
+    mc[r] = Vec::set1(m[r]);
   }
+  for (int64_t n = 0; n < Vp; n += Vec::kWidth) {
+    const Reg vn = Vec::load(v + n);
+    Reg sum = Vec::load(o + n);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      S* at = u + r * ld + n;
+      const Reg a = Vec::fma(kc[r], vn, Vec::mul(decay, Vec::load(at)));
+      Vec::store(at, a);
+      sum = Vec::fma(mc[r], a, sum);
+    }
+    Vec::store(o + n, sum);
+  }
+}
+
+template <class Vec, class S>
+double update_and_read_u(S* u, int64_t ld, int64_t K, int64_t Vp, S decay, const S* k, const S* v,
+                         const S* m, S* o) {
+  using Wide = typename Vec::Wide;
+  const auto d = Vec::set1(decay);
+  typename Wide::Reg norm2[2] = {Wide::zero(), Wide::zero()};
+  for (int64_t n = 0; n < Vp; ++n) o[n] = 0;
+  const auto add_norms = [&](int64_t begin, int64_t end) {
+    if constexpr (kHasWider<Vec>) {
+      for (int64_t c = begin; c < end; ++c) add_squares<Vec>(u + c * ld, Vp, norm2);
+    }
+  };
+  int64_t c = 0;
+  for (; c + 4 <= K; c += 4) {
+    update_and_read_rows<Vec, 4>(u + c * ld, ld, Vp, d, k + c, v, m + c, o);
+    add_norms(c, c + 4);
+  }
+  for (; c < K; ++c) {
+    update_and_read_rows<Vec, 1>(u + c * ld, ld, Vp, d, k + c, v, m + c, o);
+    add_norms(c, c + 1);
+  }
+  return Wide::sum(Wide::add(norm2[0], norm2[1]));
 }
 
 template <class Vec, class S>
@@ -66,27 +139,25 @@ double gate_at(const Column& gate, int64_t t) {
   return gate.data == nullptr ? 1.0 : std::exp(static_cast<double>(value_at<S>(gate, t, 0)));
 }
 
-// x of one token and o = scale U^T (q + alpha (x - q)); x is all zeros where f counts as zero.
+// x of one token and m = scale (q + alpha (x - q)), into buffers.m; x is all zeros where f counts
+// as zero.
 template <class Vec, class S>
-void solve_and_read_step(const StepToken<S>& token, const GkaStepJob<S>& job,
-                         const SolveBuffers<typename Vec::Elem>& buffers,
-                         const StepWork<typename Vec::Elem>& work, S* x_out, S* o) {
+void solve_and_mix(const StepToken<S>& token, const SystemMatrix<S>& matrix,
+                   const SolveBuffers<typename Vec::Elem>& buffers,
+                   const StepWork<typename Vec::Elem>& work, S* x_out) {
   using Elem = typename Vec::Elem;
-  const int64_t K = job.in.K, Kp = padded(K), Vp = padded(job.in.V);
   const Elem* x = buffers.a;
   if (token.f == 0.0) {
-    for (int64_t c = 0; c < Kp; ++c) buffers.a[c] = 0;
+    for (int64_t c = 0; c < matrix.Kp; ++c) buffers.a[c] = 0;
   } else {
-    x = solve_step<Vec>(token, job.state.h, job.h_stride, K, Kp, work, buffers.a, buffers.b);
+    x = solve_step<Vec>(token, matrix, work, buffers.a, buffers.b);
   }
-  for (int64_t c = 0; c < Kp; ++c) {
+  for (int64_t c = 0; c < matrix.Kp; ++c) {
     const Elem q = token.q[c];
     buffers.m[c] =
         static_cast<Elem>(token.scale) * (q + static_cast<Elem>(token.alpha) * (x[c] - q));
     x_out[c] = static_cast<S>(x[c]);
   }
-  row_combination<Vec>(job.state.u, job.u_stride, K, Vp, buffers.m,
-                       [&](int64_t n, typename Vec::Reg a) { store_as<Vec>(o + n, a); });
 }
 
 // amplification() of gka_forward.hpp for one token. The step's states are rounded every token and
@@ -152,6 +223,9 @@ void gka_step_head(const GkaStepJob<typename Vec::Elem>& job) {
   const auto work = take_step_work<S>(arena, Kp, in.solver);
   StepWork<double> wide_work;
   if constexpr (kHasWider<Vec>) wide_work = take_step_work<double>(arena, Kp, in.solver);
+  S* const packed = in.solver == Solver::direct ? nullptr : arena.take(packed_elems(Kp));
+  SystemMatrix<S> matrix{job.state.h, job.h_stride, in.K, Kp};
+  if (packed != nullptr) matrix.product = arena.take(Kp);
   for (int64_t t = job.begin; t < job.end; ++t) {
     const S beta = value_at<S>(in.beta, t, 1);
     StepToken<S> token;
@@ -167,15 +241,20 @@ void gka_step_head(const GkaStepJob<typename Vec::Elem>& job) {
     load_vector<Vec>(in.v, t, in.V, beta, v);
     const auto h_decay = static_cast<S>(gate_at<Vec>(in.gk, t));
     const auto u_decay = static_cast<S>(gate_at<Vec>(in.g, t));
-    token.f = std::sqrt(update_h<Vec>(job.state.h, job.h_stride, in.K, Kp, h_decay, k));
+    matrix.packed = packs_for<Vec>(token, job.matrix, Kp) ? packed : nullptr;
+    token.f = std::sqrt(update_h<Vec>(job.state.h, job.h_stride, in.K, Kp, h_decay, k,
+                                      matrix.packed == nullptr ? nullptr : packed));
     if (token.f <= kVanishedNorm) token.f = 0.0;
-    update_u<Vec>(job.state.u, job.u_stride, in.K, Vp, u_decay, k, v);
     S* const x = narrow.b;  // the float64 pass and the stores read x from here
-    solve_and_read_step<Vec>(token, job, narrow, work, x, o);
+    solve_and_mix<Vec>(token, matrix, narrow, work, x);
+    const double u_norm2 =
+        update_and_read_u<Vec>(job.state.u, job.u_stride, in.K, Vp, u_decay, k, v, narrow.m, o);
     if constexpr (kHasWider<Vec>) {
-      const double u_norm2 = squared_norm<Vec>(job.state.u, job.u_stride, in.K, Vp);
       if (step_amplification<Vec>(token, job, u_norm2, x, o) > kLargestStepAmplification) {
-        solve_and_read_step<typename Vec::Wide>(token, job, wide, wide_work, x, o);
+        using Wide = typename Vec::Wide;
+        solve_and_mix<Wide>(token, matrix, wide, wide_work, x);
+        row_combination<Wide>(job.state.u, job.u_stride, in.K, Vp, wide.m,
+                              [&](int64_t n, typename Wide::Reg a) { store_as<Wide>(o + n, a); });
       }
     }
     if (job.residual.data != nullptr) {

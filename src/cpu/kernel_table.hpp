@@ -139,6 +139,10 @@ struct GkaBackwardJob {
   SolverCount* count = nullptr;
 };
 
+// How the step's solver reads H: by the rule of packed_symmetric.hpp, or one way whatever it says
+// (the tests compare the two).
+enum class StepMatrix { by_rule, whole, packed };
+
 // Tokens [begin, end) of one head one by one; state as above, but its rows may have any stride.
 template <class S>
 struct GkaStepJob {
@@ -148,6 +152,7 @@ struct GkaStepJob {
   int64_t h_stride = 0, u_stride = 0;  // elements from row to row; rows are padded to kLanes
   OutRows o, x;
   OutColumn residual;
+  StepMatrix matrix = StepMatrix::by_rule;
   S* scratch = nullptr;  // step_scratch_floats(K, V)
   SolverCount* count = nullptr;
 };

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/kernel_table.hpp"
+#include "cpu/packed_symmetric.hpp"
 
 namespace kalmanet::cpu {
 
@@ -64,11 +65,13 @@ constexpr int64_t backward_scratch_floats(int64_t K, int64_t V, Solver solver,
 }
 // q and k, the solver's three vectors in float32 and in float64; v, o: one token. Beside them:
 // direct, the matrix and an elimination's panels; cg, two vectors; either in float32 and float64.
+// H packed (or not) with its product's vector; what nothing is iterated with needs none.
 constexpr int64_t step_scratch_floats(int64_t K, int64_t V, Solver solver) {
   const int64_t beside = by_blocks(solver)      ? padded(K) * padded(K) + 2 * kLanes * padded(K)
                          : solver == Solver::cg ? 2 * padded(K)
                                                 : 0;
-  return (2 + 3 + 2 * 3) * padded(K) + 2 * padded(V) + 3 * beside;
+  const int64_t packed = solver == Solver::direct ? 0 : packed_elems(padded(K)) + padded(K);
+  return (2 + 3 + 2 * 3) * padded(K) + 2 * padded(V) + 3 * beside + packed;
 }
 
 }  // namespace kalmanet::cpu

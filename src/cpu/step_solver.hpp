@@ -7,6 +7,7 @@
 #include "cpu/chebyshev.hpp"
 #include "cpu/chunk.hpp"
 #include "cpu/lanes.hpp"
+#include "cpu/packed_symmetric.hpp"
 #include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
@@ -93,6 +94,28 @@ KALMANET_INLINE StepWork<Elem> take_step_work(Arena<S>& arena, int64_t Kp, Solve
   return work;
 }
 
+// A token's H: whole, row-major, and packed beside it (null: not packed), with room for a product.
+template <class S>
+struct SystemMatrix {
+  const S* h = nullptr;
+  int64_t ld = 0, K = 0, Kp = 0;
+  const S* packed = nullptr;
+  S* product = nullptr;  // [Kp]
+
+  // epilogue(n, register of H x) for all n.
+  template <class Vec, class Epilogue>
+  KALMANET_INLINE void times(const typename Vec::Elem* x, Epilogue&& epilogue) const {
+    if constexpr (sizeof(typename Vec::Elem) == sizeof(S)) {
+      if (packed != nullptr) {
+        packed_product<Vec>(packed, Kp, x, product);
+        for (int64_t n = 0; n < Kp; n += Vec::kWidth) epilogue(n, Vec::load(product + n));
+        return;
+      }
+    }
+    row_combination<Vec>(h, ld, K, Kp, x, epilogue);
+  }
+};
+
 // One token: its ridge, and how it is to be solved for.
 template <class S>
 struct StepToken {
@@ -105,10 +128,11 @@ struct StepToken {
 // The Chebyshev iteration (chebyshev.hpp) for one token; returns which of x and other has the
 // solution.
 template <class Vec, class S>
-typename Vec::Elem* chebyshev_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K,
-                                   int64_t Kp, typename Vec::Elem* x, typename Vec::Elem* other) {
+typename Vec::Elem* chebyshev_step(const StepToken<S>& token, const SystemMatrix<S>& matrix,
+                                   typename Vec::Elem* x, typename Vec::Elem* other) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
+  const int64_t Kp = matrix.Kp;
   const double lambda = token.ridge * token.f;
   const double step = 2.0 / (2.0 * lambda + token.f);
   const double rho = 0.5 / (2.0 * token.ridge + 1.0);
@@ -122,7 +146,7 @@ typename Vec::Elem* chebyshev_step(const StepToken<S>& token, const S* h, int64_
     w = 1.0 / (1.0 - rho * rho * w);
     const Reg momentum = Vec::set1(static_cast<Elem>(w - 1.0));
     const Reg gain = Vec::set1(static_cast<Elem>(step * w));
-    row_combination<Vec>(h, ld, K, Kp, x, [&](int64_t n, Reg hx) {
+    matrix.template times<Vec>(x, [&](int64_t n, Reg hx) {
       const Reg xn = Vec::load(x + n);
       const Reg residual = Vec::sub(Vec::fma(lam, xn, hx), load_as<Vec>(token.q + n));
       const Reg moved = Vec::fma(momentum, Vec::sub(xn, Vec::load(other + n)), xn);
@@ -137,11 +161,12 @@ typename Vec::Elem* chebyshev_step(const StepToken<S>& token, const S* h, int64_
 
 // Conjugate gradients (cg.hpp) for one token.
 template <class Vec, class S>
-void cg_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K, int64_t Kp,
+void cg_step(const StepToken<S>& token, const SystemMatrix<S>& matrix,
              const StepWork<typename Vec::Elem>& work, typename Vec::Elem* x,
              typename Vec::Elem* r) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
+  const int64_t Kp = matrix.Kp;
   Elem* const p = work.extra[0];
   Elem* const ap = work.extra[1];
   const auto dot = [Kp](const Elem* a, const Elem* b) {
@@ -156,9 +181,8 @@ void cg_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K, int64
   const Reg lam = Vec::set1(static_cast<Elem>(token.ridge * token.f));
   double rr = dot(r, r);
   for (int iteration = 0; iteration < token.num_iter; ++iteration) {
-    row_combination<Vec>(h, ld, K, Kp, p, [&](int64_t n, Reg hp) {
-      Vec::store(ap + n, Vec::fma(lam, Vec::load(p + n), hp));
-    });
+    matrix.template times<Vec>(
+        p, [&](int64_t n, Reg hp) { Vec::store(ap + n, Vec::fma(lam, Vec::load(p + n), hp)); });
     const double pap = dot(p, ap);
     if (pap == 0.0) return;
     const Elem length = static_cast<Elem>(rr / pap);
@@ -209,6 +233,15 @@ void direct_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K, i
   for (int64_t i = 0; i < Kp; ++i) x[i] += residual[i];
 }
 
+// Whether H is worth packing for the token: it costs half a product's time in the update's pass, so
+// from two products on.
+template <class Vec, class S>
+bool packs_for(const StepToken<S>& token, StepMatrix matrix, int64_t Kp) {
+  if (token.solver == Solver::direct || matrix == StepMatrix::whole) return false;
+  if (matrix == StepMatrix::packed) return true;
+  return packing_pays<Vec>(Kp) && token.num_iter >= 2;
+}
+
 // The token's solver and its steps. Automatic: a factorisation takes as long as 48 + 2500 / K
 // passes over H (measured, AVX2: 204, 126, 87, 64 and 53 at K = 16, 32, 64, 128 and 256), of which
 // Chebyshev takes one a step.
@@ -227,21 +260,21 @@ void choose_step_solver(StepToken<S>& token, const HeadInputs& in) {
 
 // The token's system, by its solver; returns which of x and other has the solution.
 template <class Vec, class S>
-typename Vec::Elem* solve_step(const StepToken<S>& token, const S* h, int64_t ld, int64_t K,
-                               int64_t Kp, const StepWork<typename Vec::Elem>& work,
-                               typename Vec::Elem* x, typename Vec::Elem* other) {
+typename Vec::Elem* solve_step(const StepToken<S>& token, const SystemMatrix<S>& matrix,
+                               const StepWork<typename Vec::Elem>& work, typename Vec::Elem* x,
+                               typename Vec::Elem* other) {
   switch (token.solver) {
     case Solver::direct:
-      direct_step<Vec>(token, h, ld, K, Kp, work, x, other);
+      direct_step<Vec>(token, matrix.h, matrix.ld, matrix.K, matrix.Kp, work, x, other);
       return x;
     case Solver::cg:
-      cg_step<Vec>(token, h, ld, K, Kp, work, x, other);
+      cg_step<Vec>(token, matrix, work, x, other);
       return x;
     case Solver::chebyshev:
     case Solver::automatic:  // resolved before (choose_step_solver)
       break;
   }
-  return chebyshev_step<Vec>(token, h, ld, K, Kp, x, other);
+  return chebyshev_step<Vec>(token, matrix, x, other);
 }
 
 }  // namespace kalmanet::cpu

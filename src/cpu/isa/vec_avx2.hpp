@@ -46,6 +46,12 @@ struct Avx2Wide {
   static Reg interleave_high(Reg a, Reg b) {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
   }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    const Reg a = add(_mm256_unpacklo_pd(row[0], row[1]), _mm256_unpackhi_pd(row[0], row[1]));
+    const Reg b = add(_mm256_unpacklo_pd(row[2], row[3]), _mm256_unpackhi_pd(row[2], row[3]));
+    return add(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
+  }
   static Reg round(Reg a) {
     return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
@@ -105,6 +111,18 @@ struct Avx2 {
   }
   static Reg interleave_high(Reg a, Reg b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+  }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    Reg quad[2];  // lanes of 128 bits: four rows' sums of four
+    for (int i = 0; i < 2; ++i) {
+      const Reg* r = row + 4 * i;
+      const Reg a = add(_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
+      const Reg b = add(_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));
+      quad[i] = add(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    }
+    return add(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+               _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
   }
   static Reg round(Reg a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -42,6 +42,16 @@ struct Avx512Wide {
   static Reg interleave_high(Reg a, Reg b) {
     return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
   }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    Reg pair[4];  // lanes of 128 bits: two rows' sums of two
+    for (int i = 0; i < 4; ++i) {
+      pair[i] = add(_mm512_unpacklo_pd(row[2 * i], row[2 * i + 1]),
+                    _mm512_unpackhi_pd(row[2 * i], row[2 * i + 1]));
+    }
+    const Reg low = fold(pair[0], pair[1]), high = fold(pair[2], pair[3]);
+    return fold(low, high);
+  }
   static Reg round(Reg a) {
     return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
@@ -53,6 +63,10 @@ struct Avx512Wide {
   }
 
  private:
+  // Lanes of 128 bits: a0 + a1, a2 + a3, b0 + b1, b2 + b3.
+  static Reg fold(Reg a, Reg b) {
+    return add(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+  }
   static __mmask8 mask_n(int64_t n) { return static_cast<__mmask8>((1u << n) - 1u); }
 };
 
@@ -92,6 +106,17 @@ struct Avx512 {
     return _mm512_permutex2var_ps(
         a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
   }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    Reg quad[4];  // lanes of 128 bits: four rows' sums of four
+    for (int i = 0; i < 4; ++i) {
+      const Reg* r = row + 4 * i;
+      const Reg a = add(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+      const Reg b = add(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+      quad[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return fold(fold(quad[0], quad[1]), fold(quad[2], quad[3]));
+  }
   static Reg round(Reg a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
@@ -108,6 +133,10 @@ struct Avx512 {
   }
 
  private:
+  // Lanes of 128 bits: a0 + a1, a2 + a3, b0 + b1, b2 + b3.
+  static Reg fold(Reg a, Reg b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
   static __mmask16 mask_n(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 };
 
