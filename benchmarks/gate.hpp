@@ -22,6 +22,8 @@ class Gate {
   // Compares `got` with `want`.
   void compare(const char* name, std::span<const float> got, std::span<const float> want,
                double bound);
+  // A failure that was found in another way.
+  void fail(const std::string& what) { failures_ += "\n    " + what; }
   // Prints the outcome, counts a failure, and says whether the case may be timed.
   bool passed() const;
 

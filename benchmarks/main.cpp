@@ -60,6 +60,8 @@ int run(int argc, char** argv) {
   benchmark::AddCustomContext("threads", std::to_string(settings.threads));
   register_sequence_cases(settings);
   register_decode_cases(settings);
+  register_arithmetic_cases(settings);
+  register_choice_cases(settings);
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   if (failed_gates() > 0) {
