@@ -128,7 +128,7 @@ def wording(text):
     for line in text.splitlines():
         line = re.sub(r"\d+(\.\d+)?", "#", line)
         line = re.sub(r"\b(yes|NO)\b", "?", line)
-        line = re.sub(r"\| -(?= )", "| #", re.sub(r"-{3,}", "---", line))
+        line = re.sub(r"\| -(?= )", "| #", re.sub(r"-{2,}", "---", line))
         line = re.sub(r" +", " ", line).strip()
         if line:
             lines.append(line)
