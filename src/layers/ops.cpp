@@ -67,14 +67,14 @@ using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, std::string_view,
-    int64_t, double, int64_t, std::string_view, bool, bool, std::string_view);
+    int64_t, double, int64_t, std::string_view, bool, bool, std::string_view, bool);
 using GkaBackward =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-        std::string_view, int64_t, double, int64_t, std::string_view, bool, const OptionalTensor&,
-        const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view);
+        std::string_view, int64_t, double, int64_t, std::string_view, bool, std::string_view);
 using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                            const Tensor&, const Tensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
   auto [o, h, u, x, residual] = op.call(
       q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options.scale, options.ridge_ratio,
       options.solver, options.num_iter, options.tolerance, options.chunk_size, options.arithmetic,
-      save_x, /*want_residual=*/false, options.backend);
+      save_x, /*want_residual=*/false, options.backend, options.bp_lambda);
   return {std::move(o), std::move(h), std::move(u), std::move(x)};
 }
 
@@ -138,12 +138,12 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
                            : at::zeros({x.size(0), x.size(1), x.size(2), v.size(3)}, x.options());
     static const auto op = find_operator<GkaBackward>("kalmanet::gka_backward");
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0] =
-        op.call(saved[0], saved[1], v, optional(saved[3]), optional(saved[4]), optional(saved[5]),
-                optional(saved[6]), optional(saved[7]), optional(saved[8]), optional(saved[9]),
-                optional(saved[10]), options.scale, options.ridge_ratio, options.solver,
-                options.num_iter, options.tolerance, options.chunk_size, options.arithmetic,
-                options.bp_lambda, optional(x), d_o, optional(d_h), optional(d_u), options.backend);
+    auto [dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0] = op.call(
+        d_o, saved[0], saved[1], v, optional(saved[3]), optional(saved[4]), optional(saved[5]),
+        optional(saved[6]), optional(saved[7]), optional(saved[8]), optional(saved[9]),
+        optional(saved[10]), optional(x), optional(d_h), optional(d_u), options.scale,
+        options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
+        options.chunk_size, options.arithmetic, options.bp_lambda, options.backend);
     variable_list all = {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
     // The operator returns empty tensors where an input was absent.
     for (size_t i = 0; i < all.size(); ++i) {
@@ -157,9 +157,9 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
 
 using ConvForward = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
                                                const OptionalTensor&, bool, bool);
-using ConvBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+using ConvBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                                         const OptionalTensor&,
-                                                        const OptionalTensor&, const Tensor&,
+                                                        const OptionalTensor&,
                                                         const OptionalTensor&, bool);
 using ConvStep = Tensor(const Tensor&, const Tensor&, const Tensor&, bool);
 
@@ -199,8 +199,8 @@ class ConvFunction : public torch::autograd::Function<ConvFunction> {
     static const auto op = find_operator<ConvBackward>("kalmanet::causal_conv_backward");
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [dx, dweight, dstate] =
-        op.call(x, flat_weight(weight), optional(saved[2]), optional(saved[3]),
-                grads[0].defined() ? grads[0] : at::zeros_like(x), optional(d_state),
+        op.call(grads[0].defined() ? grads[0] : at::zeros_like(x), x, flat_weight(weight),
+                optional(saved[2]), optional(saved[3]), optional(d_state),
                 ctx->saved_data["silu"].toBool());
     result[0] = std::move(dx);
     result[1] = dweight.view(weight.sizes());
@@ -212,8 +212,9 @@ class ConvFunction : public torch::autograd::Function<ConvFunction> {
 // ---- Gated RMS norm ----
 
 using NormForward = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, double);
-using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&,
-                                                        const Tensor&, const Tensor&, double);
+using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                        const OptionalTensor&, const Tensor&,
+                                                        double);
 
 Tensor norm_op(const Tensor& o, const OptionalTensor& gate, const Tensor& weight, double eps) {
   static const auto op = find_operator<NormForward>("kalmanet::gated_rms_norm_forward");
@@ -235,7 +236,7 @@ class NormFunction : public torch::autograd::Function<NormFunction> {
     const auto saved = ctx->get_saved_variables();
     static const auto op = find_operator<NormBackward>("kalmanet::gated_rms_norm_backward");
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [d_o, d_gate, d_weight] = op.call(saved[0], optional(saved[1]), saved[2], grads[0],
+    auto [d_o, d_gate, d_weight] = op.call(grads[0], saved[0], optional(saved[1]), saved[2],
                                            ctx->saved_data["eps"].toDouble());
     return {d_o, saved[1].defined() ? d_gate : Tensor(), d_weight, Tensor()};
   }

@@ -45,12 +45,9 @@ std::tuple<Tensor, Tensor> causal_conv_forward_cpu(const Tensor& x, const Tensor
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(const Tensor& x, const Tensor& weight,
-                                                            const OptionalTensor& state,
-                                                            const OptionalTensor& cu_seqlens,
-                                                            const Tensor& dy,
-                                                            const OptionalTensor& d_final_state,
-                                                            bool silu) {
+std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& state,
+    const OptionalTensor& cu_seqlens, const OptionalTensor& d_final_state, bool silu) {
   Conv conv = read(x, weight, state, cu_seqlens);
   conv.inputs.cu_seqlens = conv.cu_seqlens;
   Tensor dx = new_tensor(x, {x.size(0), x.size(1), conv.D}, const_view(x, "x").dtype);
@@ -91,10 +88,9 @@ Tensor gated_rms_norm_forward_cpu(const Tensor& o, const OptionalTensor& gate, c
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_cpu(const Tensor& o,
+std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_cpu(const Tensor& dy, const Tensor& o,
                                                                const OptionalTensor& gate,
-                                                               const Tensor& weight,
-                                                               const Tensor& dy, double eps) {
+                                                               const Tensor& weight, double eps) {
   const NormInputs inputs = read(o, gate, weight, eps);
   Tensor d_o = new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype);
   Tensor d_gate = gate ? new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype) : no_tensor(o);

@@ -16,7 +16,9 @@ struct Call {
   GkaOptions options;
   std::vector<int64_t> cu_seqlens;
   int64_t B, T, H, K, V, N;
-  DType dtype;        // of o, x and the residual
+  DType dtype;        // of o
+  DType fine_dtype;   // of x and the residual: float32 beside 16 bits, which would lose what
+                      // the gradients of small ridge ratios need
   DType state_dtype;  // float32, or float64 where q is
 };
 
@@ -63,6 +65,7 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
   call.cu_seqlens = offsets(cu_seqlens);
   call.N = cu_seqlens ? static_cast<int64_t>(call.cu_seqlens.size()) - 1 : call.B;
   call.dtype = inputs.q.dtype;
+  call.fine_dtype = call.dtype == DType::float64 ? DType::float64 : DType::float32;
   call.state_dtype = call.dtype == DType::float64 ? DType::float64 : DType::float32;
 
   GkaOptions& options = call.options;
@@ -89,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
     const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
     const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
     const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
-    const Text& arithmetic, bool save_x, bool want_residual, const Text& backend) {
+    const Text& arithmetic, bool save_x, bool want_residual, const Text& backend,
+    bool /*bp_lambda*/) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
                    solver, num_iter, tolerance, chunk_size, arithmetic, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
@@ -97,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
   Tensor o = new_tensor(q, {B, T, H, V}, call.dtype);
   Tensor h = new_tensor(q, {N, H, K, K}, call.state_dtype);
   Tensor u = new_tensor(q, {N, H, K, V}, call.state_dtype);
-  Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.dtype) : no_tensor(q);
-  Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.dtype) : no_tensor(q);
+  Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.fine_dtype) : no_tensor(q);
+  Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.fine_dtype) : no_tensor(q);
   GkaOutputs outputs;
   outputs.o = mutable_view(o, "o");
   outputs.h_final = mutable_view(h, "h_final");
@@ -110,13 +114,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
-                 const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
-                 const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
-                 const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
-                 const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
-                 const Text& arithmetic, bool bp_lambda, const OptionalTensor& x, const Tensor& d_o,
-                 const OptionalTensor& dh, const OptionalTensor& du, const Text& backend) {
+gka_backward_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
+                 const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& h0,
+                 const OptionalTensor& u0, const OptionalTensor& cu_seqlens,
+                 const OptionalTensor& x, const OptionalTensor& dh, const OptionalTensor& du,
+                 std::optional<double> scale, double ridge_ratio, const Text& solver,
+                 int64_t num_iter, double tolerance, int64_t chunk_size, const Text& arithmetic,
+                 bool bp_lambda, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
                    solver, num_iter, tolerance, chunk_size, arithmetic, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
@@ -136,7 +141,7 @@ gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   };
   const auto gate = [&](const OptionalTensor& input, View& view, const char* name) {
     if (!input) return no_tensor(q);
-    Tensor grad = new_tensor(q, {B, T, H}, call.dtype);
+    Tensor grad = new_tensor(q, {B, T, H}, const_view(*input, name).dtype);
     view = mutable_view(grad, name);
     return grad;
   };
@@ -175,7 +180,7 @@ std::tuple<Tensor, Tensor> gka_step_cpu(const Tensor& q, const Tensor& k, const 
   call.inputs.cu_seqlens = call.cu_seqlens;
   Tensor o = new_tensor(q, {call.B, call.T, call.H, call.V}, call.dtype);
   Tensor residual =
-      want_residual ? new_tensor(q, {call.B, call.T, call.H}, call.dtype) : no_tensor(q);
+      want_residual ? new_tensor(q, {call.B, call.T, call.H}, call.fine_dtype) : no_tensor(q);
   GkaOutputs outputs;
   outputs.o = mutable_view(o, "o");
   outputs.h_final = mutable_view(h, "h");

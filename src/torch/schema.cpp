@@ -2,7 +2,8 @@
 // tensors. docs: include/kalmanet/*.hpp has the equations; shapes and letters are those of gka.hpp.
 //
 // Where an optional result was not asked for, or an input was absent, its place in the returned
-// tuple is a tensor of zero elements.
+// tuple is a tensor of zero elements. Every tensor stands before the `*`: PyTorch's vmap knows no
+// keyword-only ones.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -25,8 +26,7 @@ namespace {
 // "auto", "cpu", "reference" (float64 oracle, also takes float64).
 #define KN_SEQUENCE                         \
   "Tensor q, Tensor k, Tensor v, " KN_GATES \
-  ", Tensor? h0=None, Tensor? u0=None, "    \
-  "Tensor? cu_seqlens=None, *, " KN_SOLVER
+  ", Tensor? h0=None, Tensor? u0=None, Tensor? cu_seqlens=None"
 
 // What ran and could run, one line a backend.
 std::string backend_info() {
@@ -58,12 +58,13 @@ void force_instruction_set(Text text) {
 }  // namespace kalmanet::torch_ops
 
 STABLE_TORCH_LIBRARY(kalmanet, m) {
-  m.def("gka_forward(" KN_SEQUENCE
-        ", bool save_x=False, bool want_residual=False, str backend='auto')"
+  // bp_lambda is the gradient's: the forward takes it for the autograd formula to find.
+  m.def("gka_forward(" KN_SEQUENCE ", *, " KN_SOLVER
+        ", bool save_x=False, bool want_residual=False, str backend='auto', bool bp_lambda=True)"
         " -> (Tensor o, Tensor h_final, Tensor u_final, Tensor x, Tensor residual)");
-  m.def("gka_backward(" KN_SEQUENCE
-        ", bool bp_lambda=True, Tensor? x=None, Tensor d_o, Tensor? dh=None, Tensor? du=None,"
-        " str backend='auto')"
+  m.def("gka_backward(Tensor d_o, " KN_SEQUENCE
+        ", Tensor? x=None, Tensor? dh=None, Tensor? du=None, *, " KN_SOLVER
+        ", bool bp_lambda=True, str backend='auto')"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dgk, Tensor dalpha, Tensor dbeta,"
         " Tensor dridge, Tensor dh0, Tensor du0)");
   m.def("gka_step(Tensor q, Tensor k, Tensor v, Tensor(a!) h, Tensor(b!) u, " KN_GATES
@@ -73,15 +74,15 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
       "causal_conv_forward(Tensor x, Tensor weight, Tensor? state=None, Tensor? cu_seqlens=None,"
       " *, bool silu=True, bool want_final_state=False) -> (Tensor y, Tensor final_state)");
   m.def(
-      "causal_conv_backward(Tensor x, Tensor weight, Tensor? state=None, Tensor? cu_seqlens=None,"
-      " *, Tensor dy, Tensor? d_final_state=None, bool silu=True)"
+      "causal_conv_backward(Tensor dy, Tensor x, Tensor weight, Tensor? state=None,"
+      " Tensor? cu_seqlens=None, Tensor? d_final_state=None, *, bool silu=True)"
       " -> (Tensor dx, Tensor dweight, Tensor dstate)");
   m.def("causal_conv_step(Tensor x, Tensor weight, Tensor(a!) state, *, bool silu=True) -> Tensor");
   m.def(
       "gated_rms_norm_forward(Tensor o, Tensor? gate, Tensor weight, *, float eps=1e-06)"
       " -> Tensor");
   m.def(
-      "gated_rms_norm_backward(Tensor o, Tensor? gate, Tensor weight, *, Tensor dy,"
+      "gated_rms_norm_backward(Tensor dy, Tensor o, Tensor? gate, Tensor weight, *,"
       " float eps=1e-06) -> (Tensor d_o, Tensor d_gate, Tensor d_weight)");
   m.def("backend_info() -> str");
   m.def("instruction_set() -> str");

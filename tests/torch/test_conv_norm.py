@@ -33,7 +33,7 @@ def test_causal_conv(silu, with_state, W):
     assert relative(y, want[0]) <= 1e-6 and relative(final, want[1]) <= 1e-6
     assert ops.causal_conv_forward(x32, w32, s32, silu=silu)[1].numel() == 0
     got = ops.causal_conv_backward(
-        x32, w32, s32, dy=cotangents[0].float(), d_final_state=cotangents[1].float(), silu=silu
+        cotangents[0].float(), x32, w32, s32, d_final_state=cotangents[1].float(), silu=silu
     )
     for name, a, b in zip(("dx", "dweight", "dstate"), got, grads, strict=False):
         assert relative(a, b) <= 1e-5, f"{name}: {relative(a, b):.2e}"
@@ -73,7 +73,7 @@ def test_gated_rms_norm(gated):
     o32, gate32, w32, dy32 = (t.detach().float() for t in (o, gate, weight, dy))
     gate32 = gate32 if gated else None
     assert relative(ops.gated_rms_norm_forward(o32, gate32, w32), want) <= 1e-6
-    got = list(ops.gated_rms_norm_backward(o32, gate32, w32, dy=dy32))
+    got = list(ops.gated_rms_norm_backward(dy32, o32, gate32, w32))
     if not gated:
         assert got.pop(1).numel() == 0
     for a, b in zip(got, grads, strict=False):

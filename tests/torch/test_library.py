@@ -151,10 +151,10 @@ def test_calls_leave_no_memory_behind():
         "gka_backward": lambda: ops.gka_backward(**p, cu_seqlens=cu, d_o=d_o, num_iter=1),
         "gka_step": lambda: ops.gka_step(**inputs, h=h, u=u, cu_seqlens=cu, num_iter=1),
         "causal_conv_forward": lambda: ops.causal_conv_forward(x, weight, state, cu),
-        "causal_conv_backward": lambda: ops.causal_conv_backward(x, weight, state, cu, dy=x),
+        "causal_conv_backward": lambda: ops.causal_conv_backward(x, x, weight, state, cu),
         "causal_conv_step": lambda: ops.causal_conv_step(row, weight, state),
         "gated_rms_norm_forward": lambda: ops.gated_rms_norm_forward(row, row, row[0]),
-        "gated_rms_norm_backward": lambda: ops.gated_rms_norm_backward(row, row, row[0], dy=row),
+        "gated_rms_norm_backward": lambda: ops.gated_rms_norm_backward(row, row, row, row[0]),
     }
 
     def resident():
