@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Name -> the module of this package that has it.
-_LAZY: dict[str, str] = {}
+_LAZY = {"GatedKalmaNet": "layer", "State": "state"}
 _MODULES = ("ops",)
 
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .layer import GatedKalmaNet as GatedKalmaNet
+    from .state import State as State
 
 
 def __getattr__(name: str) -> Any:

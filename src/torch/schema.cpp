@@ -84,6 +84,11 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
   m.def(
       "gated_rms_norm_backward(Tensor dy, Tensor o, Tensor? gate, Tensor weight, *,"
       " float eps=1e-06) -> (Tensor d_o, Tensor d_gate, Tensor d_weight)");
+  // A saved state (docs/state-format.md) as uint8 [bytes]; the bytes of the one that `buffer`
+  // begins with, as the 8 bytes of an int64; and that one read: h and u.
+  m.def("save_state(Tensor h, Tensor u) -> Tensor");
+  m.def("saved_state_bytes(Tensor buffer) -> Tensor");
+  m.def("load_state(Tensor buffer) -> (Tensor h, Tensor u)");
   m.def("backend_info() -> str");
   m.def("instruction_set() -> str");
   m.def("set_instruction_set(str instruction_set) -> ()");

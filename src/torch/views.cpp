@@ -136,6 +136,14 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, DTyp
   return Tensor(handle);
 }
 
+Tensor new_bytes(int64_t count) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &count, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor no_tensor(const Tensor& like) {
   return new_tensor(like, {0}, DType::float32);
 }

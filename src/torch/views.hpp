@@ -40,6 +40,8 @@ std::vector<int64_t> offsets(const OptionalTensor& cu_seqlens);
 
 // A new contiguous tensor on `like`'s device, not initialised.
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+// New uint8 [count] on the CPU, not initialised.
+Tensor new_bytes(int64_t count);
 // What an operator returns where a result was not asked for: zero elements.
 Tensor no_tensor(const Tensor& like);
 
