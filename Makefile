@@ -1,6 +1,6 @@
 # The front door: each target sets up what it needs first. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-cpp test-python properties bench format lint docs fuzz clean
+.PHONY: help setup build wheel demo test test-cpp test-python properties bench format lint docs fuzz clean
 
 # Seconds for each fuzzer of `make fuzz`.
 FUZZ_SECONDS ?= 600
@@ -23,6 +23,9 @@ setup:  ## Debian packages and .venv (every target does this first)
 build: setup  ## compile everything, preset release, in build/release
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release --parallel $(JOBS)
+
+wheel: setup  ## the Python package as a wheel in dist/ (tools/wheel --test tries it out)
+	@tools/wheel
 
 demo: setup  ## train a small model on real text and talk to it (about five minutes)
 	cmake --preset release $(CMAKE_ARGS)
