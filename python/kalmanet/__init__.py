@@ -2,6 +2,7 @@
 
     from kalmanet.ops import chunk_gka        # the operators
     from kalmanet import GatedKalmaNet        # the layer
+    kalmanet.load("folder").generate(...)     # language models, with Hugging Face Transformers
 
 Nothing heavy is imported before it is used.
 """
@@ -14,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Name -> the module of this package that has it.
-_LAZY = {"GatedKalmaNet": "layer", "State": "state"}
-_MODULES = ("ops",)
+_LAZY = {"GatedKalmaNet": "layer", "State": "state", "load": "models", "save": "models"}
+_MODULES = ("models", "ops")
 
 __all__ = ["__version__", *_LAZY, *_MODULES]
 
 if TYPE_CHECKING:
+    from . import models as models
     from . import ops as ops
     from .layer import GatedKalmaNet as GatedKalmaNet
+    from .models import load as load
+    from .models import save as save
     from .state import State as State
 
 

@@ -68,3 +68,60 @@ def layer(
     if "g_proj.weight" in sd:
         o = o * F.silu(linear("g_proj").unflatten(-1, (H, -1)))
     return F.linear(o.flatten(2), sd["o_proj.weight"])
+
+
+def rms(x, weight, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def attention(x, sd, heads, kv_heads, D, theta, eps):
+    T = x.shape[1]
+    linear = lambda n: F.linear(x, sd[f"{n}_proj.weight"], sd.get(f"{n}_proj.bias"))  # noqa: E731
+    q, k, v = (linear(n).unflatten(-1, (-1, D)) for n in "qkv")
+    q, k = rms(q, sd["q_norm.weight"], eps), rms(k, sd["k_norm.weight"], eps)
+    angle = torch.outer(
+        torch.arange(T, dtype=torch.float64),
+        theta ** -(torch.arange(0, D, 2, dtype=torch.float64) / D),
+    )
+    z = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def turn(t):  # pairs (i, i + D/2) as complex numbers
+        a, b = t.double().chunk(2, -1)
+        turned = torch.complex(a, b) * z
+        return torch.cat([turned.real, turned.imag], -1).to(t.dtype)
+
+    q, k = turn(q), turn(k)
+    k, v = (t.repeat_interleave(heads // kv_heads, 2) for t in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * D**-0.5
+    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+    o = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2)
+    return F.linear(o, sd["o_proj.weight"], sd.get("o_proj.bias"))
+
+
+def language_model(ids, sd, config):
+    """Logits [B,T,vocab] of a checkpoint `sd` (names as on disk) and its config.json, a dict."""
+    eps, D = config["rms_norm_eps"], config["head_dim"]
+    Hq, Hk = config["num_attention_heads"], config["num_key_value_heads"]
+    gka = config.get("gka_config", {})
+    x = sd["model.embed_tokens.weight"][ids]
+    for i, kind in enumerate(config["hybrid_override_pattern"].split("-")):
+        prefix = f"model.layers.{i}."
+        here = {n[len(prefix) :]: t for n, t in sd.items() if n.startswith(prefix)}
+        part = lambda p: {n[len(p) :]: t for n, t in here.items() if n.startswith(p)}  # noqa: B023, E731
+        y = rms(x, here["input_layernorm.weight"], eps)
+        if kind == "GKA":
+            heads = (Hq, Hk, Hk)
+            told = {
+                "ridge_ratio": gka.get("ridge_strength", 0.02),
+                "num_iter": gka.get("num_iter", 30),
+            }
+            x = x + layer(y, part("gka."), heads, D, **told)
+        else:
+            theta = config["rope_parameters"]["rope_theta"]
+            x = x + attention(y, part("self_attn."), Hq, Hk, D, theta, eps)
+        y = rms(x, here["post_attention_layernorm.weight"], eps)
+        mlp = part("mlp.")
+        gated = F.silu(F.linear(y, mlp["gate_proj.weight"])) * F.linear(y, mlp["up_proj.weight"])
+        x = x + F.linear(gated, mlp["down_proj.weight"])
+    x = rms(x, sd["model.norm.weight"], eps)
+    return F.linear(x, sd.get("lm_head.weight", sd["model.embed_tokens.weight"]))

@@ -1,0 +1,106 @@
+"""Model folders between the package and the `kalmanet` command: the same greedy tokens and the same
+loss, both ways."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import kalmanet
+import pytest
+import torch
+from cases import SEED
+from conftest import ROOT
+
+pytest.importorskip("transformers", reason="the extra `models` is not installed")
+
+
+def command(*arguments):
+    named = os.environ.get("KALMANET_COMMAND")
+    built = sorted(ROOT.glob("build/*/apps/kalmanet"), key=lambda p: p.stat().st_mtime)
+    if not named and not built:
+        pytest.skip("no build/*/apps/kalmanet: build the target kalmanet for these tests")
+    path = Path(named) if named else built[-1]
+    run = subprocess.run(
+        [path, *map(str, arguments)], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (f"line {i * 7919 % 1000} of a text about nothing.\n" for i in range(600))
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module", params=["GKA-*-GKA", "GKA-GKA"])
+def trained(request, text, tmp_path_factory):
+    """A folder that the command trained."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    more = ["--learned-ridge", "--untied"] if request.param == "GKA-GKA" else ["--kv-heads", 2]
+    command(
+        "train", "--text", text, "--out", out, "--pattern", request.param, "--layers",
+        request.param.count("-") + 1, "--width", 32, "--heads", 4, "--steps", 60, "--batch", 4,
+        "--context", 48, "--lr", 0.01, "--warmup", 5, "--quiet", "--threads", 1, *more,
+    )  # fmt: skip
+    return out / "latest"
+
+
+def greedy_bytes(model, prompt, count):
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=256)[0]
+    return bytes(t for t in out[len(prompt) :].tolist() if t < 256)
+
+
+def command_bytes(folder, prompt, count):
+    return command(
+        "generate", "--model", folder, "--prompt", prompt.decode(), "--max-new-tokens", count,
+        "--temperature", 0, "--no-echo", "--threads", 1,
+    )  # fmt: skip
+
+
+def loss_of(model, path, count):
+    """Mean nats of each byte of the file's beginning after the first."""
+    data = path.read_bytes()[:count]
+    with torch.no_grad():
+        return model(torch.tensor([list(data)]), labels=torch.tensor([list(data)])).loss.item()
+
+
+def test_a_trained_folder_generates_the_same_in_python(trained, text):
+    model = kalmanet.load(trained)
+    prompt = b"line 9"
+    want = command_bytes(trained, prompt, 80)
+    assert greedy_bytes(model, prompt, 80).rstrip(b"\n") == want.rstrip(b"\n")
+    assert len(set(want)) > 4, f"{want!r} says little"
+    report = json.loads(
+        command("eval", "--model", trained, "--text", text, "--max-bytes", 400, "--json", "--quiet")
+    )
+    want_loss = report["nats"] / report["bytes"]
+    got = loss_of(model, text, 400)
+    assert abs(got - want_loss) <= 1e-5 * want_loss, (got, report)
+
+
+def test_a_folder_saved_in_python_generates_the_same_in_the_command(trained, tmp_path):
+    torch.manual_seed(SEED)
+    model = kalmanet.load(trained)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    kalmanet.save(model, tmp_path, tokenizer=trained, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    for prompt in (b"line 4", b"nothing"):
+        want = greedy_bytes(model, prompt, 60)
+        assert command_bytes(tmp_path, prompt, 60).rstrip(b"\n") == want.rstrip(b"\n")
+    assert b"GKA" in command("info", tmp_path)
+
+
+def test_the_command_s_tokenizer_is_one_of_transformers(trained):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(trained / "tokenizer.json"))
+    for text in ("line 9 of a text", "naïve → 日本\n"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == list(text.encode()) and tokenizer.decode(ids) == text
