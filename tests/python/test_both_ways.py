@@ -104,3 +104,46 @@ def test_the_command_s_tokenizer_is_one_of_transformers(trained):
     for text in ("line 9 of a text", "naïve → 日本\n"):
         ids = tokenizer(text)["input_ids"]
         assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+
+
+def test_two_hundred_steps_of_training_give_the_same_losses(text, tmp_path):
+    """The command's loop and one of ten lines here, from the same weights over the same windows."""
+    # (At twice this rate Adam blows rounding up to 5e-4 around step 150.)
+    steps, batch, context, lr = 200, 2, 32, 1e-3
+
+    def train(out, *more):
+        command(
+            "train", "--text", text, "--out", tmp_path / out, "--pattern", "GKA-*", "--layers", 2,
+            "--width", 16, "--heads", 2, "--untied", "--batch", batch, "--context", context,
+            "--schedule", "constant", "--clip", 0, "--sequential", "--quiet", "--threads", 1,
+            "--log-every", 1, "--solver", "direct", *more,
+        )  # fmt: skip
+
+    # A step too small to change anything leaves the weights that the seed gives.
+    train("first", "--steps", 1, "--lr", 1e-30)
+    train("run", "--steps", steps, "--lr", lr)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    want = torch.tensor([line["loss"] for line in lines if "loss" in line])
+    model = kalmanet.load(tmp_path / "first" / "latest").train()
+    named = list(model.named_parameters())
+    decays = [p for n, p in named if p.dim() >= 2 and "embed" not in n]
+    others = [p for n, p in named if not (p.dim() >= 2 and "embed" not in n)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=lr, betas=(0.9, 0.99), fused=True,
+    )  # fmt: skip
+    data = torch.tensor(list(text.read_bytes()))
+    windows = (int(len(data) * 0.9) - 1) // context
+    got = []
+    for step in range(steps):
+        starts = [(step * batch + i) % windows * context for i in range(batch)]
+        ids = torch.stack([data[s : s + context + 1] for s in starts])
+        logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        got.append(loss.item())
+    off = (torch.tensor(got) - want).abs()
+    assert want.numel() == steps and want[-1] < want[0] - 1
+    assert off.max() <= 1e-4, f"{off.max():.1e} at step {off.argmax()}, {off[0]:.1e} at the first"
