@@ -59,6 +59,7 @@ lint: build  ## formatting, order of the rooms, clang-tidy, ruff
 	@tools/format --check
 	@tools/check_files
 	@tools/check_layers
+	@tools/python_reference --check
 	@tools/check_isa
 	@tools/tidy
 

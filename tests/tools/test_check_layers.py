@@ -23,11 +23,35 @@ HOUSE = {
     "tests/support/expect.hpp": "#include <gtest/gtest.h>\n",
     "tests/cpu/forward_test.cpp": '#include "reference/exact.hpp"\n#include "support/expect.hpp"\n',
     "examples/first_use.cpp": '#include "kalmanet/gka.hpp"\n',
-    "python/kalmanet/__init__.py": "import torch\n",
+    "python/kalmanet/__init__.py": "import torch\nfrom .layer import Layer\n",
+    "python/kalmanet/ops/__init__.py": "from .gka import chunk\n",
+    "python/kalmanet/ops/gka.py": "from . import _check\nfrom .. import _registration\n",
+    "python/kalmanet/layer.py": "from .ops.gka import chunk\n",
+    "python/kalmanet/models/model.py": "import transformers\nfrom ..layer import Layer\n",
 }
 
 # What is planted: (file, its content, what the violation must say).
 VIOLATIONS = {
+    "an operator that knows the layer": (
+        "python/kalmanet/ops/bad.py",
+        "import torch\nfrom ..layer import Layer\n",
+        "python/kalmanet/ops/bad.py:2: the arrow ops -> layer points the wrong way",
+    ),
+    "the layer that knows the models, by name alone": (
+        "python/kalmanet/layer.py",
+        "from . import models\n",
+        "the arrow layer -> models points the wrong way",
+    ),
+    "Transformers outside the models": (
+        "python/kalmanet/state.py",
+        "def f():\n    from transformers import Cache\n",
+        "only python/kalmanet/models imports Transformers",
+    ),
+    "a room of the package that nobody knows": (
+        "python/kalmanet/extra.py",
+        "import torch\n",
+        "python/kalmanet/extra.py:1: no room of the package",
+    ),
     "core includes a room on its right": (
         "src/core/bad.hpp",
         '#include "cpu/forward.hpp"\n',

@@ -1,6 +1,8 @@
 """One version everywhere: the library's, the package's, the wheel's."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,3 +18,12 @@ def test_one_version():
         "__init__.py": found("python/kalmanet/__init__.py", r'^__version__ = "(.*)"'),
     }
     assert len(set(versions.values())) == 1, versions
+
+
+def test_the_python_reference_is_what_the_docstrings_say():
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools" / "python_reference", "--check"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
