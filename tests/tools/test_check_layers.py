@@ -129,12 +129,12 @@ VIOLATIONS = {
     "a test goes right": ("tests/core/bad_test.cpp", '#include "cpu/forward.hpp"\n', "core -> cpu"),
     "unknown room": ("src/attic/bad.cpp", "#include <vector>\n", "attic is no room"),
     "python package imports a tool": (
-        "python/kalmanet/bad.py",
+        "python/kalmanet/state.py",
         "from tools import x\n",
         "imports tools",
     ),
     "jax outside its folder": (
-        "python/kalmanet/bad.py",
+        "python/kalmanet/state.py",
         "import jax.numpy\n",
         "only python/kalmanet/jax",
     ),
