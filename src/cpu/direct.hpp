@@ -267,7 +267,7 @@ typename Vec::Elem* iterate_direct(const DirectBlock<Vec>& d, const B* b, int st
 // k_j^T (H_0 + mu I)^{-1} k_j times larger than what remains, and so is the rounding error of x
 // along it, where U reads x and where the gradient of k_j is a small difference. The residual,
 // which is one of H_t, restores it; its own solution need not have more than two digits.
-inline constexpr double kLargestCancellation = 1.0;
+inline constexpr double kLargestCancellation = 8.0;
 inline constexpr double kCorrectionTolerance = 0.01;
 
 // Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk, as above.
