@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -143,22 +144,51 @@ TEST(Workspace, IsWhatAnOperationTakesAtMost) {
   }
 }
 
-// Once a thread has its scratch, a forward of the same shape takes little more than lists.
+// Cuts the work as for several threads, and runs it on one: which thread gets which task is then no
+// chance.
+class OneThread : public Executor {
+ public:
+  explicit OneThread(int concurrency) : concurrency_(concurrency) {}
+  int concurrency() const noexcept override { return concurrency_; }
+  void run(int64_t n, const std::function<void(int64_t)>& task) override {
+    for (int64_t i = 0; i < n; ++i) task(i);
+  }
+
+ private:
+  int concurrency_;
+};
+
+// Once a thread has its scratch, a call of the same shape takes no more than short lists: one task
+// a head, and the segments of few heads.
 TEST(Workspace, ScratchIsKept) {
-  CaseSpec spec;
-  spec.H = 4;
-  spec.K = spec.V = 64;
-  Case<float> c(spec);
-  std::thread([&] {
-    const std::unique_ptr<Executor> executor = make_executor(1);
-    GkaOptions options;
-    options.executor = executor.get();
-    run(GkaOperation::step, c, options, false);
-    const int64_t before = testing::live_bytes;
-    testing::peak_bytes = before;
-    run(GkaOperation::step, c, options, false);
-    EXPECT_LE(testing::peak_bytes - before, 4096);
-  }).join();
+  for (int concurrency : {1, 3}) {
+    for (Solver solver : solvers()) {
+      for (GkaOperation operation : kOperations) {
+        for (int64_t heads_of_keys : {1, 2}) {
+          CaseSpec spec;
+          spec.T = operation == GkaOperation::step ? 5 : 700;
+          spec.H = 2;
+          spec.Hk = heads_of_keys;
+          spec.K = spec.V = 64;
+          spec.g = spec.gk = spec.h0 = spec.u0 = true;
+          Case<float> c(spec);
+          std::thread([&] {
+            OneThread executor(concurrency);
+            GkaOptions options;
+            options.executor = &executor;
+            options.solver = solver;
+            run(operation, c, options, false);
+            const int64_t before = testing::live_bytes;
+            testing::peak_bytes = before;
+            run(operation, c, options, false);
+            EXPECT_LE(testing::peak_bytes - before, 8192)
+                << name(operation) << " " << name(solver) << ", cut for " << concurrency
+                << " threads, " << describe(spec);
+          }).join();
+        }
+      }
+    }
+  }
 }
 
 TEST(OutOfMemory, IsAStatusAtEveryAllocationAndNotTheEnd) {
