@@ -32,6 +32,14 @@ def test_train_layer():
     assert len(losses) == 6 and losses[-1] < 0.9 * losses[0], losses
 
 
+def test_with_jax():
+    needs("jax")
+    import test_jax  # names the library
+
+    losses = [float(n) for n in re.findall(r"loss ([\d.]+)", run("with_jax.py"))]
+    assert test_jax.jax and losses[1] < 0.5 * losses[0], losses
+
+
 def test_stream():
     needs("transformers")
     assert "the same text in one go: True" in run("stream.py")
