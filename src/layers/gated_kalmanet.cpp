@@ -90,6 +90,7 @@ void validate(const GatedKalmaNetOptions& o) {
          "is \"bfloat16\", which is for solver \"chebyshev\" with a num_iter >= 1; it cannot meet "
          "the tolerance that the other solvers, num_iter 0 and learned_ridge aim at");
   }
+  KvExpansion::validate(o);
   if (o.qk_norm != "official" && o.qk_norm != "fla") {
     fail("qk_norm", "is \"" + o.qk_norm +
                         "\"; allowed are \"official\" (x / (|x| + 1e-6)) and \"fla\" (x / "
@@ -154,6 +155,10 @@ int64_t GatedKalmaNetOptions::expanded_heads() const {
   return std::max({num_heads, k_heads(), v_heads()});
 }
 
+bool GatedKalmaNetOptions::expands() const {
+  return kv_proj_rank && std::min(k_heads(), v_heads()) < expanded_heads();
+}
+
 int64_t GatedKalmaNetOptions::head_v_dim() const {
   return std::llround(expand_v * static_cast<double>(head_dim));
 }
@@ -199,6 +204,7 @@ GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : opti
   o_norm_ = weight("o_norm", {V});
   o_proj_ =
       register_module("o_proj", torch::nn::Linear(torch::nn::LinearOptions(H * V, D).bias(false)));
+  if (o.kv_proj_rank) expansion_.emplace(*this, o);
   reset_parameters();
 }
 
@@ -214,6 +220,7 @@ void GatedKalmaNetImpl::reset_parameters() {
     if (weight->defined()) weight->uniform_(-bound, bound);
   }
   o_norm_.fill_(1);
+  if (expansion_) expansion_->reset_parameters();
   if (ridge_proj_) ridge_proj_->bias.fill_(std::log(kInitialLearnedRidge));
   if (A_log_.defined()) {
     // A of exactly 0 would be a logarithm of minus infinity.
@@ -302,18 +309,22 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     if (state != nullptr) state->*slot = std::move(result.final_state);
     return result.y;
   };
-  const auto normalise = [&](const Tensor& t, int64_t heads) {
-    const Tensor by_head = t.view({B, T, heads, K});
+  const auto normalise = [&](const Tensor& by_head) {
     if (o.qk_norm == "official") return unit_heads(by_head, 1e-6);
     return by_head * at::rsqrt(by_head.square().sum(-1, true) + 1e-6);
   };
-  const Tensor q =
-      normalise(convolve(project(q_proj_), q_conv_, &GkaLayerState::conv_q), o.num_heads);
-  const Tensor k =
-      normalise(convolve(project(k_proj_), k_conv_, &GkaLayerState::conv_k), o.k_heads());
+  const Tensor q = normalise(
+      convolve(project(q_proj_), q_conv_, &GkaLayerState::conv_q).view({B, T, o.num_heads, K}));
+  Tensor k =
+      convolve(project(k_proj_), k_conv_, &GkaLayerState::conv_k).view({B, T, o.k_heads(), K});
   Tensor v = project(v_proj_);
   if (o.use_v_conv) v = convolve(v, v_conv_, &GkaLayerState::conv_v);
   v = v.view({B, T, o.v_heads(), V});
+  if (o.expands()) {
+    k = expansion_->keys(k);
+    v = expansion_->values(v);
+  }
+  k = normalise(k);
 
   const auto per_head = [&](const Tensor& gate) { return gate.view({B, T, H}); };
   OptionalTensor g, gk, alpha, beta, ridge;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "layers/kv_expansion.hpp"
 #include "layers/ops.hpp"
 
 namespace kalmanet::layers {
@@ -44,11 +45,15 @@ struct GatedKalmaNetOptions {
   // Replaces the alpha gate by a constant in 0..1: 0 is gated linear attention (nothing is solved),
   // 1 the pure ridge.
   std::optional<double> fixed_alpha;
-  int64_t chunk_size = 0;        // 0: the backend's choice
-  std::string backend = "auto";  // "auto", "cpu"; "reference" computes float64 (slow)
+  // r: keys and values of fewer heads than H go through a low-rank expansion (KvExpansion).
+  std::optional<int64_t> kv_proj_rank;
+  bool kv_learnable_residual = false;  // only with kv_proj_rank
+  int64_t chunk_size = 0;              // 0: the backend's choice
+  std::string backend = "auto";        // "auto", "cpu"; "reference" computes float64 (slow)
 
   int64_t k_heads() const { return num_k_heads.value_or(num_heads); }
   int64_t v_heads() const { return num_v_heads.value_or(num_heads); }
+  bool expands() const;            // whether there is anything to expand
   int64_t expanded_heads() const;  // H: the largest of the three head counts
   int64_t head_v_dim() const;      // V
 };
@@ -106,6 +111,7 @@ class GatedKalmaNetImpl : public torch::nn::Module {
   at::Tensor A_log_, dt_bias_;
   at::Tensor q_conv_, k_conv_, v_conv_;  // the `.weight`s of q_conv1d, k_conv1d, v_conv1d
   at::Tensor o_norm_;
+  std::optional<KvExpansion> expansion_;
 };
 TORCH_MODULE(GatedKalmaNet);
 

@@ -60,14 +60,11 @@ ExtraKeys read_gka(const Json& json, const std::string& source, GkaConfig& gka) 
   if (in.get("fixed_alpha", alpha, 0.0, 1.0)) gka.fixed_alpha = alpha;
 
   if (const Json* rank = in.raw("kv_proj_rank"); rank != nullptr && !rank->is_null()) {
-    in.reject("kv_proj_rank", "the low-rank key/value expansion is not built yet; it must be null",
-              ErrorCode::unsupported);
+    int64_t value = 0;
+    in.get("kv_proj_rank", value, 1, kMaxHidden);
+    gka.kv_proj_rank = value;
   }
-  bool residual = false;
-  if (in.get("kv_learnable_residual", residual) && residual) {
-    in.reject("kv_learnable_residual", "it is not built yet; it must be false",
-              ErrorCode::unsupported);
-  }
+  in.get("kv_learnable_residual", gka.kv_learnable_residual);
   // Another implementation's names for keys above: taken silently they would change nothing.
   for (const auto& [theirs, ours] :
        {std::pair{"ridge_ratio", "ridge_strength"}, std::pair{"num_heads", "num_q_heads"},
@@ -277,6 +274,9 @@ void validate(const ModelConfig& c, const std::string& source) {
           source,
           "gka_config.arithmetic \"bfloat16\" is for solver_type \"chebyshev\" with a num_iter of "
           "at least 1 and without learned_ridge; its rounding would not meet their tolerance");
+  if (g.kv_proj_rank) in_range("gka_config.kv_proj_rank", *g.kv_proj_rank, 1, kMaxHidden);
+  require(g.kv_proj_rank || !g.kv_learnable_residual, source,
+          "gka_config.kv_learnable_residual needs a kv_proj_rank");
   require(g.norm_eps > 0 && g.norm_eps <= 1, source,
           "gka_config.norm_eps must be above 0 and at most 1");
   require(!g.fixed_alpha || (*g.fixed_alpha >= 0 && *g.fixed_alpha <= 1), source,

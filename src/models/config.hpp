@@ -41,6 +41,9 @@ struct GkaConfig {
   // Head counts and size of the GKA layers where they differ from the attention layers' (HMF's
   // names). Absent: see ModelConfig::gka_heads.
   std::optional<int64_t> num_q_heads, num_k_heads, num_v_heads, head_dim;
+  // Keys and values of fewer heads through a low-rank expansion, and its learnable residual.
+  std::optional<int64_t> kv_proj_rank;
+  bool kv_learnable_residual = false;
   double expand_v = 1.0;       // V = expand_v * head_dim, an integer (FLA's name)
   bool learned_ridge = false;  // (ours) predict the ridge ratio from the input
   double tolerance = 1e-5;     // (ours) what num_iter = "auto" aims at; up to 0.5

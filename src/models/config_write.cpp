@@ -52,6 +52,8 @@ OrderedJson gka_json(const GkaConfig& g) {
   add_if(j, "num_k_heads", g.num_k_heads);
   add_if(j, "num_v_heads", g.num_v_heads);
   add_if(j, "head_dim", g.head_dim);
+  add_if(j, "kv_proj_rank", g.kv_proj_rank);
+  if (g.kv_learnable_residual) j["kv_learnable_residual"] = true;
   // Extensions, only where they say something.
   if (g.expand_v != defaults.expand_v) j["expand_v"] = g.expand_v;
   if (g.learned_ridge) j["learned_ridge"] = true;
@@ -165,6 +167,16 @@ std::vector<ParameterSpec> parameter_specs(const ModelConfig& c) {
       if (c.gka.use_gate) add_linear(p + "g_proj", H * V, D, false);
       add(p + "o_norm.weight", {V});
       add_linear(p + "o_proj", D, H * V, false);
+      if (const auto rank = c.gka.kv_proj_rank) {
+        add_linear(p + "proj_k.linearA", *rank, k_size, false);
+        add_linear(p + "proj_k.linearB", H * heads.head_dim, *rank, false);
+        add_linear(p + "proj_v.linearA", *rank, v_size, false);
+        add_linear(p + "proj_v.linearB", H * V, *rank, false);
+        if (c.gka.kv_learnable_residual) {
+          add(p + "k_rep", {H, heads.num_k_heads});
+          add(p + "v_rep", {H, heads.num_v_heads});
+        }
+      }
     }
     if (c.intermediate_size > 0) {
       add(layer + "post_attention_layernorm.weight", {D});

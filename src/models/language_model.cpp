@@ -91,6 +91,8 @@ layers::GatedKalmaNetOptions gka_options(const ModelConfig& config) {
   o.learned_ridge = g.learned_ridge;
   o.fixed_alpha = g.fixed_alpha;
   o.chunk_size = g.chunk_size;
+  o.kv_proj_rank = g.kv_proj_rank;
+  o.kv_learnable_residual = g.kv_learnable_residual;
   return o;
 }
 
@@ -182,8 +184,8 @@ void HybridLanguageModelImpl::initialise_weights() {
     Tensor parameter = item.value();
     if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) {
       parameter.normal_(0, residual_std);
-    } else if (name.ends_with("_proj.weight") || name == "lm_head.weight" ||
-               name == "model.embed_tokens.weight") {
+    } else if (name.ends_with("_proj.weight") || name.ends_with("linearA.weight") ||
+               name == "lm_head.weight" || name == "model.embed_tokens.weight") {
       parameter.normal_(0, std);
     } else if (name.ends_with("_proj.bias") && !name.ends_with("ridge_proj.bias")) {
       parameter.zero_();

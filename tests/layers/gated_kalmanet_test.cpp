@@ -36,10 +36,21 @@ Tensor plain_layer(layers::GatedKalmaNetImpl& layer, const Tensor& x, int64_t nu
     return o.qk_norm == "fla" ? t / (squares + 1e-6).sqrt() : t / (squares.sqrt() + 1e-6);
   };
   const Tensor q = normalise(convolve(project("q_proj"), "q_conv1d").view({B, T, o.num_heads, K}));
-  const Tensor k = normalise(convolve(project("k_proj"), "k_conv1d").view({B, T, o.k_heads(), K}));
+  // Head e of H: the sum of the heads i of t, weighed by rep[e,i], and its rows of B silu(A t).
+  const auto expand = [&](const Tensor& t, int64_t heads, int64_t d, const std::string& letter) {
+    if (!o.expands()) return t.view({B, T, heads, d});
+    const Tensor rep = o.kv_learnable_residual
+                           ? p(letter + "_rep")
+                           : at::eye(heads, x.options()).repeat_interleave(H / heads, 0);
+    const Tensor mixed = at::einsum("eh,bthd->bted", {rep, t.view({B, T, heads, d})});
+    const std::string proj = "proj_" + letter;
+    const Tensor narrow = at::silu(at::matmul(t, p(proj + ".linearA.weight").t()));
+    return mixed + at::matmul(narrow, p(proj + ".linearB.weight").t()).view({B, T, H, d});
+  };
+  const Tensor k = normalise(expand(convolve(project("k_proj"), "k_conv1d"), o.k_heads(), K, "k"));
   Tensor v = project("v_proj");
   if (o.use_v_conv) v = convolve(v, "v_conv1d");
-  v = v.view({B, T, o.v_heads(), V});
+  v = expand(v, o.v_heads(), V, "v");
   OptionalTensor beta, alpha, g, gk;
   if (o.use_beta_gate) beta = at::sigmoid(project("b_proj")) + 1e-6;
   if (o.fixed_alpha) {

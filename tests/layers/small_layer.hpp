@@ -24,7 +24,7 @@ inline GatedKalmaNetOptions small_options() {
   return o;
 }
 
-// Makes the layer from a fixed seed; its norm weight is moved off 1 so that it matters. One thread:
+// Makes the layer from a fixed seed; what starts at a special value is moved off it. One thread:
 // on tensors this small a second one only waits.
 inline GatedKalmaNet make_layer(const GatedKalmaNetOptions& options,
                                 at::ScalarType type = at::kFloat) {
@@ -32,7 +32,11 @@ inline GatedKalmaNet make_layer(const GatedKalmaNetOptions& options,
   torch::manual_seed(kSeed);
   GatedKalmaNet layer(options);
   const at::NoGradGuard no_grad;
-  layer->named_parameters()["o_norm.weight"].uniform_(0.5, 1.5);
+  for (const auto& item : layer->named_parameters()) {
+    if (item.key() == "o_norm.weight") item.value().uniform_(0.5, 1.5);
+    if (item.key().ends_with("linearB.weight")) item.value().uniform_(-0.5, 0.5);  // zero at first
+    if (item.key().ends_with("_rep")) item.value().add_(at::rand_like(item.value()) * 0.5);
+  }
   layer->to(type);
   return layer;
 }
@@ -53,6 +57,19 @@ inline std::vector<std::pair<std::string, GatedKalmaNetOptions>> variants() {
   add("GQA", [](auto& o) {
     o.num_heads = 4;
     o.num_k_heads = o.num_v_heads = 2;
+  });
+  add("low rank", [](auto& o) {
+    o.num_heads = 4;
+    o.num_k_heads = 2;
+    o.num_v_heads = 1;
+    o.expand_v = 1.5;
+    o.kv_proj_rank = 3;
+  });
+  add("low rank with a learnable residual", [](auto& o) {
+    o.num_heads = 4;
+    o.num_k_heads = o.num_v_heads = 2;
+    o.kv_proj_rank = 2;
+    o.kv_learnable_residual = true;
   });
   add("GVA", [](auto& o) { o.num_v_heads = 4; });
   add("all head counts differ", [](auto& o) {

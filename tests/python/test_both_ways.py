@@ -147,3 +147,45 @@ def test_two_hundred_steps_of_training_give_the_same_losses(text, tmp_path):
     off = (torch.tensor(got) - want).abs()
     assert want.numel() == steps and want[-1] < want[0] - 1
     assert off.max() <= 1e-4, f"{off.max():.1e} at step {off.argmax()}, {off[0]:.1e} at the first"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_synthetic_checkpoints_mean_the_same_in_the_command(trained, text, tmp_path, mixed, dtype):
+    """Low-rank keys and values, tied and untied embeddings, shards, 16-bit weights beside float32
+    A_log and dt_bias; test_models.py holds the same checkpoints against a plain model."""
+    from kalmanet.models import HybridQwen3Config, HybridQwen3ForCausalLM
+
+    torch.manual_seed(SEED)
+    config = HybridQwen3Config(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=mixed,
+        hybrid_override_pattern="GKA-*-GKA",
+        gka_config={"kv_proj_rank": 5, "kv_learnable_residual": mixed},
+    )  # fmt: skip
+    model = HybridQwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("A_log", "dt_bias")):
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+                parameter.copy_(parameter.to(getattr(torch, dtype)))
+    model.to(getattr(torch, dtype))
+    for layer in model.model.layers:
+        if layer.is_gka:
+            layer.gka.A_log.data = layer.gka.A_log.data.float()
+            layer.gka.dt_bias.data = layer.gka.dt_bias.data.float()
+    kalmanet.save(model, tmp_path, tokenizer=trained, max_shard_size="40KB")
+    model = kalmanet.load(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    for prompt in (b"line 4", b"x"):
+        want = greedy_bytes(model, prompt, 60)
+        # (The command writes text: U+FFFD for what is none.)
+        got = command_bytes(tmp_path, prompt, 60).decode()
+        assert got.rstrip("\n") == want.decode(errors="replace").rstrip("\n")
+    report = json.loads(
+        command(
+            "eval", "--model", tmp_path, "--text", text, "--max-bytes", 300, "--json", "--quiet"
+        )
+    )
+    want_loss = report["nats"] / report["bytes"]
+    assert abs(loss_of(model, text, 300) - want_loss) <= 1e-5 * want_loss
