@@ -1,0 +1,132 @@
+// Checks of the arguments of the layer's decode step.
+#include "core/validate_layer_step.hpp"
+
+#include <array>
+#include <cmath>
+
+#include "core/check.hpp"
+#include "core/text.hpp"
+#include "kalmanet/conv.hpp"
+
+namespace kalmanet::core {
+namespace {
+
+void number(const char* argument, double value, bool good, const char* allowed) {
+  if (good) return;
+  fail(ErrorCode::invalid_argument, argument, text("got ", value, "; must be ", allowed));
+}
+
+void check_numbers(const LayerStepOptions& o) {
+  number("fixed_alpha", o.fixed_alpha, o.fixed_alpha >= 0 && o.fixed_alpha <= 1, "in 0..1");
+  number("min_ridge", o.min_ridge, o.min_ridge > 0 && std::isfinite(o.min_ridge), "> 0 and finite");
+  number("max_ridge", o.max_ridge, o.max_ridge >= o.min_ridge && std::isfinite(o.max_ridge),
+         ">= min_ridge and finite");
+  number("norm_eps", o.norm_eps, o.norm_eps >= 0 && std::isfinite(o.norm_eps), ">= 0 and finite");
+  if (o.qk_norm != QkNorm::official && o.qk_norm != QkNorm::fla) {
+    fail(ErrorCode::invalid_argument, "qk_norm",
+         text("unknown value ", static_cast<int>(o.qk_norm), "; must be official or fla"));
+  }
+}
+
+// One convolution: weight [D,W] of q's dtype or float32 beside it, state [N,D,W]. Sets W where it
+// is not known yet.
+void check_conv(const char* weight_name, const ConstView& weight, const char* state_name,
+                const View& state, const GkaProblem& p, int64_t channels, int64_t& width) {
+  check_required(weight_name, weight, {{"D", channels}, {"W", {}}}, "D is heads times head dim");
+  check_dtype_or_float32(weight_name, weight, p.dtype, "q");
+  if (width == 0) width = weight.size[1];
+  if (weight.size[1] != width || width < 1 || width > kMaxConvWidth) {
+    fail(ErrorCode::invalid_shape, weight_name,
+         text("width W is ", weight.size[1], "; must be in 1..", kMaxConvWidth,
+              " and the same for all convolutions"));
+  }
+  check_required(state_name, state, {{"N", p.N}, {"D", channels}, {"W", width}});
+  check_writable(state_name, state, {{"N", p.N}, {"D", channels}, {"W", width}});
+  check_dtype(state_name, state, state_dtype(p), "states are float64 where q is, else float32");
+}
+
+}  // namespace
+
+GkaProblem validate_layer_step(const LayerStepInputs& in, const LayerStepStates& states,
+                               const View& o, const View& residual,
+                               const LayerStepOptions& options) {
+  check_numbers(options);
+  check_required("h", states.h, {{"N", {}}, {"H", {}}, {"K", {}}, {"K", {}}});
+  check_required("u", states.u, {{"N", {}}, {"H", {}}, {"K", {}}, {"V", {}}});
+  GkaInputs core_in;
+  core_in.q = in.q;
+  core_in.k = in.k;
+  core_in.v = in.v;
+  core_in.h0 = states.h;
+  core_in.u0 = states.u;
+  GkaOutputs core_out;
+  core_out.o = o;
+  core_out.residual = residual;
+  core_out.h_final = states.h;
+  core_out.u_final = states.u;
+  const GkaProblem p = validate_forward(core_in, core_out, options.gka);
+  if (p.options.backend == Backend::reference) {
+    fail(ErrorCode::unsupported, "backend",
+         "the fused step runs on the cpu backend only; call the separate operations for reference");
+  }
+  const std::array<Named, 4> logits = {
+      {{"b", in.b}, {"alpha", in.alpha}, {"a", in.a}, {"ridge", in.ridge}}};
+  for (const auto& [argument, view] : logits) {
+    if (!present(view)) continue;
+    check_tensor(argument, view, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
+    check_dtype(argument, view, p.dtype, "as q");
+  }
+  if (present(in.gate)) {
+    check_tensor("gate", in.gate, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"V", p.V}});
+    check_dtype("gate", in.gate, p.dtype, "as q");
+  }
+  for (const auto& [argument, view] :
+       std::array<Named, 2>{{{"A_log", in.A_log}, {"dt_bias", in.dt_bias}}}) {
+    if (!present(in.a) && !present(view)) continue;
+    check_required(argument, view, {{"H", p.H}});
+    check_dtype_or_float32(argument, view, p.dtype, "q");
+  }
+  check_required("o_norm", in.o_norm, {{"V", p.V}});
+  check_dtype_or_float32("o_norm", in.o_norm, p.dtype, "q");
+  int64_t width = 0;
+  check_conv("conv_q_weight", in.conv_q_weight, "conv_q", states.conv_q, p, in.q.size[2] * p.K,
+             width);
+  check_conv("conv_k_weight", in.conv_k_weight, "conv_k", states.conv_k, p, in.k.size[2] * p.K,
+             width);
+  if (present(in.conv_v_weight)) {
+    check_conv("conv_v_weight", in.conv_v_weight, "conv_v", states.conv_v, p, in.v.size[2] * p.V,
+               width);
+  } else if (present(states.conv_v)) {
+    fail(ErrorCode::invalid_argument, "conv_v",
+         "given, but conv_v_weight is absent; pass both or neither");
+  }
+  if (present(in.ridge) && p.options.solver == Solver::chebyshev &&
+      p.options.num_iter == kAutoNumIter) {
+    chebyshev_num_iter(options.min_ridge, p.options.tolerance);  // throws where no int can hold it
+  }
+  const std::array<Named, 7> written = {{{"o", o},
+                                         {"residual", residual},
+                                         {"h", states.h},
+                                         {"u", states.u},
+                                         {"conv_q", states.conv_q},
+                                         {"conv_k", states.conv_k},
+                                         {"conv_v", states.conv_v}}};
+  const std::array<Named, 14> read = {{{"q", in.q},
+                                       {"k", in.k},
+                                       {"v", in.v},
+                                       {"gate", in.gate},
+                                       {"b", in.b},
+                                       {"alpha", in.alpha},
+                                       {"a", in.a},
+                                       {"ridge", in.ridge},
+                                       {"conv_q_weight", in.conv_q_weight},
+                                       {"conv_k_weight", in.conv_k_weight},
+                                       {"conv_v_weight", in.conv_v_weight},
+                                       {"A_log", in.A_log},
+                                       {"dt_bias", in.dt_bias},
+                                       {"o_norm", in.o_norm}}};
+  check_distinct(written, read, {});
+  return p;
+}
+
+}  // namespace kalmanet::core
