@@ -1,9 +1,11 @@
 # The front door: each target sets up what it needs first. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-cpp test-python bench format lint docs fuzz clean
+.PHONY: help setup build demo test test-cpp test-python properties bench format lint docs fuzz clean
 
 # Seconds for each fuzzer of `make fuzz`.
 FUZZ_SECONDS ?= 600
+# Random cases of `make properties`.
+CASES ?= 100000
 # Extra settings for CMake, e.g. CMAKE_ARGS=-DKALMANET_WERROR=ON
 CMAKE_ARGS ?=
 JOBS ?= $(shell nproc)
@@ -38,6 +40,11 @@ test-python: build
 	KALMANET_SAFETENSORS_TOOL=$(CURDIR)/build/release/tests/models/safetensors_tool \
 	KALMANET_TORCH_LIBRARY=$(CURDIR)/build/release/src/torch/libkalmanet_torch.so \
 	  .venv/bin/python -m pytest
+
+properties: setup  ## promises on random problems (CASES=100000)
+	cmake --preset core-only $(CMAKE_ARGS)
+	cmake --build --preset core-only --parallel $(JOBS) --target property_test
+	KALMANET_PROPERTY_CASES=$(CASES) build/core-only/tests/api/property_test
 
 bench: build  ## speed against OpenBLAS and PyTorch
 	@benchmarks/run

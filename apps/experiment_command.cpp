@@ -112,12 +112,14 @@ struct RecallCommand {
         static_cast<long long>(options.pairs), static_cast<long long>(4 * options.pairs),
         static_cast<long long>(options.layers), static_cast<long long>(options.width),
         static_cast<long long>(options.heads), 2.0 / static_cast<double>(options.vocab_size));
-    std::printf("  %-8s  %-34s  %8s  %6s  %s\n", "variant", "", "accuracy", "steps", "time");
+    std::printf("  %-8s  %-34s  %8s  %6s  %-9s  %s\n", "variant", "", "accuracy", "steps", "time",
+                "of processors");
     for (const train::RecallRun& run : runs) {
-      std::printf("  %-8s  %-34s  %8.4f  %6lld  %s%s\n", run.variant.c_str(), describe(run.variant),
-                  run.accuracy,
+      std::printf("  %-8s  %-34s  %8.4f  %6lld  %-9s  %.1f s%s\n", run.variant.c_str(),
+                  describe(run.variant), run.accuracy,
                   static_cast<long long>(run.curve.empty() ? 0 : run.curve.back().step),
-                  describe_seconds(run.seconds).c_str(), run.interrupted ? "  (stopped)" : "");
+                  describe_seconds(run.seconds).c_str(), run.processor_seconds,
+                  run.interrupted ? "  (stopped)" : "");
     }
   }
 
@@ -136,6 +138,7 @@ struct RecallCommand {
                               {"description", describe(run.variant)},
                               {"accuracy", run.accuracy},
                               {"seconds", run.seconds},
+                              {"processor_seconds", run.processor_seconds},
                               {"parameters", run.parameters},
                               {"interrupted", run.interrupted},
                               {"curve", curve}});
@@ -180,9 +183,11 @@ struct SpeedCommand {
         ->check(CLI::Range(0, 4096));
     app->add_flag("--json", json, "Print one JSON object");
     app->footer(
-        "Training steps of the shakespeare preset's model (4 layers, width 128, 4 heads), with "
-        "GKA\n"
-        "and with attention layers in turns.\n"
+        "Training steps of the shakespeare preset's model (4 layers, width 128, 4 heads) in "
+        "turns:\n"
+        "with GKA layers as the preset has them (gka: learned ridge ratio, solver direct), with a\n"
+        "fixed ratio and 30 Chebyshev steps (gka-fixed), and with attention layers. The last\n"
+        "columns count the time of the processors, which other programs do not stretch.\n"
         "Examples:\n"
         "  kalmanet experiment speed\n"
         "  kalmanet experiment speed --contexts 64,512 --rounds 3");
@@ -195,15 +200,21 @@ struct SpeedCommand {
     gka.intermediate_size = 304;
     gka.tie_word_embeddings = true;
     gka.gka.chunk_size = 0;
-    models::ModelConfig attention = gka;
+    const models::ModelConfig fixed = gka;
+    gka.gka.learned_ridge = true;
+    gka.gka.solver_type = "direct";
+    gka.gka.num_iter = 0;
+    models::ModelConfig attention = fixed;
     attention.layers.assign(attention.layers.size(), models::LayerKind::attention);
     for (const int64_t context : contexts) {
       attention.max_position_embeddings = std::max(attention.max_position_embeddings, context);
     }
-    ProgressBar bar(static_cast<int64_t>(contexts.size()) * 2 * rounds);
-    const auto results = train::measure_training_speed(
-        {{"gka", gka}, {"attention", attention}}, contexts, tokens, rounds, seconds,
-        [&](int64_t done, int64_t) { bar.update(done, "turns"); });
+    const std::vector<train::SpeedCase> cases = {
+        {"gka", gka}, {"gka-fixed", fixed}, {"attention", attention}};
+    ProgressBar bar(static_cast<int64_t>(contexts.size() * cases.size()) * rounds);
+    const auto results =
+        train::measure_training_speed(cases, contexts, tokens, rounds, seconds,
+                                      [&](int64_t done, int64_t) { bar.update(done, "turns"); });
     bar.finish();
     ordered_json list = ordered_json::array();
     for (const train::SpeedResult& r : results) {
@@ -212,7 +223,8 @@ struct SpeedCommand {
                       {"batch", r.batch},
                       {"tokens_per_second", r.tokens_per_second},
                       {"slowest", r.slowest},
-                      {"fastest", r.fastest}});
+                      {"fastest", r.fastest},
+                      {"tokens_per_processor_second", r.tokens_per_processor_second}});
     }
     if (json) {
       std::printf(
@@ -220,12 +232,25 @@ struct SpeedCommand {
           ordered_json({{"threads", at::get_num_threads()}, {"results", list}}).dump(2).c_str());
       return 0;
     }
-    std::printf("training, tokens/s, %d thread(s), median of %d turns (slowest .. fastest)\n",
-                at::get_num_threads(), rounds);
+    std::printf("training, %d thread(s), median of %d turns\n", at::get_num_threads(), rounds);
+    std::printf("  %16s  %-9s  %8s  %-18s  %15s  %12s\n", "context", "layers", "tokens/s",
+                "slowest .. fastest", "/ processor s", "of attention");
     for (const train::SpeedResult& r : results) {
-      std::printf("  context %6lld x %-3lld  %-10s %10.0f  (%.0f .. %.0f)\n",
-                  static_cast<long long>(r.context), static_cast<long long>(r.batch),
-                  r.name.c_str(), r.tokens_per_second, r.slowest, r.fastest);
+      double attention_rate = 0;
+      for (const train::SpeedResult& other : results) {
+        if (other.context == r.context && other.name == "attention") {
+          attention_rate = other.tokens_per_processor_second;
+        }
+      }
+      char context[32], range[32], ratio[32] = "-";
+      std::snprintf(context, sizeof context, "%lld x %lld", static_cast<long long>(r.batch),
+                    static_cast<long long>(r.context));
+      std::snprintf(range, sizeof range, "%.0f .. %.0f", r.slowest, r.fastest);
+      if (attention_rate > 0) {
+        std::snprintf(ratio, sizeof ratio, "%.2f", r.tokens_per_processor_second / attention_rate);
+      }
+      std::printf("  %16s  %-9s  %8.0f  %-18s  %15.0f  %12s\n", context, r.name.c_str(),
+                  r.tokens_per_second, range, r.tokens_per_processor_second, ratio);
     }
     return 0;
   }

@@ -17,6 +17,7 @@
 #include "models/tokenizer.hpp"
 #include "terminal.hpp"
 #include "train/checkpoint.hpp"
+#include "train/clock.hpp"
 #include "train/files.hpp"
 #include "train/interrupt.hpp"
 
@@ -36,17 +37,23 @@ int64_t resident_bytes() {
 }
 
 // Speed of the first and last thousand tokens, and memory after the first thousand and at the end.
+// Speed by the clock, and by the time of the processors, which other programs do not stretch.
 class Statistics {
  public:
   void token() {
     ++count_;
-    if (count_ == 1) block_begin_ = Clock::now();
-    if (count_ % kBlock != 1 || count_ == 1) return;
+    if (count_ % kBlock != 1) return;
     const Clock::time_point now = Clock::now();
-    last_ = kBlock / std::chrono::duration<double>(now - block_begin_).count();
+    const double processor_now = train::processor_seconds();
+    if (count_ > 1) {
+      last_ = kBlock / std::chrono::duration<double>(now - block_begin_).count();
+      last_by_processor_ = kBlock / (processor_now - processor_begin_);
+    }
     block_begin_ = now;
-    if (first_ == 0) {
+    processor_begin_ = processor_now;
+    if (first_ == 0 && count_ > 1) {
       first_ = last_;
+      first_by_processor_ = last_by_processor_;
       memory_ = resident_bytes();
     }
   }
@@ -62,13 +69,19 @@ class Statistics {
     std::fprintf(stderr,
                  "stats: first thousand %.1f tokens/s, last whole thousand %.1f (%+.1f%%)\n",
                  first_, last_, (last_ / first_ - 1) * 100);
+    std::fprintf(stderr,
+                 "stats: the same a processor second: %.1f tokens, last whole thousand %.1f "
+                 "(%+.1f%%)\n",
+                 first_by_processor_, last_by_processor_,
+                 (last_by_processor_ / first_by_processor_ - 1) * 100);
   }
 
  private:
   static double mib(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
   int64_t count_ = 0, memory_ = 0;
-  double first_ = 0, last_ = 0;
+  double first_ = 0, last_ = 0, first_by_processor_ = 0, last_by_processor_ = 0;
   Clock::time_point block_begin_;
+  double processor_begin_ = 0;
 };
 
 struct GenerateCommand {

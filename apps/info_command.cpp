@@ -83,7 +83,9 @@ struct InfoCommand {
         {"gka_value_dim", heads.value_head_dim},
         {"ridge_ratio", config.gka.learned_ridge ? ordered_json("learned")
                                                  : ordered_json(config.gka.ridge_strength)},
-        {"num_iter", config.gka.num_iter},
+        {"solver", config.gka.solver_type},
+        {"num_iter",
+         config.gka.num_iter == 0 ? ordered_json("auto") : ordered_json(config.gka.num_iter)},
         {"tied_embeddings", config.tie_word_embeddings}};
     ordered_json memory = ordered_json::array();
     for (const int64_t position : kPositions) {
@@ -137,9 +139,9 @@ struct InfoCommand {
                   describe_count(out["parameters"].get<double>()).c_str(),
                   static_cast<long long>(out["parameters"].get<int64_t>()));
       std::printf("pattern     %s\n", m["pattern"].get<std::string>().c_str());
-      for (const char* key :
-           {"hidden_size", "intermediate_size", "vocab_size", "heads", "head_dim", "gka_heads",
-            "gka_key_dim", "gka_value_dim", "ridge_ratio", "num_iter", "tied_embeddings"}) {
+      for (const char* key : {"hidden_size", "intermediate_size", "vocab_size", "heads", "head_dim",
+                              "gka_heads", "gka_key_dim", "gka_value_dim", "ridge_ratio", "solver",
+                              "num_iter", "tied_embeddings"}) {
         std::printf("  %-18s %s\n", key, m[key].dump().c_str());
       }
       std::printf("memory of one sequence (float32)\n  %10s  %14s  %28s\n", "tokens", "this model",

@@ -8,6 +8,8 @@ namespace {
 
 constexpr const char* kGroup = "Model";
 constexpr const char* kNumIter = "--num-iter";
+constexpr const char* kRidge = "--ridge";
+constexpr const char* kLearnedRidge = "--learned-ridge";
 constexpr int64_t kByteVocabulary = 257;
 
 }  // namespace
@@ -28,12 +30,23 @@ void ModelFlags::declare(CLI::App& app) {
   app.add_option("--head-dim", head_dim, "Size of a head (default: width / heads)")->group(kGroup);
   app.add_option("--mlp", mlp, "Inner size of the MLP, 0 for none (default: about 8/3 width)")
       ->group(kGroup);
-  app.add_option("--ridge", ridge, "Ridge ratio of the GKA layers")
+  app.add_option(kRidge, ridge, "Ridge ratio of the GKA layers, the same for every token")
       ->capture_default_str()
       ->group(kGroup);
-  app.add_flag("--learned-ridge", learned_ridge, "Predict the ridge ratio from the input")
+  app.add_flag("--learned-ridge,!--no-learned-ridge", learned_ridge,
+               "Predict the ridge ratio from the input (presets do), or not")
       ->group(kGroup);
-  app.add_option(kNumIter, num_iter, "Solver steps, 0 for as many as the ridge ratio needs")
+  app.add_option("--solver", solver,
+                 "chebyshev, direct, cg or auto (default: direct with a learned ridge ratio, else "
+                 "chebyshev)")
+      ->check(CLI::IsMember({"chebyshev", "direct", "cg", "auto"}))
+      ->group(kGroup);
+  app.add_option(kNumIter, num_iter,
+                 "Steps of chebyshev and cg with a fixed ridge ratio, 0 for as many as it needs")
+      ->capture_default_str()
+      ->group(kGroup);
+  app.add_option("--arithmetic", arithmetic, "Products of the solver: standard or bfloat16")
+      ->check(CLI::IsMember({"standard", "bfloat16"}))
       ->capture_default_str()
       ->group(kGroup);
   app.add_option("--chunk-size", chunk_size, "Tokens a chunk, 0 for the backend's choice")
@@ -46,11 +59,19 @@ void ModelFlags::declare(CLI::App& app) {
       ->group(kGroup);
 }
 
+bool ModelFlags::excludes(const CLI::App& app, const std::string& flag) const {
+  if (app.get_option(flag)->get_group() != kGroup) return false;
+  if (!config_path.empty()) return true;
+  if (flag == "--layers") return !pattern.empty();
+  if (flag != kLearnedRidge) return false;
+  return app.count(kRidge) > 0 || app.count(kNumIter) > 0 || mixer != "gka";
+}
+
 models::ModelConfig ModelFlags::make(const CLI::App& app) const {
   if (!config_path.empty()) {
     for (const char* flag : {"--mixer", "--pattern", "--layers", "--width", "--heads", "--kv-heads",
-                             "--head-dim", "--mlp", "--ridge", "--learned-ridge", kNumIter,
-                             "--chunk-size", "--max-positions", "--untied"}) {
+                             "--head-dim", "--mlp", kRidge, kLearnedRidge, "--solver", kNumIter,
+                             "--arithmetic", "--chunk-size", "--max-positions", "--untied"}) {
       if (app.count(flag) > 0) {
         throw UsageError(std::string(flag) + " and --config exclude each other");
       }
@@ -73,6 +94,14 @@ models::ModelConfig ModelFlags::make(const CLI::App& app) const {
                        " layers and --layers says " + std::to_string(layers));
     }
   }
+  if (learned_ridge && mixer == "linear") {
+    throw UsageError("--learned-ridge and --mixer linear exclude each other: nothing is solved");
+  }
+  for (const char* flag : {kRidge, kNumIter}) {
+    if (learned_ridge && app.count(flag) > 0) {
+      throw UsageError(std::string(flag) + " has no effect with --learned-ridge; give one of them");
+    }
+  }
   if (head_dim == 0 && width % heads != 0) {
     throw UsageError("--width " + std::to_string(width) + " is not a multiple of --heads " +
                      std::to_string(heads) + "; give --head-dim");
@@ -89,8 +118,11 @@ models::ModelConfig ModelFlags::make(const CLI::App& app) const {
   config.tie_word_embeddings = !untied;
   config.bos_token_id = config.eos_token_id = kByteVocabulary - 1;
   config.gka.ridge_strength = ridge;
-  config.gka.num_iter = learned_ridge && app.count(kNumIter) == 0 ? 0 : num_iter;
   config.gka.learned_ridge = learned_ridge;
+  config.gka.arithmetic = arithmetic;
+  // 30 steps of Chebyshev's iteration are not enough for the small ratios that may be learned.
+  config.gka.num_iter = learned_ridge ? 0 : num_iter;
+  config.gka.solver_type = !solver.empty() ? solver : learned_ridge ? "direct" : "chebyshev";
   config.gka.chunk_size = chunk_size;
   if (mixer == "linear") config.gka.fixed_alpha = 0.0;
   models::validate(config, "the model's flags");

@@ -37,6 +37,7 @@ const std::vector<Preset>& presets() {
         {"--width", "128"},
         {"--heads", "4"},
         {"--mlp", "384"},
+        {"--learned-ridge", "true"},
         {"--steps", "1200"},
         {"--batch", "8"},
         {"--context", "256"},
@@ -51,6 +52,7 @@ const std::vector<Preset>& presets() {
         {"--width", "128"},
         {"--heads", "4"},
         {"--mlp", "304"},
+        {"--learned-ridge", "true"},
         {"--steps", "2000"},
         {"--batch", "12"},
         {"--context", "64"},
@@ -135,9 +137,7 @@ struct TrainCommand {
       if (preset != known.name) continue;
       for (const auto& [flag, value] : known.flags) {
         CLI::Option* target = app->get_option(flag);
-        const bool of_model = target->get_group() == "Model";
-        if (target->count() > 0 || (of_model && !model.config_path.empty())) continue;
-        if (of_model && !model.pattern.empty() && std::string(flag) == "--layers") continue;
+        if (target->count() > 0 || model.excludes(*app, flag)) continue;
         target->add_result(value);
         target->run_callback();
       }
@@ -229,8 +229,12 @@ struct TrainCommand {
 
   static std::string describe_model(const models::ModelConfig& config) {
     const auto parameters = static_cast<double>(models::num_parameters(config));
-    return describe_count(parameters) + " parameters, " + models::to_pattern(config.layers) +
-           ", width " + std::to_string(config.hidden_size);
+    const std::string text = describe_count(parameters) + " parameters, " +
+                             models::to_pattern(config.layers) + ", width " +
+                             std::to_string(config.hidden_size);
+    if (config.num_layers(models::LayerKind::gka) == 0) return text;
+    return text + ", " + (config.gka.learned_ridge ? "learned ridge" : "fixed ridge") +
+           ", solver " + config.gka.solver_type;
   }
 
   // Where this machine's Python keeps its own sources: text that every machine with Python has.
@@ -268,6 +272,8 @@ Command add_train(CLI::App& app) {
       "Examples:\n"
       "  kalmanet train --preset demo --out runs/demo\n"
       "  kalmanet train --text shakespeare.txt --preset shakespeare --out runs/s\n"
+      "  kalmanet train --text shakespeare.txt --preset shakespeare --no-learned-ridge --out "
+      "runs/f\n"
       "  kalmanet train --text src/ --out runs/big --layers 8 --width 256 --heads 8 --steps 20000\n"
       "  kalmanet train --text book.txt --out runs/hybrid --pattern 'GKA-GKA-GKA-*'\n"
       "  kalmanet train --out runs/big --resume");

@@ -5,8 +5,11 @@
 
 namespace kalmanet::bench {
 
-// forward/<isa> and forward_backward/<isa> beside OpenBLAS's matrix product, and time_per_token.
+// sequence/<what varies>/<pass>: solvers, ridges, dtypes, head sizes, instruction sets; groups.hpp
+// says what is measured.
 void register_sequence_cases(const Settings& settings);
+// lengths/<pass> and memory/<pass>: 1k to 128k tokens.
+void register_length_cases(const Settings& settings);
 // decode/K:<K>/<isa> beside the same number of OpenBLAS's matrix-vector products.
 void register_decode_cases(const Settings& settings);
 

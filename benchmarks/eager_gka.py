@@ -3,11 +3,13 @@
 As fast as plain PyTorch operations were found to make it: every chunk of every head in one batch
 (or in groups of chunks that fit the second-level cache), batched matrix products for all that is
 quadratic, in-place updates, per-token coefficients folded into the matrices, implicit gradients
-with the x_t of the forward. docs/math.md has the formulas and the letters. Chebyshev, scalar ridge
-ratio, one sequence length that the chunk divides, g the same as gk.
+with the x_t of the forward. docs/math.md has the formulas and the letters. Chebyshev, or the direct
+solver of eager_direct.py; scalar ridge ratio, one sequence length that the chunk divides, g the same
+as gk.
 """
 
 import torch
+from eager_direct import DirectSolver
 
 
 def chunked(t, C):
@@ -34,7 +36,7 @@ def scan(start, decay, reverse=False):
     return carry
 
 
-class Solver:
+class ChebyshevSolver:
     """x_t = (H_t + lambda_t I)^{-1} b_t for all tokens of all chunks."""
 
     def __init__(self, k, kt, h0, mask, since, f, a, num_iter, group):
@@ -80,7 +82,7 @@ def apply_h(x, k, kt, h0, mask, since):
     return torch.baddbmm(torch.bmm(x, h0).mul_(since), torch.bmm(x, kt).mul_(mask), k)
 
 
-def forward(q, k, v, g, alpha, beta, a, num_iter, C, group):
+def forward(q, k, v, g, alpha, beta, a, solver, C, group):
     B, T, H, K = q.shape
     scale = K**-0.5
     n = T // C
@@ -101,7 +103,11 @@ def forward(q, k, v, g, alpha, beta, a, num_iter, C, group):
     cross = (mask * (torch.bmm(k, h0) * k).sum(2).unsqueeze(1)).sum(2)
     norm2 = h0.flatten(1).square().sum(1, keepdim=True)
     f = (since * since * norm2 + 2 * since * cross + inside).sqrt_()
-    solver = Solver(k, kt, h0, mask, since, f, a, num_iter, group)
+    kind, accuracy = solver  # chebyshev: its steps; direct: the tolerance
+    if kind == "direct":
+        solver = DirectSolver(k, kt, h0, mask, since, total, f, a, accuracy, group, n)
+    else:
+        solver = ChebyshevSolver(k, kt, h0, mask, since, f, a, accuracy, group)
     x = solver(q)
     m = torch.lerp(q, x, alpha.unsqueeze(-1)).mul_(scale)  # scale included
     o = torch.bmm(m, u0).mul_(since.unsqueeze(-1))
@@ -165,11 +171,14 @@ def backward(d_o, kept, a, B, H, C):
 
 
 class EagerGka(torch.autograd.Function):
-    """o [B,T,H,V] of q, k [B,T,H,K], v [B,T,H,V] and g (of both states), alpha, beta [B,T,H]."""
+    """o [B,T,H,V] of q, k [B,T,H,K], v [B,T,H,V] and g (of both states), alpha, beta [B,T,H].
+
+    a: the ridge ratio; solver: ("chebyshev", steps) or ("direct", tolerance); C: chunk length; group:
+    how many chunk-heads the solver takes at a time, 0: all."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, alpha, beta, a, num_iter, C, group):
-        o, ctx.kept = forward(q, k, v, g, alpha, beta, a, num_iter, C, group)
+    def forward(ctx, q, k, v, g, alpha, beta, a, solver, C, group):
+        o, ctx.kept = forward(q, k, v, g, alpha, beta, a, solver, C, group)
         ctx.settings = a, q.shape[0], q.shape[2], C
         return o
 

@@ -58,7 +58,9 @@ int run(int argc, char** argv) {
   benchmark::AddCustomContext("openblas_build", openblas_build());
   benchmark::AddCustomContext("instruction_set", name(instruction_set()));
   benchmark::AddCustomContext("threads", std::to_string(settings.threads));
+  benchmark::AddCustomContext("copy_gbytes", std::to_string(memory_copy_rate() * 1e-9));
   register_sequence_cases(settings);
+  register_length_cases(settings);
   register_decode_cases(settings);
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();

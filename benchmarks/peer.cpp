@@ -3,7 +3,8 @@
 
 #include <cblas.h>
 
-#include <cmath>
+#include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "timing.hpp"
@@ -43,6 +44,19 @@ double MatrixProduct::rate(int threads) {
 double MatrixProduct::rate_of_one_thread() {
   const auto n = static_cast<double>(n_);
   return 2.0 * n * n * n / cpu_seconds_of(Cpu::thread, [&] { run(1); });
+}
+
+double memory_copy_rate() {
+  constexpr size_t kFloats = size_t{1} << 26;  // 256 MiB each
+  const Floats from(kFloats, 1.0f);
+  Floats to(kFloats, 2.0f);
+  double best = 0;
+  for (int round = 0; round < 3; ++round) {
+    const double seconds =
+        cpu_seconds_of(Cpu::thread, [&] { std::memcpy(to.data(), from.data(), 4 * kFloats); });
+    best = std::max(best, 2.0 * 4.0 * kFloats / seconds);
+  }
+  return best;
 }
 
 VectorProducts::VectorProducts(int64_t heads, int64_t K, int count)

@@ -29,6 +29,10 @@ class MatrixProduct {
   Floats a_, b_, c_;
 };
 
+// Bytes a second of a memory copy by one thread (memcpy of far more than any cache holds), read and
+// written bytes both counted; the best of three.
+double memory_copy_rate();
+
 // `count` products y = H x in a row on one thread, for each of `heads` K x K matrices of its own:
 // as a decode step reads its states. y of one product is x of the next.
 class VectorProducts {

@@ -1,25 +1,12 @@
-// The problems that are timed.
+// The problem of the decode cases.
 #include "problem.hpp"
 
 #include <cmath>
 
+#include "random.hpp"
+
 namespace kalmanet::bench {
 namespace {
-
-// splitmix64: fast, and the same on every machine.
-struct Random {
-  uint64_t state;
-
-  uint64_t next() {
-    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-  }
-  float uniform(float low, float high) {
-    return low + (high - low) * static_cast<float>(next() >> 40) * 0x1p-24f;
-  }
-};
 
 Floats uniform(Random& random, int64_t size, float low, float high) {
   Floats values(static_cast<size_t>(size));
@@ -37,10 +24,6 @@ Floats unit_rows(Random& random, int64_t rows, int64_t width) {
     for (int64_t i = 0; i < width; ++i) row[i] *= gain;
   }
   return values;
-}
-
-View view_of(Floats& data, const Shape& s, int64_t width) {
-  return width == 0 ? dense(data.data(), {1, s.T, s.H}) : dense(data.data(), {1, s.T, s.H, width});
 }
 
 }  // namespace
@@ -80,49 +63,6 @@ GkaInputs Problem::inputs(int64_t begin, int64_t end) const {
   in.alpha = tokens_of(alpha, shape, 0, begin, end);
   in.beta = tokens_of(beta, shape, 0, begin, end);
   return in;
-}
-
-GkaReport Problem::forward() {
-  GkaOutputs out;
-  out.o = view_of(o, shape, shape.V);
-  out.h_final = dense(h.data(), {1, shape.H, shape.K, shape.K});
-  out.u_final = dense(u.data(), {1, shape.H, shape.K, shape.V});
-  GkaOptions options;
-  options.num_iter = kNumIter;
-  return gka_forward(inputs(), out, options);
-}
-
-void Problem::make_room_for_gradients() {
-  if (!x.empty()) return;
-  const auto rows = static_cast<size_t>(shape.T * shape.H);
-  const auto keys = rows * static_cast<size_t>(shape.K);
-  const auto values = rows * static_cast<size_t>(shape.V);
-  Random random{12};
-  d_o = uniform(random, static_cast<int64_t>(values), -1.7f, 1.7f);
-  for (auto* keyed : {&x, &dq, &dk}) keyed->resize(keys);
-  dv.resize(values);
-  for (auto* gate : {&dg, &dgk, &dalpha, &dbeta}) gate->resize(rows);
-}
-
-void Problem::forward_backward() {
-  make_room_for_gradients();
-  GkaOptions options;
-  options.num_iter = kNumIter;
-  GkaOutputs out;
-  out.o = view_of(o, shape, shape.V);
-  out.x = view_of(x, shape, shape.K);
-  gka_forward(inputs(), out, options);
-  GkaOutputGrads output_grads;
-  output_grads.d_o = view_of(d_o, shape, shape.V);
-  GkaInputGrads grads;
-  grads.dq = view_of(dq, shape, shape.K);
-  grads.dk = view_of(dk, shape, shape.K);
-  grads.dv = view_of(dv, shape, shape.V);
-  grads.dg = view_of(dg, shape, 0);
-  grads.dgk = view_of(dgk, shape, 0);
-  grads.dalpha = view_of(dalpha, shape, 0);
-  grads.dbeta = view_of(dbeta, shape, 0);
-  gka_backward(inputs(), out.x, output_grads, grads, options);
 }
 
 }  // namespace kalmanet::bench

@@ -1,5 +1,5 @@
-// The problems that are timed: one sequence with unit queries and keys, a forgetting gate of about
-// fifty tokens' memory, alpha and beta, ridge ratio 0.02, chebyshev(30); everything float32.
+// The problem of the decode cases: one sequence with unit queries and keys, a forgetting gate of
+// about fifty tokens' memory, alpha and beta; everything float32.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,7 @@ namespace kalmanet::bench {
 struct Shape {
   int64_t T = 4096, H = 4, K = 128, V = 128;
   std::string text() const;
+  bool operator==(const Shape&) const = default;
 };
 inline constexpr int kNumIter = 30;
 
@@ -27,22 +28,11 @@ class Problem {
   Problem(const Shape& shape, uint64_t seed);
 
   const Shape shape;
-  Floats q, k, v, g, alpha, beta, d_o;  // g is both gates
-  // Results.
-  Floats o, x, h, u;  // h [1,H,K,K], u [1,H,K,V]: the states after the last token
-  Floats dq, dk, dv, dg, dgk, dalpha, dbeta;
+  Floats q, k, v, g, alpha, beta;  // g is both gates
+  Floats o, h, u;  // results; h [1,H,K,K], u [1,H,K,V]: the states after the last token
 
   // Inputs of tokens [begin, end), without states.
   GkaInputs inputs(int64_t begin, int64_t end) const;
-  GkaInputs inputs() const { return inputs(0, shape.T); }
-
-  // o and the final states.
-  GkaReport forward();
-  // o, x and the gradients, as in training: x is kept for the backward.
-  void forward_backward();
-
- private:
-  void make_room_for_gradients();
 };
 
 }  // namespace kalmanet::bench

@@ -38,6 +38,21 @@ enum class Solver {
 };
 KALMANET_API const char* name(Solver solver) noexcept;
 
+// What the products inside Chebyshev's iteration are computed in; everything else never changes.
+// Chosen by name only, never by the library.
+enum class Arithmetic {
+  standard,  // float32 (float64 for float64 inputs), a sequence's first tokens in float64
+  // The factors of H_t x are rounded to bfloat16 (8 bits), their products summed in float32: with
+  // the processor's bfloat16 instructions where it has them, twice as fast a product, elsewhere by
+  // float32 ones of the same bits at float32's speed. A sequence's first tokens stay float64, and
+  // so does whatever standard arithmetic computes in float64. gka_forward and gka_backward;
+  // gka_step, which reads H faster than it could round it, stays standard. Errors of o at ridge
+  // ratio 0.02: 1e-2, below that more (docs/numerics.md, section 10). With Solver::chebyshev and a
+  // num_iter on the cpu backend only, and not for float64.
+  bfloat16,
+};
+KALMANET_API const char* name(Arithmetic arithmetic) noexcept;
+
 struct GkaInputs {
   ConstView q;  // [B,T,Hq,K]
   ConstView k;  // [B,T,Hk,K]
@@ -76,6 +91,7 @@ struct GkaOptions {
   // Relative error of x_t that direct, automatic and kAutoNumIter aim at; >= 0. kDtypeTolerance:
   // what the inputs' dtype can carry (1e-5 for float32, 1e-4 for 16 bits, 1e-10 for float64).
   double tolerance = 1e-5;
+  Arithmetic arithmetic = Arithmetic::standard;
   bool bp_lambda = true;   // false: f_t is a constant to the gradient (da_t stays)
   int64_t chunk_size = 0;  // 0: the backend's choice; else 1..256. Never changes the meaning
   Backend backend = Backend::automatic;
@@ -106,10 +122,12 @@ struct GkaReport {
   // Over chunks and heads (tokens and heads in gka_step):
   int min_iterations = 0;  // steps of the iteration (direct: after the first, exact application)
   int max_iterations = 0;
-  int64_t solves = 0;          // chunks solved
-  int64_t direct_solves = 0;   // of them, those that the direct solver solved: it hands a chunk to
-                               // Chebyshev's iteration where that is cheaper at the same tolerance
-  int64_t factorizations = 0;  // K x K matrices factored or inverted for them
+  int64_t solves = 0;           // chunks solved
+  int64_t direct_solves = 0;    // of them, those that the direct solver solved: it hands a chunk to
+                                // Chebyshev's iteration where that is cheaper at the same tolerance
+  int64_t factorizations = 0;   // K x K matrices factored or inverted for them
+  int64_t bfloat16_solves = 0;  // of `solves`, those with products in bfloat16
+  bool bfloat16_instructions = false;  // they were the processor's; false: float32 ones, or none
 };
 
 // Whole sequences, chunk by chunk (docs/math.md). Linear time, constant memory a sequence.

@@ -45,6 +45,10 @@ const char* kalmanet_solver_name(int32_t solver) {
   return name(static_cast<Solver>(solver));
 }
 
+const char* kalmanet_arithmetic_name(int32_t arithmetic) {
+  return name(static_cast<Arithmetic>(arithmetic));
+}
+
 const char* kalmanet_backend_name(int32_t backend) {
   return name(static_cast<Backend>(backend));
 }

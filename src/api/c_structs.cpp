@@ -23,6 +23,8 @@ static_assert(same(KALMANET_FLOAT32, DType::float32) && same(KALMANET_FLOAT64, D
               same(KALMANET_BFLOAT16, DType::bfloat16) && same(KALMANET_FLOAT16, DType::float16));
 static_assert(same(KALMANET_SOLVER_CHEBYSHEV, Solver::chebyshev) &&
               same(KALMANET_SOLVER_DIRECT, Solver::direct) && same(KALMANET_SOLVER_CG, Solver::cg));
+static_assert(same(KALMANET_ARITHMETIC_STANDARD, Arithmetic::standard) &&
+              same(KALMANET_ARITHMETIC_BFLOAT16, Arithmetic::bfloat16));
 static_assert(same(KALMANET_BACKEND_AUTOMATIC, Backend::automatic) &&
               same(KALMANET_BACKEND_CPU, Backend::cpu) &&
               same(KALMANET_BACKEND_REFERENCE, Backend::reference));
@@ -44,7 +46,8 @@ static_assert(same(kOptionsInit.solver, kDefaults.solver) &&
               kOptionsInit.ridge_ratio == kDefaults.ridge_ratio &&
               kOptionsInit.tolerance == kDefaults.tolerance && !kDefaults.scale &&
               kOptionsInit.scale == 0 && kOptionsInit.bp_lambda == kDefaults.bp_lambda &&
-              kOptionsInit.chunk_size == kDefaults.chunk_size && !kOptionsInit.executor);
+              kOptionsInit.chunk_size == kDefaults.chunk_size &&
+              same(kOptionsInit.arithmetic, kDefaults.arithmetic) && !kOptionsInit.executor);
 static_assert(kalmanet_gka_shape KALMANET_GKA_SHAPE_INIT.saved_x == GkaShape{}.saved_x);
 
 template <class V, class Data>
@@ -110,7 +113,7 @@ kalmanet_gka_options read_options(const kalmanet_gka_options* options) {
   return read_struct<S>("options", options, kOptionsInit,
                         {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, ridge_ratio),
                          offsetof(S, tolerance), offsetof(S, scale), offsetof(S, bp_lambda),
-                         offsetof(S, chunk_size), offsetof(S, executor)});
+                         offsetof(S, chunk_size), offsetof(S, executor), offsetof(S, arithmetic)});
 }
 
 kalmanet_executor_callbacks read_callbacks(const kalmanet_executor_callbacks* callbacks) {
@@ -126,6 +129,7 @@ GkaOptions options_of(const kalmanet_gka_options& from) {
   options.backend = static_cast<Backend>(from.backend);
   options.ridge_ratio = from.ridge_ratio;
   options.tolerance = from.tolerance;
+  options.arithmetic = static_cast<Arithmetic>(from.arithmetic);
   if (from.scale != 0) options.scale = from.scale;
   options.bp_lambda = from.bp_lambda != 0;
   options.chunk_size = from.chunk_size;
@@ -214,7 +218,8 @@ constexpr std::initializer_list<size_t> kReportEnds = {
     offsetof(Report, instruction_set), offsetof(Report, min_iterations),
     offsetof(Report, max_iterations),  offsetof(Report, reserved),
     offsetof(Report, chunk_size),      offsetof(Report, solves),
-    offsetof(Report, direct_solves),   offsetof(Report, factorizations)};
+    offsetof(Report, direct_solves),   offsetof(Report, factorizations),
+    offsetof(Report, bfloat16_solves)};
 
 }  // namespace
 
@@ -233,6 +238,8 @@ void write_report(const GkaReport& from, kalmanet_gka_report* report) {
   to.solves = from.solves;
   to.direct_solves = from.direct_solves;
   to.factorizations = from.factorizations;
+  to.bfloat16_solves = from.bfloat16_solves;
+  to.bfloat16_instructions = from.bfloat16_instructions ? 1 : 0;
   write_struct("report", report, to, kReportEnds);
 }
 

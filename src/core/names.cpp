@@ -65,6 +65,16 @@ const char* name(InstructionSet isa) noexcept {
   return "unknown instruction set";
 }
 
+const char* name(Arithmetic arithmetic) noexcept {
+  switch (arithmetic) {
+    case Arithmetic::standard:
+      return "standard";
+    case Arithmetic::bfloat16:
+      return "bfloat16";
+  }
+  return "unknown arithmetic";
+}
+
 const char* name(Solver solver) noexcept {
   switch (solver) {
     case Solver::chebyshev:

@@ -50,6 +50,8 @@ inline DType state_dtype(const GkaProblem& problem) {
 
 // Throw Error naming the argument, what came and what is allowed. (validate.cpp)
 void validate_options(const GkaOptions& options);
+// What its options cannot know: arithmetic beside the problem's dtype.
+void check_arithmetic(const GkaProblem& problem);
 // Sizes, sequences and options as from a call; no tensors (validate_shape.cpp).
 GkaProblem validate_shape(const GkaShape& shape, const GkaOptions& options);
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& outputs,

@@ -30,6 +30,9 @@ bool known(Solver solver) {
   return solver == Solver::chebyshev || solver == Solver::direct || solver == Solver::cg ||
          solver == Solver::automatic;
 }
+bool known(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::standard || arithmetic == Arithmetic::bfloat16;
+}
 bool known(Backend backend) {
   return backend == Backend::automatic || backend == Backend::cpu || backend == Backend::reference;
 }
@@ -56,6 +59,19 @@ void check_options(const GkaOptions& options) {
   if (!(options.tolerance >= 0) || !std::isfinite(options.tolerance)) {
     bad("tolerance", text("got ", options.tolerance, "; must be > 0 and finite, or ",
                           kDtypeTolerance, " (kDtypeTolerance) for what the dtype can carry"));
+  }
+  if (!known(options.arithmetic)) {
+    bad("arithmetic", text("unknown value ", static_cast<int>(options.arithmetic),
+                           "; must be standard or bfloat16"));
+  }
+  if (options.arithmetic == Arithmetic::bfloat16 && options.solver != Solver::chebyshev) {
+    bad("arithmetic", text("bfloat16 is for solver chebyshev, not ", name(options.solver),
+                           "; pass solver chebyshev or arithmetic standard"));
+  }
+  if (options.arithmetic == Arithmetic::bfloat16 && options.num_iter == kAutoNumIter) {
+    bad("arithmetic", text("bfloat16 is for a num_iter >= 1, not for ", kAutoNumIter,
+                           " (kAutoNumIter), whose tolerance its rounding would not meet; pass a "
+                           "num_iter or arithmetic standard"));
   }
   if (options.chunk_size < 0 || options.chunk_size > kMaxChunkSize) {
     bad("chunk_size", text("got ", options.chunk_size, "; must be in 1..", kMaxChunkSize,
@@ -128,6 +144,7 @@ GkaProblem validate_inputs(const GkaInputs& in, const GkaOptions& options, int64
   check_required("k", in.k, {{"B", p.B}, {"T", p.T}, {"Hk", {}}, {"K", p.K}}, "as q");
   check_required("v", in.v, {{"B", p.B}, {"T", p.T}, {"Hv", {}}, {"V", {}}}, "as q");
   p.V = in.v.size[3];
+  check_arithmetic(p);
   if (p.K < 1 || p.K > kMaxHeadDim) {
     fail(ErrorCode::invalid_shape, "q",
          text("key head dim K is ", p.K, "; must be in 1..", kMaxHeadDim));
@@ -212,6 +229,14 @@ std::vector<Named> named_inputs(const GkaInputs& in) {
 
 void validate_options(const GkaOptions& options) {
   check_options(options);
+}
+
+void check_arithmetic(const GkaProblem& p) {
+  if (p.options.arithmetic == Arithmetic::bfloat16 && p.dtype == DType::float64) {
+    fail(ErrorCode::invalid_argument, "arithmetic",
+         "bfloat16 is for float32, bfloat16 and float16 tensors, and q is float64; pass arithmetic "
+         "standard");
+  }
 }
 
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,

@@ -36,6 +36,7 @@ GkaProblem validate_shape(const GkaShape& shape, const GkaOptions& options) {
   p.V = shape.V;
   p.dtype = shape.dtype;
   p.options = options;
+  check_arithmetic(p);
   if (options.tolerance == kDtypeTolerance) p.options.tolerance = dtype_tolerance(p.dtype);
   p.executor = options.executor ? options.executor : &default_executor();
   p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.K)));

@@ -69,8 +69,9 @@ void eliminate_block(typename Vec::Elem* a, int64_t n, int64_t k,
     }
   }
   for (int64_t i = next; i < n; i += kLanes) {
-    rank_update<Vec>(a + i * n + next, n, kLanes, i + kLanes - next, Elem{1}, panels.weighted + i,
-                     n, panels.column + next, n, kLanes);
+    Elem* const rest = a + i * n + next;
+    rank_update<Vec>(rest, {rest, Elem{1}}, n, kLanes, i + kLanes - next, panels.weighted + i, n,
+                     panels.column + next, n, kLanes);
     for (int64_t j = 0; j < kLanes; ++j) {
       for (int64_t r = 0; r < kLanes; ++r) {
         a[(i + r) * n + k0 + j] = -panels.weighted[j * n + i + r];

@@ -9,6 +9,7 @@
 #include "cpu/kernel_table.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
+#include "cpu/transpose.hpp"
 #include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
@@ -103,24 +104,6 @@ void load_decay(ChunkDecay<S>& d, const Column& gate, int64_t t0, int64_t n) {
   d.total = static_cast<S>(start);
 }
 
-// Rows of keys or values, times beta.
-template <class Vec, class S>
-void load_rows(const Rows& src, const Column& beta, int64_t t0, int64_t n, int64_t width, S* rows) {
-  const int64_t cols = padded(width);
-  for (int64_t t = 0; t < kLanes; ++t) {
-    S* row = rows + t * cols;
-    if (t < n) {
-      S room[kMaxHeadDim];
-      const RowOf<S> p = read_row<Vec>(src, t0 + t, width, room);
-      const S b = value_at<S>(beta, t0 + t, 1);
-      for (int64_t c = 0; c < width; ++c) row[c] = b * p.data[c * p.stride];
-      for (int64_t c = width; c < cols; ++c) row[c] = 0;
-    } else {
-      for (int64_t c = 0; c < cols; ++c) row[c] = 0;
-    }
-  }
-}
-
 // Keys, values and decays: all that the states need. `h`, `u`: which of the two.
 template <class Vec, class S>
 void load_chunk_for_states(Chunk<S>& c, const HeadInputs& in, int64_t t0, int64_t n, bool h,
@@ -161,9 +144,16 @@ template <class Vec, class S>
 void key_products(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   using T = Tile<Vec>;
   using Elem = typename Vec::Elem;
-  alignas(64) Elem keys[kMaxHeadDim * kLanes];
-  for (int64_t i = 0; i < c.Kp * kLanes; ++i) keys[i] = c.k_lanes[i];
-  double kappa[kLanes] = {};
+  constexpr bool kSame = sizeof(Elem) == sizeof(S);
+  alignas(64) Elem room[kSame ? 1 : kMaxHeadDim * kLanes];
+  const Elem* keys;
+  if constexpr (kSame) {
+    keys = c.k_lanes;
+  } else {
+    for (int64_t i = 0; i < c.Kp * kLanes; ++i) room[i] = c.k_lanes[i];
+    keys = room;
+  }
+  for (int64_t t = 0; t < kLanes; ++t) c.kappa[t] = 0.0;
   if (!h_is_zero) {
     alignas(64) Elem hk[T::kRows * kLanes];
     for (int64_t n = 0; n < c.Kp; n += T::kRows) {
@@ -171,21 +161,17 @@ void key_products(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
       tile.clear();
       tile.accumulate(h + n, c.Kp, c.K, keys);
       tile.store(hk);
+      double sum[kLanes];
+      lanes_dot<Vec>(hk, keys + n * kLanes, T::kRows, sum);
+      for (int64_t t = 0; t < kLanes; ++t) c.kappa[t] += sum[t];
       for (int64_t i = 0; i < T::kRows * kLanes; ++i) {
         hk_lanes[n * kLanes + i] = static_cast<S>(hk[i]);
-        kappa[i % kLanes] += static_cast<double>(hk[i]) * keys[n * kLanes + i];
       }
     }
   }
   alignas(64) Elem gram[kLanes * kLanes];
-  for (int64_t n = 0; n < kLanes; n += T::kRows) {
-    T tile;
-    tile.clear();
-    tile.accumulate(c.k_lanes + n, kLanes, c.K, keys);
-    tile.store(gram + n * kLanes);
-  }
+  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, keys, gram);
   for (int64_t i = 0; i < kLanes; ++i) {
-    c.kappa[i] = kappa[i];
     for (int64_t j = 0; j < kLanes; ++j) {
       const double e = gram[i * kLanes + j];
       c.gram2[i][j] = e * e;
@@ -238,24 +224,34 @@ void ridge_norms(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   }
 }
 
-// H <- e^{G_C} H + sum_j e^{G_C - G_j} k_j k_j^T, U likewise. `weighted` has room for [kLanes][Kp].
+// The states after the chunk: to = e^{G_C} from + sum_j e^{G_C - G_j} k_j k_j^T, U likewise; from
+// may be to. `weighted` has room for [kLanes][Kp].
 template <class Vec, class S>
-void advance_h(const Chunk<S>& c, S* h, S* weighted) {
-  const ChunkDecay<S>& d = *c.h_decay;
+void decay_keys(const Chunk<S>& c, const ChunkDecay<S>& d, S* weighted) {
   for (int64_t j = 0; j < c.n; ++j) {
     for (int64_t i = 0; i < c.Kp; ++i)
       weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
   }
-  rank_update<Vec>(h, c.Kp, c.K, c.Kp, d.total, weighted, c.Kp, c.k_rows, c.Kp, c.n);
+}
+// What pads the rows of a state to a multiple of kLanes.
+template <class Vec, class S>
+void copy_padding(const S* from, S* to, int64_t begin, int64_t end) {
+  if (from == to) return;
+  for (int64_t i = begin; i < end; ++i) to[i] = from[i];
 }
 template <class Vec, class S>
-void advance_u(const Chunk<S>& c, S* u, S* weighted) {
-  const ChunkDecay<S>& d = *c.u_decay;
-  for (int64_t j = 0; j < c.n; ++j) {
-    for (int64_t i = 0; i < c.Kp; ++i)
-      weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
-  }
-  rank_update<Vec>(u, c.Vp, c.K, c.Vp, d.total, weighted, c.Kp, c.v_rows, c.Vp, c.n);
+void advance_h(const Chunk<S>& c, const S* from, S* to, S* weighted) {
+  decay_keys<Vec>(c, *c.h_decay, weighted);
+  copy_padding<Vec>(from, to, c.K * c.Kp, c.Kp * c.Kp);
+  rank_update<Vec>(to, {from, c.h_decay->total}, c.Kp, c.K, c.Kp, weighted, c.Kp, c.k_rows, c.Kp,
+                   c.n);
+}
+template <class Vec, class S>
+void advance_u(const Chunk<S>& c, const S* from, S* to, S* weighted) {
+  decay_keys<Vec>(c, *c.u_decay, weighted);
+  copy_padding<Vec>(from, to, c.K * c.Vp, c.Kp * c.Vp);
+  rank_update<Vec>(to, {from, c.u_decay->total}, c.Vp, c.K, c.Vp, weighted, c.Kp, c.v_rows, c.Vp,
+                   c.n);
 }
 
 }  // namespace kalmanet::cpu

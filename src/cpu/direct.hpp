@@ -1,4 +1,4 @@
-// The direct solver for the tokens of a block: up to kBlockChunks chunks that share the inverse of
+// The direct solver for the tokens of a block: up to kBlockChunks chunks that share the factors of
 // one matrix (docs/math.md, "The direct solver").
 //
 // Token t's system, divided by e^{G_t} (G_t from the block's start), is (M_t + delta_t I) x_t = b_t
@@ -12,15 +12,15 @@
 // M_t^{-1}, whose eigenvalues lie between 1 and rho_t = 1 + delta_t / mu: with rho_t near 1 it
 // takes two or three steps.
 //
-// The keys are appended chunk by chunk; so are the rows of R^{-1}. Tokens stay in their lanes.
+// The keys are appended chunk by chunk; so are the rows of R. Tokens stay in their lanes.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "cpu/block_cholesky.hpp"
 #include "cpu/chebyshev.hpp"
 #include "cpu/chunk.hpp"
-#include "cpu/inverse_factor.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/scratch_sizes.hpp"
 
@@ -31,8 +31,8 @@ struct DirectBlock {
   using Elem = typename Vec::Elem;
   int64_t K = 0, Kp = 0;
   int64_t capacity = 0;   // chunks
-  InverseFactor<Elem> l;  // of H_0 + mu I
-  InverseFactor<Elem> r;  // of I + W^T W, a row a token
+  BlockCholesky<Elem> l;  // of H_0 + mu I
+  BlockCholesky<Elem> r;  // of I + W^T W, a row a token
   Elem* w_lanes;          // [chunk][Kp][t]: W
   Elem* w_rows;           // [token][Kp]
   Elem *s, *s2;           // [token, or row of H_0][t]
@@ -72,7 +72,7 @@ void carve_direct(DirectBlock<Vec>& d, int64_t K, int64_t capacity, Arena<S>& ar
   d.active = false;
 }
 
-// L^{-1} for the state before the next chunk. mu > 0.
+// L for the state before the next chunk. mu > 0.
 template <class Vec, class S>
 void start_block(DirectBlock<Vec>& d, const S* h, bool h_is_zero, double mu) {
   using Elem = typename Vec::Elem;
@@ -96,23 +96,25 @@ void start_block(DirectBlock<Vec>& d, const S* h, bool h_is_zero, double mu) {
   }
 }
 
-// L^{-1} b, each register of lanes handed to epilogue(at, lane, register).
-template <class Vec, class B, class Epilogue>
-KALMANET_INLINE void apply_l(const DirectBlock<Vec>& d, const B* b, Epilogue&& epilogue) {
-  using Elem = typename Vec::Elem;
-  if (!d.h_is_zero) return apply_lower<Vec>(d.l, d.Kp, b, epilogue);
-  const typename Vec::Reg scale = Vec::set1(static_cast<Elem>(1.0 / std::sqrt(d.mu)));
+// y = L^{-1} b, lanes [Kp][t].
+template <class Vec, class B>
+void apply_l(const DirectBlock<Vec>& d, const B* b, typename Vec::Elem* y) {
+  if (!d.h_is_zero) return solve_lower<Vec>(d.l, d.Kp, b, y);
+  const typename Vec::Reg scale = Vec::set1(static_cast<typename Vec::Elem>(1.0 / std::sqrt(d.mu)));
   for (int64_t at = 0; at < d.Kp * kLanes; at += Vec::kWidth) {
-    epilogue(at, static_cast<int>(at % kLanes), Vec::mul(scale, load_as<Vec>(b + at)));
+    Vec::store(y + at, Vec::mul(scale, load_as<Vec>(b + at)));
   }
 }
 
-// L^{-T} b likewise.
+// L^{-T} y in place, each register also handed to epilogue(at, lane, register).
 template <class Vec, class Epilogue>
-KALMANET_INLINE void apply_lt(const DirectBlock<Vec>& d, const typename Vec::Elem* b,
+KALMANET_INLINE void apply_lt(const DirectBlock<Vec>& d, typename Vec::Elem* y,
                               Epilogue&& epilogue) {
-  if (d.h_is_zero) return apply_l<Vec>(d, b, epilogue);
-  apply_upper<Vec>(d.l, d.Kp, b, epilogue);
+  if (!d.h_is_zero) return solve_upper<Vec>(d.l, d.Kp, y, y, epilogue);
+  const typename Vec::Reg scale = Vec::set1(static_cast<typename Vec::Elem>(1.0 / std::sqrt(d.mu)));
+  for (int64_t at = 0; at < d.Kp * kLanes; at += Vec::kWidth) {
+    epilogue(at, static_cast<int>(at % kLanes), Vec::mul(scale, Vec::load(y + at)));
+  }
 }
 
 // S[token][t] = W^T Z for the first `tokens` of the block.
@@ -131,7 +133,6 @@ void multiply_by_keys(const DirectBlock<Vec>& d, int64_t tokens, const typename 
 // Takes in the keys of chunk c.
 template <class Vec, class S>
 void append_chunk(DirectBlock<Vec>& d, const Chunk<S>& c) {
-  using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
   alignas(64) Elem scale[kLanes];
   for (int64_t t = 0; t < kLanes; ++t) {
@@ -140,13 +141,11 @@ void append_chunk(DirectBlock<Vec>& d, const Chunk<S>& c) {
   }
   const int64_t from = d.chunks * kLanes, tokens = from + kLanes;
   Elem* const w = d.w_lanes + d.chunks * d.Kp * kLanes;
-  apply_l<Vec>(d, c.k_lanes, [&](int64_t at, int lane, Reg acc) {
-    Vec::store(w + at, Vec::mul(Vec::load(scale + lane), acc));
-  });
-  for (int64_t t = 0; t < kLanes; ++t) {
-    Elem* row = d.w_rows + (from + t) * d.Kp;
-    for (int64_t i = 0; i < d.Kp; ++i) row[i] = w[i * kLanes + t];
+  apply_l<Vec>(d, c.k_lanes, w);
+  for (int64_t at = 0; at < d.Kp * kLanes; at += Vec::kWidth) {
+    Vec::store(w + at, Vec::mul(Vec::load(scale + at % kLanes), Vec::load(w + at)));
   }
+  lanes_to_rows<Vec>(w, d.Kp, d.w_rows + from * d.Kp);
   multiply_by_keys<Vec>(d, tokens, w, d.s);
   for (int64_t t = 0; t < kLanes; ++t) {
     Elem& diagonal = d.s[(from + t) * kLanes + t];
@@ -181,15 +180,15 @@ KALMANET_INLINE void apply_inverse(const DirectBlock<Vec>& d, const B* b, Epilog
   using Reg = typename Vec::Reg;
   using T = Tile<Vec>;
   const int64_t tokens = d.chunks * kLanes, own = tokens - kLanes;
-  apply_l<Vec>(d, b, [&](int64_t at, int, Reg acc) { Vec::store(d.applied + at, acc); });
+  apply_l<Vec>(d, b, d.applied);
   multiply_by_keys<Vec>(d, tokens, d.applied, d.s);
-  // R^{-1} is lower triangular: what it makes of rows j > t reaches rows j > t only, so that one
+  // R is lower triangular: what R^{-1} makes of rows j > t reaches rows j > t only, so that one
   // mask does. A chunk's tokens see all keys of the chunks before it.
-  apply_lower<Vec>(d.r, tokens, d.s, [&](int64_t at, int, Reg acc) { Vec::store(d.s2 + at, acc); });
+  solve_lower<Vec>(d.r, tokens, d.s, d.s);
   for (int64_t j = 1; j < kLanes; ++j) {
-    for (int64_t t = 0; t < j; ++t) d.s2[(own + j) * kLanes + t] = 0;
+    for (int64_t t = 0; t < j; ++t) d.s[(own + j) * kLanes + t] = 0;
   }
-  apply_upper<Vec>(d.r, tokens, d.s2, [&](int64_t at, int, Reg acc) { Vec::store(d.s + at, acc); });
+  solve_upper<Vec>(d.r, tokens, d.s, d.s, [](int64_t, int, Reg) {});
   for (int64_t n = 0; n < d.Kp; n += T::kRows) {
     T tile;
     tile.clear();
@@ -204,12 +203,16 @@ KALMANET_INLINE void apply_inverse(const DirectBlock<Vec>& d, const B* b, Epilog
 
 // Steps after the first application of M^{-1} that shifts within a factor `ratio` of mu take:
 // the error after r of them is at most 2 R^{r+1}, R = (sqrt(ratio) - 1) / (sqrt(ratio) + 1).
+inline constexpr int kMostSteps = 1 << 20;
 template <class Vec>
 int direct_steps(double ratio, double tolerance) {
   const double root = std::sqrt(ratio);
   const double r = (root - 1.0) / (root + 1.0);
   if (!(r > 0.0)) return 0;
   const double steps = std::ceil(std::log(tolerance / 2) / std::log(r)) - 1.0;
+  // A ratio beyond counting must look dear, not overflow an int and look cheap: the shifts of a
+  // block's later chunks are extrapolated, and may be anything.
+  if (!(steps < kMostSteps)) return kMostSteps;
   return steps > 0.0 ? static_cast<int>(steps) : 0;
 }
 

@@ -23,12 +23,13 @@ struct DirectCosts {
   double application(double keys) const {
     return kLanes * ((h_is_zero ? 0.0 : K * K) + 2.0 * keys * K + keys * keys);
   }
-  // W, the inner products, and the new rows of R^{-1}.
+  // W, the inner products, and the new rows of R.
   double append(double keys) const {
-    return kLanes * ((h_is_zero ? 0.0 : 0.5 * K * K) + keys * K + keys * keys) + kBlockOverhead;
+    return kLanes * ((h_is_zero ? 0.0 : 0.5 * K * K) + keys * K + 0.5 * keys * keys) +
+           kBlockOverhead;
   }
-  // L^{-1}: K^3 / 3 multiply-adds, and a block's overhead for every kLanes rows.
-  double factor() const { return h_is_zero ? 0.0 : K * K * K / 3 + kBlockOverhead * K / kLanes; }
+  // L: K^3 / 6 multiply-adds, and a block's overhead for every kLanes rows.
+  double factor() const { return h_is_zero ? 0.0 : K * K * K / 6 + kBlockOverhead * K / kLanes; }
   double chebyshev(int num_iter) const {
     return num_iter * (kLanes * ((h_is_zero ? 0.0 : K * K) + 2.0 * kLanes * K));
   }

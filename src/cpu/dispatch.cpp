@@ -62,6 +62,8 @@ InstructionSet from_environment() {
 // -1: not chosen yet. Racing first uses all compute the same value.
 std::atomic<int> chosen{-1};
 
+std::atomic<bool> bf16_instructions_allowed{true};
+
 }  // namespace
 
 std::vector<InstructionSet> available_instruction_sets() {
@@ -104,6 +106,21 @@ const KernelTable& kernels() {
     default:
       return kernels_baseline();
   }
+}
+
+const Bf16Kernels& bf16_kernels() {
+#if defined(KALMANET_X86_64)
+  static const bool available = processor_has_avx512_bf16();
+  if (available && instruction_set() == InstructionSet::avx512 &&
+      bf16_instructions_allowed.load(std::memory_order_relaxed)) {
+    return kernels_avx512_bf16();
+  }
+#endif
+  return kernels().bf16;
+}
+
+void use_bf16_instructions(bool use) {
+  bf16_instructions_allowed.store(use, std::memory_order_relaxed);
 }
 
 }  // namespace cpu

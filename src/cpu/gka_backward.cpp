@@ -79,7 +79,8 @@ struct Backward {
 template <class S>
 int64_t lease_floats(const Backward<S>& b, const Segments& s) {
   return b.floats() + b.chunk_state_floats(s) +
-         backward_scratch_floats(b.K(), b.V(), b.problem.options.solver);
+         backward_scratch_floats(b.K(), b.V(), b.problem.options.solver,
+                                 b.problem.options.arithmetic);
 }
 
 template <class S>
@@ -94,20 +95,22 @@ template <class S>
 void backward_head(const Backward<S>& b, const Unit& unit, const SharedGradients& shared,
                    SolverCount& count) {
   const Segments s = b.segments_of(*unit.sequence);
-  Buffer<S> states(s.count * b.floats());
-  S* const starts = states.data();
-  scan_segment_states(b.table, b.problem, unit, s, b.chunk_size, starts, true, true);
-  ScratchLease<S> lease(lease_floats(b, s));
-  b.load_carry(unit, state_at(lease.data(), b.K()));
+  // One lease for all, so that a call in steady state allocates nothing.
+  const int64_t start_floats = s.count * b.floats();
+  ScratchLease<S> whole(start_floats + lease_floats(b, s));
+  S* const starts = whole.data();
+  S* const lease = starts + start_floats;
+  scan_segment_states(b.table, b.problem, unit, s, b.chunk_size, starts, true, true, lease);
+  b.load_carry(unit, state_at(lease, b.K()));
   for (int64_t i = s.count - 1; i >= 0; --i) {
     GkaBackwardJob<S> job = b.job_of(unit, s, i, starts + i * b.floats());
-    assign_lease(b, s, lease.data(), job);
+    assign_lease(b, s, lease, job);
     shared.redirect(job);
     job.count = &count;
     b.table.gka_backward(job);
   }
   shared.finish(unit.head);
-  b.store_carry(unit, state_at(lease.data(), b.K()));
+  b.store_carry(unit, state_at(lease, b.K()));
 }
 
 // Three passes: states before all segments, all segments' solves, then the gradients in order.
@@ -140,8 +143,9 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
   problem.executor->run(2 * static_cast<int64_t>(units.size()), [&](int64_t task) {
     const auto i = static_cast<size_t>(task / 2);
     const bool h = task % 2 == 0;
+    ScratchLease<S> scratch(scan_scratch_floats(b.K(), b.V()));
     scan_segment_states(b.table, problem, units[i], segments[i], b.chunk_size,
-                        starts + first_state[i], h, !h);
+                        starts + first_state[i], h, !h, scratch.data());
   });
   counts.resize(pieces.size());
   const auto run_piece = [&](size_t p, typename GkaBackwardJob<S>::Phase phase, S* lease,

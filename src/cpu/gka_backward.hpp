@@ -72,8 +72,8 @@ void backward_solve(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBac
     solve_chunk<Vec>(b, work, job, start.h, place.h_is_zero, place.window_chunks);
   }
   if (job.phase == GkaBackwardJob<S>::solve_only) {
-    store_lanes<Vec, S>(b.z, nullptr, job.z_rows, t0, n, c.K);
-    if (job.saved_x.data == nullptr) store_lanes<Vec, S>(b.x, nullptr, job.x_rows, t0, n, c.K);
+    store_lanes<Vec>(b.z, nullptr, job.z_rows, t0, n, c.K);
+    if (job.saved_x.data == nullptr) store_lanes<Vec>(b.x, nullptr, job.x_rows, t0, n, c.K);
     return;
   }
   lanes_dot<Vec>(b.z, b.x, c.K, b.z_dot_x);
@@ -91,8 +91,8 @@ void backward_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work,
   const int64_t rows = kLanes * c.Kp;
   lanes_to_rows<Vec>(work.m, c.Kp, work.stack_rows);
   lanes_to_rows<Vec>(b.z, c.Kp, work.stack_rows + rows);
-  lanes_to_rows<Vec>(b.x, c.Kp, work.stack_rows + 2 * rows);
-  lanes_to_rows<Vec>(c.k_lanes, c.Kp, work.stack_rows + 3 * rows);
+  for (int64_t i = 0; i < rows; ++i) work.stack_rows[2 * rows + i] = c.k_rows[i];
+  lanes_to_rows<Vec>(b.x, c.Kp, work.stack_rows + 3 * rows);
   lanes_to_rows<Vec>(b.do_lanes, c.Vp, work.do_rows);
   ridge_gradient<Vec>(b, work, job);
   pair_products<Vec>(b, work, scale);
@@ -129,12 +129,10 @@ void gka_backward_segment(const GkaBackwardJob<typename Vec::Elem>& job) {
   // First forwards: the states before each chunk, by the forward's own arithmetic.
   for (int64_t i = 0; i + 1 < chunks; ++i) {
     const StateBuffers<S> from = state_of(i), to = state_of(i + 1);
-    for (int64_t n = 0; n < h_floats; ++n) to.h[n] = from.h[n];
-    for (int64_t n = 0; n < u_floats; ++n) to.u[n] = from.u[n];
     load_chunk_for_states<Vec>(window[0].c, job.in, job.begin + i * job.chunk_size, job.chunk_size,
                                true, true);
-    advance_h<Vec>(window[0].c, to.h, work.m);
-    advance_u<Vec>(window[0].c, to.u, work.m);
+    advance_h<Vec>(window[0].c, from.h, to.h, work.m);
+    advance_u<Vec>(window[0].c, from.u, to.u, work.m);
   }
   const auto place_of = [&](int64_t i) {
     const int64_t t0 = job.begin + i * job.chunk_size;

@@ -92,7 +92,7 @@ void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d
   lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, work.carry_k);
   for (int64_t t = 0; t < kLanes; ++t) work.carry_k[t] *= 0.5;
 
-  // Weights [4 * kLanes][t] of the stacked rows m, z, x, k.
+  // Weights [4 * kLanes][t] of the stacked rows m, z, k, x.
   alignas(64) S s[4 * kLanes * kLanes];
   // h_t H_0 k_t as (h_t |H_0|) (H_0 / |H_0|) k_t: either factor alone would leave float32's range
   // for keys of 1e-8.
@@ -107,12 +107,12 @@ void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d
       const S decay = c.h_decay->rows[at];
       s[at] = scale * c.u_decay->rows[at] * work.do_v[at];
       s[block + at] = -decay * work.x_k[at];
-      s[2 * block + at] = -decay * work.z_k[at];
+      s[3 * block + at] = -decay * work.z_k[at];
     }
   }
-  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, s + 3 * block);
+  lanes_product<Vec>(c.k_lanes, kLanes, c.K, kLanes, c.k_lanes, s + 2 * block);
   for (int64_t i = 0; i < block; ++i) {
-    s[3 * block + i] = static_cast<S>(-2.0 * work.p[i] * s[3 * block + i]);
+    s[2 * block + i] = static_cast<S>(-2.0 * work.p[i] * s[2 * block + i]);
   }
   for (int64_t n = 0; n < c.Kp; n += T::kRows) {
     T tile;
@@ -223,9 +223,8 @@ void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
   const ChunkDecay<S>& du = *c.u_decay;
   const int64_t row = c.Kp;
   S* m_rows = work.stack_rows;
-  S* z_rows = m_rows + kLanes * row;  // -e^{G_i} z_i, beside x_i
-  S* x_rows = z_rows + kLanes * row;
-  S* k_rows = x_rows + kLanes * row;
+  S* z_rows = m_rows + kLanes * row;
+  const S* k_rows = z_rows + kLanes * row;
   double h_weight = 0.0;
   for (int64_t i = 0; i < kLanes; ++i) {
     const S wm = scale * du.since_start[i];
@@ -236,19 +235,23 @@ void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
       z_rows[i * row + n] *= wz;
     }
   }
-  rank_update<Vec>(job.carry.u, c.Vp, c.K, c.Vp, du.total, m_rows, row, work.do_rows, c.Vp, c.n);
-  rank_update<Vec>(job.carry.h, row, c.K, row, dh.total, z_rows, row, x_rows, row, c.n);
+  rank_update<Vec>(job.carry.u, {job.carry.u, du.total}, c.Vp, c.K, c.Vp, m_rows, row, work.do_rows,
+                   c.Vp, c.n);
+  // D in one pass: -h_j k_j beside k_j, then -e^{G_i} z_i beside x_i.
+  S* const weighted_keys = m_rows;
   for (int64_t i = 0; i < kLanes; ++i) {
     for (int64_t n = 0; n < row; ++n) {
-      z_rows[i * row + n] = static_cast<S>(-work.h_sum[i] * k_rows[i * row + n]);
+      weighted_keys[i * row + n] = static_cast<S>(-work.h_sum[i] * k_rows[i * row + n]);
     }
   }
-  rank_update<Vec>(job.carry.h, row, c.K, row, S{1}, z_rows, row, k_rows, row, c.n);
+  RankUpdateFrom<S> start{job.carry.h, dh.total};
   if (!h_is_zero && h_weight != 0.0) {
-    for (int64_t i = 0; i < c.K * row; ++i) {
-      job.carry.h[i] -= static_cast<S>(h_weight * h[i]);
-    }
+    const double h_norm = std::sqrt(c.start_norm2);
+    start.extra = h;
+    start.weight = static_cast<S>(-h_weight * h_norm);
+    start.inner = h_norm > 0.0 ? static_cast<S>(1.0 / h_norm) : 0;
   }
+  rank_update<Vec>(job.carry.h, start, row, c.K, row, weighted_keys, row, k_rows, row, 2 * kLanes);
 }
 
 // dq; dk and dv back through beta, and dbeta.
@@ -260,16 +263,25 @@ void store_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
   for (int64_t t = 0; t < kLanes; ++t) {
     beta[t] = t < c.n ? value_at<S>(in.beta, c.t0 + t, 1) : 1;
   }
-  if (job.dk.data != nullptr) store_lanes<Vec, S>(work.out_k, beta, job.dk, c.t0, c.n, c.K);
-  if (job.dv.data != nullptr) store_lanes<Vec, S>(work.out_v, beta, job.dv, c.t0, c.n, c.V);
+  if (job.dk.data != nullptr) store_lanes<Vec>(work.out_k, beta, job.dk, c.t0, c.n, c.K);
+  if (job.dv.data != nullptr) store_lanes<Vec>(work.out_v, beta, job.dv, c.t0, c.n, c.V);
   if (job.dbeta.data != nullptr) {
-    // With the keys and values as they came: dividing by beta would fail where it is zero.
+    // dbeta = dk . k + dv . v with the keys and values as they came. What the chunk holds is those
+    // times beta, which dividing undoes, except where beta is zero or the products may have left
+    // the normal numbers: then they are loaded again.
+    constexpr double kSmallestBeta = 0x1p-40;
+    bool divisible = true;
+    for (int64_t t = 0; t < c.n; ++t) divisible = divisible && std::abs(beta[t]) >= kSmallestBeta;
+    if (!divisible) {
+      load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
+      load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
+    }
     double dk_k[kLanes], dv_v[kLanes];
-    load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
-    load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
     lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, dk_k);
     lanes_dot<Vec>(work.out_v, b.v_lanes, c.V, dv_v);
-    for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dbeta, c.t0 + t, dk_k[t] + dv_v[t]);
+    for (int64_t t = 0; t < c.n; ++t) {
+      set_value<S>(job.dbeta, c.t0 + t, (dk_k[t] + dv_v[t]) / (divisible ? beta[t] : S{1}));
+    }
   }
   if (job.dq.data != nullptr) {
     using Reg = typename Vec::Reg;
@@ -281,7 +293,7 @@ void store_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
         Vec::store(work.out_k + at, Vec::fma(keep, Vec::load(b.dm + at), Vec::load(b.z + at)));
       }
     }
-    store_lanes<Vec, S>(work.out_k, nullptr, job.dq, c.t0, c.n, c.K);
+    store_lanes<Vec>(work.out_k, nullptr, job.dq, c.t0, c.n, c.K);
   }
 }
 

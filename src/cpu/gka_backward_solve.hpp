@@ -28,7 +28,7 @@ struct BackwardWork {
   ChunkSolver<typename Vec::Wide> wide_solver;  // of a sequence's first chunk, where kHasWider
   double* wide[4];                              // likewise
   S* m;                                         // lanes [Kp][t]
-  S* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, x, k, in this order
+  S* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, k, x, in this order
   S* out_k;       // lanes [Kp][t]: dq, dk
   S *do_rows, *out_v;
   double w[kLanes];               // w_t; with h_t and P in float64, for 1 / f^3 overflows float32

@@ -58,8 +58,9 @@ void forward_by_units(const GkaKernels<S>& table, const core::GkaProblem& proble
   counts.resize(units.size());
   problem.executor->run(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[static_cast<size_t>(i)];
-    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver) +
-                            state_floats(K, V));
+    ScratchLease<S> scratch(
+        forward_scratch_floats(K, V, problem.options.solver, problem.options.arithmetic) +
+        state_floats(K, V));
     GkaForwardJob<S> job = forward_job<S>(problem, outputs, unit, chunk_size);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
@@ -107,15 +108,17 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
   problem.executor->run(2 * num_units, [&](int64_t task) {
     const size_t i = static_cast<size_t>(task / 2);
     const bool h = task % 2 == 0;
+    ScratchLease<S> scratch(scan_scratch_floats(problem.K, problem.V));
     scan_segment_states(table, problem, units[i], segments[i], chunk_size, base + first_state[i], h,
-                        !h);
+                        !h, scratch.data());
   });
   counts.resize(pieces.size());
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
     const Piece& piece = pieces[static_cast<size_t>(p)];
     const size_t i = static_cast<size_t>(piece.unit);
     const Segments& s = segments[i];
-    ScratchLease<S> scratch(forward_scratch_floats(K, V, problem.options.solver));
+    ScratchLease<S> scratch(
+        forward_scratch_floats(K, V, problem.options.solver, problem.options.arithmetic));
     GkaForwardJob<S> job = forward_job<S>(problem, outputs, units[i], chunk_size);
     job.begin = s.begin_of(piece.segment);
     job.end = s.end_of(piece.segment);

@@ -138,6 +138,9 @@ void gka_forward_segment(const GkaForwardJob<typename Vec::Elem>& job) {
     if constexpr (kHasWider<Vec>) {
       if (ill) {
         ridge_norms<Wide>(c, job.state.h, h_is_zero, narrow.m);
+        if (solver.bf16 != nullptr && count == nullptr && job.count != nullptr) {
+          --job.count->bf16_chunks;  // what it solved is discarded
+        }
         prepare_solver<Wide>(wide_solver, c, in, job.state.h, h_is_zero, 1, count);
         x = solve_and_read<Wide>(c, in, job.state, h_is_zero, wide_solver, wide, narrow.a, o);
       }
@@ -148,10 +151,10 @@ void gka_forward_segment(const GkaForwardJob<typename Vec::Elem>& job) {
       relative_residual<Vec>(c, job.state.h, h_is_zero, c.q_lanes, x, r);
       for (int64_t t = 0; t < n; ++t) set_value<S>(job.residual, t0 + t, r[t]);
     }
-    if (job.x.data != nullptr) store_lanes<Vec, S>(x, nullptr, job.x, t0, n, c.K);
-    store_lanes<Vec, S>(o, nullptr, job.o, t0, n, c.V);
-    advance_h<Vec>(c, job.state.h, narrow.m);
-    advance_u<Vec>(c, job.state.u, narrow.m);
+    if (job.x.data != nullptr) store_lanes<Vec>(x, nullptr, job.x, t0, n, c.K);
+    store_lanes<Vec>(o, nullptr, job.o, t0, n, c.V);
+    advance_h<Vec>(c, job.state.h, job.state.h, narrow.m);
+    advance_u<Vec>(c, job.state.u, job.state.u, narrow.m);
     h_is_zero = false;
   }
 }
@@ -168,8 +171,8 @@ void gka_scan_states(const GkaScanJob<typename Vec::Elem>& job) {
   for (int64_t t0 = job.begin; t0 < job.end; t0 += job.chunk_size) {
     const int64_t n = job.end - t0 < job.chunk_size ? job.end - t0 : job.chunk_size;
     load_chunk_for_states<Vec>(c, job.in, t0, n, h, u);
-    if (h) advance_h<Vec>(c, job.state.h, weighted);
-    if (u) advance_u<Vec>(c, job.state.u, weighted);
+    if (h) advance_h<Vec>(c, job.state.h, job.state.h, weighted);
+    if (u) advance_u<Vec>(c, job.state.u, job.state.u, weighted);
   }
 }
 

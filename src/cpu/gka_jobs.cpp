@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cpu/dispatch.hpp"
+
 namespace kalmanet::cpu {
 namespace {
 
@@ -94,6 +96,7 @@ HeadInputs head_inputs(const core::GkaProblem& problem, const core::Sequence& se
   in.solver = problem.options.solver;
   in.num_iter = problem.options.num_iter;
   in.tolerance = problem.options.tolerance;
+  if (problem.options.arithmetic == Arithmetic::bfloat16) in.bf16 = &bf16_kernels();
   return in;
 }
 

@@ -41,7 +41,7 @@ Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_
 template <class S>
 void scan_segment_states(const GkaKernels<S>& table, const core::GkaProblem& problem,
                          const Unit& unit, const Segments& segments, int64_t chunk_size, S* states,
-                         bool h, bool u) {
+                         bool h, bool u, S* scratch) {
   const int64_t K = problem.K, V = problem.V;
   const int64_t floats = state_floats(K, V);
   const int64_t n = unit.sequence->index;
@@ -50,7 +50,6 @@ void scan_segment_states(const GkaKernels<S>& table, const core::GkaProblem& pro
   StateBuffers<S> at = state_at(states, K);
   if (h) load_state(problem.inputs.h0, n, unit.head, K, K, at.h);
   if (u) load_state(problem.inputs.u0, n, unit.head, K, V, at.u);
-  ScratchLease<S> scratch(scan_scratch_floats(K, V));
   for (int64_t i = 0; i + 1 < segments.count; ++i) {
     const StateBuffers<S> next = state_at(states + (i + 1) * floats, K);
     if (h) std::memcpy(next.h, at.h, h_bytes);
@@ -61,16 +60,16 @@ void scan_segment_states(const GkaKernels<S>& table, const core::GkaProblem& pro
     job.end = segments.end_of(i);
     job.chunk_size = chunk_size;
     job.state = {h ? next.h : nullptr, u ? next.u : nullptr};
-    job.scratch = scratch.data();
+    job.scratch = scratch;
     table.gka_scan_states(job);
     at = next;
   }
 }
 
 template void scan_segment_states(const GkaKernels<float>&, const core::GkaProblem&, const Unit&,
-                                  const Segments&, int64_t, float*, bool, bool);
+                                  const Segments&, int64_t, float*, bool, bool, float*);
 template void scan_segment_states(const GkaKernels<double>&, const core::GkaProblem&, const Unit&,
-                                  const Segments&, int64_t, double*, bool, bool);
+                                  const Segments&, int64_t, double*, bool, bool, double*);
 
 void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report) {
   for (const SolverCount& count : counts) {
@@ -81,7 +80,9 @@ void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report) {
     report.solves += count.chunks;
     report.direct_solves += count.direct_chunks;
     report.factorizations += count.factorizations;
+    report.bfloat16_solves += count.bf16_chunks;
   }
+  report.bfloat16_instructions = report.bfloat16_solves > 0 && bf16_kernels().instructions;
 }
 
 }  // namespace kalmanet::cpu

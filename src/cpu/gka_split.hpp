@@ -34,10 +34,11 @@ int64_t whole_windows(int64_t chunks, Solver solver);
 Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_per_segment);
 
 // states[i] (state_floats each, i < segments.count) <- the states before segment i, H and/or U.
+// `scratch`: scan_scratch_floats(K, V).
 template <class S>
 void scan_segment_states(const GkaKernels<S>& table, const core::GkaProblem& problem,
                          const Unit& unit, const Segments& segments, int64_t chunk_size, S* states,
-                         bool h, bool u);
+                         bool h, bool u, S* scratch);
 
 // All tasks' counts into the report.
 void merge_counts(const std::vector<SolverCount>& counts, GkaReport& report);

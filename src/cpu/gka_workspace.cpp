@@ -25,6 +25,7 @@ struct Sizes {
   const core::GkaProblem& problem;
   int64_t K, V, floats, chunk_size, units, threads;
   Solver solver;
+  Arithmetic arithmetic;
   int64_t each;  // bytes of a storage element
 
   explicit Sizes(const core::GkaProblem& p)
@@ -36,6 +37,7 @@ struct Sizes {
         units(0),
         threads(p.executor->concurrency()),
         solver(p.options.solver),
+        arithmetic(p.options.arithmetic),
         each(size_of(core::state_dtype(p))) {
     for (const core::Sequence& s : p.sequences) units += s.length() > 0 ? p.H : 0;
   }
@@ -50,7 +52,7 @@ struct Sizes {
 };
 
 int64_t forward_bytes(const Sizes& s) {
-  const int64_t scratch = forward_scratch_floats(s.K, s.V, s.solver);
+  const int64_t scratch = forward_scratch_floats(s.K, s.V, s.solver, s.arithmetic);
   if (enough_units(s.units, static_cast<int>(s.threads))) {
     return list_bytes(s.problem, 0) + s.scratch_bytes(s.units, scratch + s.floats);
   }
@@ -96,7 +98,7 @@ int64_t backward_bytes(const Sizes& s, int64_t group, bool saved_x) {
   }
   const int64_t lease =
       std::max(scan_scratch_floats(s.K, s.V),
-               s.floats + most_states + backward_scratch_floats(s.K, s.V, s.solver));
+               s.floats + most_states + backward_scratch_floats(s.K, s.V, s.solver, s.arithmetic));
   if (by_units) {
     return list_bytes(s.problem, 0) + shared_bytes(s, tasks) + s.scratch_bytes(tasks, lease) +
            s.scratch_bytes(tasks, most_segments);

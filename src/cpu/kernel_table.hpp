@@ -48,6 +48,18 @@ constexpr bool by_blocks(Solver solver) {
   return solver == Solver::direct || solver == Solver::automatic;
 }
 
+template <class S>
+struct Chunk;  // chunk.hpp
+
+// Chebyshev's iteration with products in bfloat16 (bf16_chebyshev.hpp), in two steps: prepare once
+// a chunk, solve for each right-hand side. `words`: bf16_floats(K).
+struct Bf16Kernels {
+  void (*prepare)(const Chunk<float>& c, const float* h, bool h_is_zero, float* words);
+  float* (*solve)(const Chunk<float>& c, bool h_is_zero, float* words, const float* b, int num_iter,
+                  float* x, float* other);
+  bool instructions;  // the processor's bfloat16 ones
+};
+
 // The inputs of one head of one batch row.
 struct HeadInputs {
   int64_t K = 0, V = 0;
@@ -58,6 +70,7 @@ struct HeadInputs {
   Solver solver = Solver::chebyshev;
   int num_iter = 0;  // 0: from the chunk's smallest ridge ratio and the tolerance
   double tolerance = 0;
+  const Bf16Kernels* bf16 = nullptr;  // null: standard arithmetic
 };
 
 // A head's pair of states in the kernels' layout: row-major, rows padded with zeros to a multiple
@@ -74,6 +87,7 @@ struct SolverCount {
   int64_t chunks = 0;
   int64_t direct_chunks = 0;   // of them, those solved directly
   int64_t factorizations = 0;  // matrices factored for them
+  int64_t bf16_chunks = 0;     // with products in bfloat16
 };
 
 // Tokens [begin, end) of one head, chunk by chunk; `state` goes from before `begin` to after `end`.
@@ -154,6 +168,7 @@ struct GkaKernels {
 struct KernelTable {
   GkaKernels<float> gka;
   GkaKernels<double> gka_float64;
+  Bf16Kernels bf16;
   ConvertKernels convert;
   ConvKernels<float> conv;
   ConvKernels<double> conv_float64;

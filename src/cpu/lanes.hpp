@@ -109,8 +109,9 @@ struct Tile {
 };
 
 // Y[n][t] = sum_{c < inner} A(c, n) X[c][t] for n < rows (a multiple of kLanes).
-template <class Vec, bool kTransposed = false, class S>
-void lanes_product(const S* a, int64_t ld, int64_t inner, int64_t rows, const S* x, S* y) {
+template <class Vec, bool kTransposed = false, class S, class X>
+void lanes_product(const S* a, int64_t ld, int64_t inner, int64_t rows, const X* x,
+                   typename Vec::Elem* y) {
   using T = Tile<Vec>;
   for (int64_t n = 0; n < rows; n += T::kRows) {
     T tile;
@@ -137,31 +138,65 @@ void gained_product(const S* a_lanes, int64_t inner, const typename Vec::Elem* x
   }
 }
 
-// dot[t] = sum_n A[n][t] B[n][t], in float64: these sums feed norms and gate gradients.
+// dot[t] = sum_n A[n][t] B[n][t], in float64: these sums feed norms and gate gradients. Even and
+// odd rows apart, so that no sum waits for the one before.
 template <class Vec, class A, class B>
 void lanes_dot(const A* a, const B* b, int64_t rows, double* dot) {
-  double sum[kLanes] = {};
-  for (int64_t n = 0; n < rows; ++n) {
+  double even[kLanes] = {}, odd[kLanes] = {};
+  int64_t n = 0;
+  for (; n + 2 <= rows; n += 2) {
+    const A* pa = a + n * kLanes;
+    const B* pb = b + n * kLanes;
+    for (int64_t t = 0; t < kLanes; ++t) even[t] += static_cast<double>(pa[t]) * pb[t];
     for (int64_t t = 0; t < kLanes; ++t) {
-      sum[t] += static_cast<double>(a[n * kLanes + t]) * b[n * kLanes + t];
+      odd[t] += static_cast<double>(pa[kLanes + t]) * pb[kLanes + t];
     }
   }
-  for (int64_t t = 0; t < kLanes; ++t) dot[t] = sum[t];
+  if (n < rows) {
+    for (int64_t t = 0; t < kLanes; ++t) {
+      even[t] += static_cast<double>(a[n * kLanes + t]) * b[n * kLanes + t];
+    }
+  }
+  for (int64_t t = 0; t < kLanes; ++t) dot[t] = even[t] + odd[t];
 }
 
-// M[c][n] = decay * M[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple of
-// kLanes). M, A and B are row-major with strides ldm, lda, ldb.
+// What a rank update starts from: decay * from (+ weight * (inner * extra), where there is one: two
+// factors, for either alone may leave the range of float32).
+template <class S>
+struct RankUpdateFrom {
+  const S* from;
+  S decay;
+  const S* extra = nullptr;
+  S weight = 0, inner = 0;
+};
+
+// M[c][n] = decay * from[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple
+// of kLanes). M, from and extra are row-major with stride ldm, A and B with lda and ldb.
 template <class Vec, int kRows, int kVecs, class S>
-KALMANET_INLINE void rank_update_block(S* m, int64_t ldm, S decay, const S* a, int64_t lda,
-                                       const S* b, int64_t ldb, int64_t count) {
+KALMANET_INLINE void rank_update_block(S* m, const RankUpdateFrom<S>& start, int64_t at,
+                                       int64_t ldm, const S* a, int64_t lda, const S* b,
+                                       int64_t ldb, int64_t count) {
   using Reg = typename Vec::Reg;
   Reg acc[kRows][kVecs];
-  const Reg d = Vec::set1(decay);
+  const Reg d = Vec::set1(start.decay);
+  const S* const from = start.from + at;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      acc[r][v] = Vec::mul(d, Vec::load(m + r * ldm + v * Vec::kWidth));
+      acc[r][v] = Vec::mul(d, Vec::load(from + r * ldm + v * Vec::kWidth));
+    }
+  }
+  if (start.extra != nullptr) {
+    const Reg weight = Vec::set1(start.weight), inner = Vec::set1(start.inner);
+    const S* const extra = start.extra + at;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const Reg e = Vec::mul(inner, Vec::load(extra + r * ldm + v * Vec::kWidth));
+        acc[r][v] = Vec::fma(weight, e, acc[r][v]);
+      }
     }
   }
   for (int64_t j = 0; j < count; ++j) {
@@ -175,117 +210,107 @@ KALMANET_INLINE void rank_update_block(S* m, int64_t ldm, S decay, const S* a, i
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(aj, bj[v], acc[r][v]);
     }
   }
+  S* const to = m + at;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) Vec::store(m + r * ldm + v * Vec::kWidth, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) Vec::store(to + r * ldm + v * Vec::kWidth, acc[r][v]);
   }
 }
 
 template <class Vec, int kVecs, class S>
-KALMANET_INLINE void rank_update_panel(S* m, int64_t ldm, int64_t rows, S decay, const S* a,
-                                       int64_t lda, const S* b, int64_t ldb, int64_t count) {
+KALMANET_INLINE void rank_update_panel(S* m, const RankUpdateFrom<S>& start, int64_t at,
+                                       int64_t ldm, int64_t rows, const S* a, int64_t lda,
+                                       const S* b, int64_t ldb, int64_t count) {
   // 4 rows x 4 registers of AVX-512, 4 x 2 of the others: 16 and 8 accumulators.
   const int64_t whole = rows / 4 * 4;
   for (int64_t c = 0; c < whole; c += 4) {
-    rank_update_block<Vec, 4, kVecs>(m + c * ldm, ldm, decay, a + c, lda, b, ldb, count);
+    rank_update_block<Vec, 4, kVecs>(m, start, at + c * ldm, ldm, a + c, lda, b, ldb, count);
   }
   for (int64_t c = whole; c < rows; ++c) {
-    rank_update_block<Vec, 1, kVecs>(m + c * ldm, ldm, decay, a + c, lda, b, ldb, count);
+    rank_update_block<Vec, 1, kVecs>(m, start, at + c * ldm, ldm, a + c, lda, b, ldb, count);
   }
 }
 
+// m may be start.from itself.
 template <class Vec, class S>
-void rank_update(S* m, int64_t ldm, int64_t rows, int64_t cols, S decay, const S* a, int64_t lda,
-                 const S* b, int64_t ldb, int64_t count) {
+void rank_update(S* m, const RankUpdateFrom<S>& start, int64_t ldm, int64_t rows, int64_t cols,
+                 const S* a, int64_t lda, const S* b, int64_t ldb, int64_t count) {
   constexpr int kPanel = Vec::kWidth == 16 ? 4 : 2;
   constexpr int64_t kWide = kPanel * Vec::kWidth;
   int64_t n = 0;
   for (; n + kWide <= cols; n += kWide) {
-    rank_update_panel<Vec, kPanel>(m + n, ldm, rows, decay, a, lda, b + n, ldb, count);
+    rank_update_panel<Vec, kPanel>(m, start, n, ldm, rows, a, lda, b + n, ldb, count);
   }
   for (; n < cols; n += Vec::kWidth) {
-    rank_update_panel<Vec, 1>(m + n, ldm, rows, decay, a, lda, b + n, ldb, count);
+    rank_update_panel<Vec, 1>(m, start, n, ldm, rows, a, lda, b + n, ldb, count);
   }
 }
 
-// |M|_F^2 of a row-major [rows, cols] block, in float64 (squares of float32 numbers under- and
-// overflow float32 long before the numbers do). Eight partial sums, always in the same order.
+// Sums over a row-major [rows, cols] block in float64 (squares of float32 numbers under- and
+// overflow float32 long before the numbers do), term(c, n) from every element. Thirty-two partial
+// sums, sixteen of even and sixteen of odd rows, always in the same order: fewer would wait for
+// each other's additions.
+template <class Vec, class Term>
+KALMANET_INLINE double sum_over(int64_t rows, int64_t cols, Term&& term) {
+  double sum[2][kLanes] = {};
+  int64_t c = 0;
+  for (; c + 2 <= rows; c += 2) {
+    for (int64_t n = 0; n < cols; n += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) sum[0][i] += term(c, n + i);
+      for (int64_t i = 0; i < kLanes; ++i) sum[1][i] += term(c + 1, n + i);
+    }
+  }
+  for (; c < rows; ++c) {
+    for (int64_t n = 0; n < cols; n += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) sum[0][i] += term(c, n + i);
+    }
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      sum[0][i] += sum[0][i + half];
+      sum[1][i] += sum[1][i + half];
+    }
+  }
+  return sum[0][0] + sum[1][0];
+}
+
+// |M|_F^2 of a row-major [rows, cols] block, cols a multiple of kLanes.
 template <class Vec, class S>
 double squared_norm(const S* m, int64_t ld, int64_t rows, int64_t cols) {
-  double sum[8] = {};
-  for (int64_t c = 0; c < rows; ++c) {
-    for (int64_t n = 0; n < cols; n += 8) {
-      for (int64_t i = 0; i < 8; ++i) {
-        const double e = m[c * ld + n + i];
-        sum[i] += e * e;
-      }
-    }
-  }
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  return sum_over<Vec>(rows, cols, [&](int64_t c, int64_t n) {
+    const double e = m[c * ld + n];
+    return e * e;
+  });
 }
 
-// <M, N> of two row-major [rows, cols] blocks with the same stride, in float64.
+// <M, N> of two row-major [rows, cols] blocks with the same stride, cols a multiple of kLanes. Each
+// product of four rows is summed in the storage type before it is widened: half an ulp of the
+// largest product, as much as the rounding of M and N themselves brings along.
 template <class Vec, class S>
 double frobenius_dot(const S* m, const S* n, int64_t ld, int64_t rows, int64_t cols) {
-  double sum[8] = {};
-  for (int64_t c = 0; c < rows; ++c) {
-    for (int64_t i0 = 0; i0 < cols; i0 += 8) {
-      for (int64_t i = 0; i < 8; ++i) {
-        sum[i] += static_cast<double>(m[c * ld + i0 + i]) * n[c * ld + i0 + i];
+  double sum[kLanes] = {};
+  int64_t c = 0;
+  for (; c + 4 <= rows; c += 4) {
+    for (int64_t at = c * ld; at < c * ld + cols; at += kLanes) {
+      S products[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const int64_t p = at + i;
+        products[i] = (m[p] * n[p] + m[p + ld] * n[p + ld]) +
+                      (m[p + 2 * ld] * n[p + 2 * ld] + m[p + 3 * ld] * n[p + 3 * ld]);
       }
+      for (int64_t i = 0; i < kLanes; ++i) sum[i] += products[i];
     }
   }
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-}
-
-// Lanes from tokens [t0, t0 + n) of a head: lanes[c][t] = src(t0 + t, c), zeros elsewhere.
-template <class Vec, class S>
-void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width, S* lanes) {
-  const int64_t rows = padded(width);
-  for (int64_t i = 0; i < rows * kLanes; ++i) lanes[i] = 0;
-  S room[kMaxHeadDim];
-  for (int64_t t = 0; t < n; ++t) {
-    const RowOf<S> p = read_row<Vec>(src, t0 + t, width, room);
-    for (int64_t c = 0; c < width; ++c) lanes[c * kLanes + t] = p.data[c * p.stride];
-  }
-}
-
-// dst(t0 + t, c) = gain[t] * lanes[c][t] (added if dst.accumulate).
-template <class Vec, class S>
-void store_lanes(const S* lanes, const S* gain, const OutRows& dst, int64_t t0, int64_t n,
-                 int64_t width) {
-  for (int64_t t = 0; t < n; ++t) {
-    const S w = gain == nullptr ? 1 : gain[t];
-    if (!holds<S>(dst)) {
-      S room[kMaxHeadDim];
-      for (int64_t c = 0; c < width; ++c) room[c] = w * lanes[c * kLanes + t];
-      write_row<Vec>(dst, t0 + t, width, room);
-      continue;
-    }
-    S* p = row_of<S>(dst, t0 + t);
-    if (dst.accumulate) {
-      for (int64_t c = 0; c < width; ++c) p[c * dst.stride] += w * lanes[c * kLanes + t];
-    } else {
-      for (int64_t c = 0; c < width; ++c) p[c * dst.stride] = w * lanes[c * kLanes + t];
+  for (; c < rows; ++c) {
+    for (int64_t at = c * ld; at < c * ld + cols; at += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) sum[i] += static_cast<double>(m[at + i]) * n[at + i];
     }
   }
-}
-
-// rows[t][c] = lanes[c][t] for all kLanes tokens, c < cols (the padded width).
-template <class Vec, class S>
-void lanes_to_rows(const S* lanes, int64_t cols, S* rows) {
-  for (int64_t t = 0; t < kLanes; ++t) {
-    for (int64_t c = 0; c < cols; ++c) rows[t * cols + c] = lanes[c * kLanes + t];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
   }
-}
-
-// lanes[c][t] = rows[t][c]
-template <class Vec, class S>
-void rows_to_lanes(const S* rows, int64_t cols, S* lanes) {
-  for (int64_t c = 0; c < cols; ++c) {
-    for (int64_t t = 0; t < kLanes; ++t) lanes[c * kLanes + t] = rows[t * cols + c];
-  }
+  return sum[0];
 }
 
 }  // namespace kalmanet::cpu

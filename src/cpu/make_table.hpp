@@ -1,6 +1,7 @@
 // Gathers every operation's kernels, instantiated for one vector type.
 #pragma once
 
+#include "cpu/bf16_chebyshev.hpp"
 #include "cpu/conv_kernels.hpp"
 #include "cpu/convert.hpp"
 #include "cpu/gka_backward.hpp"
@@ -26,6 +27,7 @@ constexpr KernelTable make_table() {
   return KernelTable{
       .gka = gka_kernels<Vec>(),
       .gka_float64 = gka_kernels<typename Vec::Wide>(),
+      .bf16 = bf16_kernels_of<Vec, EmulatedBf16<Vec>>(false),
       .convert = convert_kernels<Vec>(),
       .conv = conv_kernels<Vec>(),
       .conv_float64 = conv_kernels<typename Vec::Wide>(),

@@ -27,12 +27,16 @@ constexpr int64_t direct_elems(int64_t K, int64_t chunks) {
   return padded(K) * padded(K) + tokens * tokens + 2 * tokens * padded(K) + 2 * rows * kLanes +
          4 * padded(K) * kLanes;
 }
+// A chunk's operator in bfloat16 pairs: H_0, the keys twice, a vector twice (Bf16Operator).
+constexpr int64_t bf16_floats(int64_t K) {
+  return padded(K) * (padded(K) + 4 * kLanes);
+}
 // What a solver keeps beside its two buffers: the float32 one over a block, the float64 one over a
 // chunk (ChunkSolver).
-constexpr int64_t solver_floats(int64_t K, Solver solver) {
+constexpr int64_t solver_floats(int64_t K, Solver solver, Arithmetic arithmetic) {
   switch (solver) {
     case Solver::chebyshev:
-      return 0;
+      return arithmetic == Arithmetic::bfloat16 ? bf16_floats(K) : 0;
     case Solver::direct:
     case Solver::automatic:
       return direct_elems(K, kBlockChunks) + 2 * direct_elems(K, 1);
@@ -42,8 +46,10 @@ constexpr int64_t solver_floats(int64_t K, Solver solver) {
   return 0;
 }
 // Two buffers of the solver and the mix, in float32 and in float64; the output.
-constexpr int64_t forward_scratch_floats(int64_t K, int64_t V, Solver solver) {
-  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes + solver_floats(K, solver);
+constexpr int64_t forward_scratch_floats(int64_t K, int64_t V, Solver solver,
+                                         Arithmetic arithmetic) {
+  return chunk_floats(K, V) + (9 * padded(K) + padded(V)) * kLanes +
+         solver_floats(K, solver, arithmetic);
 }
 // The decayed keys.
 constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
@@ -51,10 +57,11 @@ constexpr int64_t scan_scratch_floats(int64_t K, int64_t V) {
 }
 // A chunk's 7 blocks of keys' width and 2 of values' (BackwardChunk; direct: of a window's chunks),
 // 6 and 2 that they share, and four of keys' width in float64 (BackwardWork).
-constexpr int64_t backward_scratch_floats(int64_t K, int64_t V, Solver solver) {
+constexpr int64_t backward_scratch_floats(int64_t K, int64_t V, Solver solver,
+                                          Arithmetic arithmetic) {
   const int64_t chunks = by_blocks(solver) ? kBlockChunks : 1;
   return chunks * (chunk_floats(K, V) + (7 * padded(K) + 2 * padded(V)) * kLanes) +
-         (14 * padded(K) + 2 * padded(V)) * kLanes + solver_floats(K, solver);
+         (14 * padded(K) + 2 * padded(V)) * kLanes + solver_floats(K, solver, arithmetic);
 }
 // q and k, the solver's three vectors in float32 and in float64; v, o: one token. Beside them:
 // direct, the matrix and an elimination's panels; cg, two vectors; either in float32 and float64.

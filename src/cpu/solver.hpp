@@ -2,6 +2,8 @@
 // sides (the forward has one, the backward two).
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/cg.hpp"
 #include "cpu/chebyshev.hpp"
 #include "cpu/chunk.hpp"
@@ -18,18 +20,25 @@ struct ChunkSolver {
   DirectBlock<Vec> block;  // direct
   Elem* extra[2];          // cg
   ChunkPlan plan;
+  const Bf16Kernels* bf16 = nullptr;  // Chebyshev with products in bfloat16
+  float* words = nullptr;
 };
 
 // `capacity`: chunks a block may have, 1 where there is no more than one.
 template <class Vec, class S>
 void carve_solver(ChunkSolver<Vec>& s, const HeadInputs& in, int64_t capacity, Arena<S>& arena) {
   s.solver = in.solver;
-  constexpr int64_t kEach = sizeof(typename Vec::Elem) / sizeof(S);
+  using Elem = typename Vec::Elem;
+  constexpr int64_t kEach = sizeof(Elem) / sizeof(S);
+  if constexpr (std::is_same_v<Elem, float>) {
+    s.bf16 = in.bf16;
+    if (s.bf16 != nullptr) s.words = arena.take(bf16_floats(in.K));
+  }
   if (by_blocks(in.solver)) {
     carve_direct<Vec>(s.block, in.K, capacity, arena);
   } else if (in.solver == Solver::cg) {
     for (auto& p : s.extra) {
-      p = reinterpret_cast<typename Vec::Elem*>(arena.take(kEach * padded(in.K) * kLanes));
+      p = reinterpret_cast<Elem*>(arena.take(kEach * padded(in.K) * kLanes));
     }
   }
 }
@@ -50,6 +59,12 @@ void prepare_solver(ChunkSolver<Vec>& s, const Chunk<S>& c, const HeadInputs& in
   if (!by_blocks(s.solver)) {
     s.plan.steps = in.num_iter != 0 ? in.num_iter : chebyshev_steps<Vec>(c, in.tolerance);
     count_steps<Vec>(count, s.plan.steps);
+    if constexpr (std::is_same_v<typename Vec::Elem, float>) {
+      if (s.bf16 != nullptr) {
+        s.bf16->prepare(c, h, h_is_zero, s.words);
+        if (count != nullptr) ++count->bf16_chunks;
+      }
+    }
     return;
   }
   DirectBlock<Vec>& d = s.block;
@@ -77,6 +92,9 @@ template <class Vec, class B, class S>
 typename Vec::Elem* solve_chunk_system(const ChunkSolver<Vec>& s, const Chunk<S>& c, const S* h,
                                        bool h_is_zero, const B* b, typename Vec::Elem* x,
                                        typename Vec::Elem* other, bool corrected) {
+  if constexpr (std::is_same_v<typename Vec::Elem, float>) {
+    if (s.bf16 != nullptr) return s.bf16->solve(c, h_is_zero, s.words, b, s.plan.steps, x, other);
+  }
   if (s.solver == Solver::cg) {
     conjugate_gradients<Vec>(c, h, h_is_zero, b, s.plan.steps, x, other, s.extra[0], s.extra[1]);
     return x;

@@ -81,6 +81,15 @@ void validate(const GatedKalmaNetOptions& o) {
     fail("solver",
          "is \"" + o.solver + "\"; allowed are \"chebyshev\", \"direct\", \"cg\" and \"auto\"");
   }
+  if (o.arithmetic != "standard" && o.arithmetic != "bfloat16") {
+    fail("arithmetic", "is \"" + o.arithmetic + "\"; allowed are \"standard\" and \"bfloat16\"");
+  }
+  if (o.arithmetic == "bfloat16" &&
+      (o.solver != "chebyshev" || o.num_iter == kAutoNumIter || o.learned_ridge)) {
+    fail("arithmetic",
+         "is \"bfloat16\", which is for solver \"chebyshev\" with a num_iter >= 1; it cannot meet "
+         "the tolerance that the other solvers, num_iter 0 and learned_ridge aim at");
+  }
   if (o.qk_norm != "official" && o.qk_norm != "fla") {
     fail("qk_norm", "is \"" + o.qk_norm +
                         "\"; allowed are \"official\" (x / (|x| + 1e-6)) and \"fla\" (x / "
@@ -328,6 +337,7 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   op.solver = o.solver;
   op.num_iter = o.learned_ridge ? kAutoNumIter : o.num_iter;
   op.tolerance = o.tolerance;
+  op.arithmetic = o.arithmetic;
   op.bp_lambda = o.bp_lambda;
   op.chunk_size = o.chunk_size;
   op.backend = o.backend;
@@ -336,6 +346,7 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     // o_t = scale U_t^T q_t whatever x_t is: the shortest solve there is.
     op.solver = "chebyshev";
     op.num_iter = 1;
+    op.arithmetic = "standard";
   }
   Tensor out;
   if (step) {

@@ -34,6 +34,7 @@ struct GatedKalmaNetOptions {
   int64_t num_iter = 30;  // 0: auto
   std::string solver = "chebyshev";
   double tolerance = 1e-5;
+  std::string arithmetic = "standard";  // "bfloat16" (kalmanet::Arithmetic): chebyshev, no auto
   int64_t conv_size = 4;
   double norm_eps = 1e-6;
   std::string qk_norm = "official";  // x / (|x| + 1e-6); "fla": x / sqrt(|x|^2 + 1e-6)

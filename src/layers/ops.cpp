@@ -67,21 +67,21 @@ using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, std::string_view,
-    int64_t, double, int64_t, bool, bool, std::string_view);
+    int64_t, double, int64_t, std::string_view, bool, bool, std::string_view);
 using GkaBackward =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
         const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-        std::string_view, int64_t, double, int64_t, bool, const OptionalTensor&, const Tensor&,
-        const OptionalTensor&, const OptionalTensor&, std::string_view);
+        std::string_view, int64_t, double, int64_t, std::string_view, bool, const OptionalTensor&,
+        const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view);
 using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                            const Tensor&, const Tensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
                                            const OptionalTensor&, std::optional<double>, double,
-                                           std::string_view, int64_t, double, int64_t, bool,
-                                           std::string_view);
+                                           std::string_view, int64_t, double, int64_t,
+                                           std::string_view, bool, std::string_view);
 
 // (o, h, u, x)
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
@@ -91,10 +91,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
     const OptionalTensor& cu_seqlens, const GkaOpOptions& options, bool save_x) {
   static const auto op = find_operator<GkaForward>("kalmanet::gka_forward");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  auto [o, h, u, x, residual] =
-      op.call(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options.scale,
-              options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
-              options.chunk_size, save_x, /*want_residual=*/false, options.backend);
+  auto [o, h, u, x, residual] = op.call(
+      q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options.scale, options.ridge_ratio,
+      options.solver, options.num_iter, options.tolerance, options.chunk_size, options.arithmetic,
+      save_x, /*want_residual=*/false, options.backend);
   return {std::move(o), std::move(h), std::move(u), std::move(x)};
 }
 
@@ -142,8 +142,8 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
         op.call(saved[0], saved[1], v, optional(saved[3]), optional(saved[4]), optional(saved[5]),
                 optional(saved[6]), optional(saved[7]), optional(saved[8]), optional(saved[9]),
                 optional(saved[10]), options.scale, options.ridge_ratio, options.solver,
-                options.num_iter, options.tolerance, options.chunk_size, options.bp_lambda,
-                optional(x), d_o, optional(d_h), optional(d_u), options.backend);
+                options.num_iter, options.tolerance, options.chunk_size, options.arithmetic,
+                options.bp_lambda, optional(x), d_o, optional(d_h), optional(d_u), options.backend);
     variable_list all = {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
     // The operator returns empty tensors where an input was absent.
     for (size_t i = 0; i < all.size(); ++i) {
@@ -286,7 +286,7 @@ Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, cons
       op.call(q, k, v, h, u, widened(g), widened(gk), widened(alpha), widened(beta),
               ridge_per_token(widened(ridge), q, k, v), cu_seqlens, options.scale,
               options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
-              options.chunk_size, /*want_residual=*/false, options.backend);
+              options.chunk_size, options.arithmetic, /*want_residual=*/false, options.backend);
   mark_written(h);
   mark_written(u);
   return o.to(v_in.scalar_type());

@@ -28,6 +28,8 @@ struct GkaOpOptions {
   std::string solver = "chebyshev";  // "chebyshev", "direct", "cg" or "auto"
   int64_t num_iter = 30;             // >= 1, or 0: from the ridge ratio and `tolerance`
   double tolerance = 1e-5;
+  // "bfloat16": Chebyshev's products in bfloat16 (kalmanet::Arithmetic says what that costs).
+  std::string arithmetic = "standard";
   bool bp_lambda = true;         // false: f_t is a constant to the gradient
   int64_t chunk_size = 0;        // 0: the backend's choice
   std::optional<double> scale;   // absent: K^-1/2

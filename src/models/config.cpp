@@ -54,6 +54,7 @@ ExtraKeys read_gka(const Json& json, const std::string& source, GkaConfig& gka) 
   in.get("expand_v", gka.expand_v, 0.0, 256.0, true);
   in.get("learned_ridge", gka.learned_ridge);
   in.get("tolerance", gka.tolerance, 0.0, 0.5, true);
+  in.get_choice("arithmetic", gka.arithmetic, {"standard", "bfloat16"});
   in.get_choice("qk_norm", gka.qk_norm, {"official", "fla"});
   double alpha = 0;
   if (in.get("fixed_alpha", alpha, 0.0, 1.0)) gka.fixed_alpha = alpha;
@@ -269,6 +270,13 @@ void validate(const ModelConfig& c, const std::string& source) {
           "gka_config.ridge_strength must be above 0 and at most 1000");
   require(g.tolerance > 0 && g.tolerance <= 0.5, source,
           "gka_config.tolerance must be above 0 and at most 0.5");
+  require(g.arithmetic == "standard" || g.arithmetic == "bfloat16", source,
+          "gka_config.arithmetic must be \"standard\" or \"bfloat16\"");
+  require(g.arithmetic == "standard" ||
+              (g.solver_type == "chebyshev" && g.num_iter > 0 && !g.learned_ridge),
+          source,
+          "gka_config.arithmetic \"bfloat16\" is for solver_type \"chebyshev\" with a num_iter of "
+          "at least 1 and without learned_ridge; its rounding would not meet their tolerance");
   require(g.norm_eps > 0 && g.norm_eps <= 1, source,
           "gka_config.norm_eps must be above 0 and at most 1");
   require(!g.fixed_alpha || (*g.fixed_alpha >= 0 && *g.fixed_alpha <= 1), source,

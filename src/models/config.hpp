@@ -41,9 +41,11 @@ struct GkaConfig {
   // Head counts and size of the GKA layers where they differ from the attention layers' (HMF's
   // names). Absent: see ModelConfig::gka_heads.
   std::optional<int64_t> num_q_heads, num_k_heads, num_v_heads, head_dim;
-  double expand_v = 1.0;              // V = expand_v * head_dim, an integer (FLA's name)
-  bool learned_ridge = false;         // (ours) predict the ridge ratio from the input
-  double tolerance = 1e-5;            // (ours) what num_iter = "auto" aims at; up to 0.5
+  double expand_v = 1.0;       // V = expand_v * head_dim, an integer (FLA's name)
+  bool learned_ridge = false;  // (ours) predict the ridge ratio from the input
+  double tolerance = 1e-5;     // (ours) what num_iter = "auto" aims at; up to 0.5
+  // (ours) standard | bfloat16: Chebyshev's products in bfloat16, with a num_iter
+  std::string arithmetic = "standard";
   std::string qk_norm = "official";   // (ours) official | fla
   std::optional<double> fixed_alpha;  // (ours) a constant in place of the alpha gate, 0..1
   ExtraKeys extra;

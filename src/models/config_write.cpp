@@ -56,6 +56,7 @@ OrderedJson gka_json(const GkaConfig& g) {
   if (g.expand_v != defaults.expand_v) j["expand_v"] = g.expand_v;
   if (g.learned_ridge) j["learned_ridge"] = true;
   if (g.tolerance != defaults.tolerance) j["tolerance"] = g.tolerance;
+  if (g.arithmetic != defaults.arithmetic) j["arithmetic"] = g.arithmetic;
   if (g.qk_norm != defaults.qk_norm) j["qk_norm"] = g.qk_norm;
   add_if(j, "fixed_alpha", g.fixed_alpha);
   add_extra(j, g.extra, "gka_config");

@@ -84,6 +84,7 @@ layers::GatedKalmaNetOptions gka_options(const ModelConfig& config) {
   o.num_iter = g.num_iter;
   o.solver = g.solver_type;
   o.tolerance = g.tolerance;
+  o.arithmetic = g.arithmetic;
   o.conv_size = heads.conv_size;
   o.norm_eps = g.norm_eps;
   o.qk_norm = g.qk_norm;

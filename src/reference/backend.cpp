@@ -13,7 +13,12 @@ class ReferenceBackend final : public core::GkaBackend {
   std::string describe() const override {
     return "float64 oracles, token by token: direct (Cholesky), chebyshev, cg";
   }
-  std::string refuses(const core::GkaProblem&) const override { return {}; }
+  std::string refuses(const core::GkaProblem& problem) const override {
+    if (problem.options.arithmetic == Arithmetic::standard) return {};
+    return std::string("arithmetic ") + name(problem.options.arithmetic) +
+           " is not available on the reference backend, which computes in float64; pass backend "
+           "cpu or arithmetic standard";
+  }
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return reference::forward<double>(problem, outputs);
   }

@@ -25,7 +25,7 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
           const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
           const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
           const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
-          const std::string& backend) {
+          const std::string& arithmetic, const std::string& backend) {
   Call call;
   require_rank(q, 4, "q", "[B,T,Hq,K]");
   require_rank(k, 4, "k", "[B,T,Hk,K]");
@@ -77,6 +77,7 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
   options.num_iter = static_cast<int>(num_iter);
   options.tolerance = tolerance;
   options.chunk_size = chunk_size;
+  options.arithmetic = arithmetic_of(arithmetic);
   options.backend = backend_of(backend);
   options.executor = &torch_executor();
   return call;
@@ -87,10 +88,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
     const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
     const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
     const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
-    const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size, bool save_x,
-    bool want_residual, const Text& backend) {
+    const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+    const Text& arithmetic, bool save_x, bool want_residual, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
-                   solver, num_iter, tolerance, chunk_size, backend);
+                   solver, num_iter, tolerance, chunk_size, arithmetic, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
   const auto [B, T, H, K, V, N] = std::tuple(call.B, call.T, call.H, call.K, call.V, call.N);
   Tensor o = new_tensor(q, {B, T, H, V}, call.dtype);
@@ -114,10 +115,10 @@ gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Option
                  const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
                  const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
                  const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
-                 bool bp_lambda, const OptionalTensor& x, const Tensor& d_o,
+                 const Text& arithmetic, bool bp_lambda, const OptionalTensor& x, const Tensor& d_o,
                  const OptionalTensor& dh, const OptionalTensor& du, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
-                   solver, num_iter, tolerance, chunk_size, backend);
+                   solver, num_iter, tolerance, chunk_size, arithmetic, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
   call.options.bp_lambda = bp_lambda;
   const auto [B, T, H, K, V, N] = std::tuple(call.B, call.T, call.H, call.K, call.V, call.N);
@@ -160,14 +161,17 @@ gka_backward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }
 
-std::tuple<Tensor, Tensor> gka_step_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
-    const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
-    const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& cu_seqlens,
-    std::optional<double> scale, double ridge_ratio, const Text& solver, int64_t num_iter,
-    double tolerance, int64_t chunk_size, bool want_residual, const Text& backend) {
+std::tuple<Tensor, Tensor> gka_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& h, const Tensor& u, const OptionalTensor& g,
+                                        const OptionalTensor& gk, const OptionalTensor& alpha,
+                                        const OptionalTensor& beta, const OptionalTensor& ridge,
+                                        const OptionalTensor& cu_seqlens,
+                                        std::optional<double> scale, double ridge_ratio,
+                                        const Text& solver, int64_t num_iter, double tolerance,
+                                        int64_t chunk_size, const Text& arithmetic,
+                                        bool want_residual, const Text& backend) {
   Call call = read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio,
-                   solver, num_iter, tolerance, chunk_size, backend);
+                   solver, num_iter, tolerance, chunk_size, arithmetic, backend);
   call.inputs.cu_seqlens = call.cu_seqlens;
   Tensor o = new_tensor(q, {call.B, call.T, call.H, call.V}, call.dtype);
   Tensor residual =

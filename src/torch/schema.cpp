@@ -19,9 +19,10 @@ namespace {
   "Tensor? g=None, Tensor? gk=None, Tensor? alpha=None, Tensor? beta=None, Tensor? ridge=None"
 #define KN_SOLVER                                                                        \
   "float? scale=None, float ridge_ratio=0.02, str solver='chebyshev', int num_iter=30, " \
-  "float tolerance=1e-05, int chunk_size=0"
+  "float tolerance=1e-05, int chunk_size=0, str arithmetic='standard'"
 // `ridge` is a_t per token [B,T,H]; without it, ridge_ratio. num_iter = 0 is "auto". cu_seqlens:
-// int64 on the CPU. backend: "auto", "cpu", "reference" (float64 oracle, also takes float64).
+// int64 on the CPU. arithmetic: "standard", or "bfloat16" products (gka_step: standard). backend:
+// "auto", "cpu", "reference" (float64 oracle, also takes float64).
 #define KN_SEQUENCE                         \
   "Tensor q, Tensor k, Tensor v, " KN_GATES \
   ", Tensor? h0=None, Tensor? u0=None, "    \

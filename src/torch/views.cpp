@@ -148,6 +148,14 @@ Solver solver_of(const std::string& text) {
               "is \"" + text + "\"; allowed are \"chebyshev\", \"direct\", \"cg\" and \"auto\"");
 }
 
+Arithmetic arithmetic_of(const std::string& text) {
+  for (const Arithmetic arithmetic : {Arithmetic::standard, Arithmetic::bfloat16}) {
+    if (text == name(arithmetic)) return arithmetic;
+  }
+  throw Error(ErrorCode::invalid_argument, "arithmetic",
+              "is \"" + text + "\"; allowed are \"standard\" and \"bfloat16\"");
+}
+
 Backend backend_of(const std::string& text) {
   if (text == "auto") return Backend::automatic;
   for (const Backend backend : {Backend::cpu, Backend::reference}) {

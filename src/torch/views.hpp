@@ -43,8 +43,9 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, DTyp
 // What an operator returns where a result was not asked for: zero elements.
 Tensor no_tensor(const Tensor& like);
 
-Solver solver_of(const std::string& text);    // "chebyshev", "direct", "cg", "auto"
-Backend backend_of(const std::string& text);  // "auto", "cpu", "reference"
+Solver solver_of(const std::string& text);          // "chebyshev", "direct", "cg", "auto"
+Arithmetic arithmetic_of(const std::string& text);  // "standard", "bfloat16"
+Backend backend_of(const std::string& text);        // "auto", "cpu", "reference"
 
 }  // namespace kalmanet::torch_ops
 

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "kalmanet/error.hpp"
+#include "train/clock.hpp"
 #include "train/data.hpp"
 #include "train/interrupt.hpp"
 #include "train/optimizer.hpp"
@@ -172,6 +173,7 @@ RecallRun run_recall(const RecallOptions& options, const std::string& variant,
                           std::llround(options.warmup * static_cast<double>(options.steps)),
                           options.steps};
   const auto start = std::chrono::steady_clock::now();
+  const double processor_start = processor_seconds();
   double loss_sum = 0;
   int64_t loss_count = 0;
   for (int64_t step = 0; step < options.steps && !run.interrupted; ++step) {
@@ -203,6 +205,7 @@ RecallRun run_recall(const RecallOptions& options, const std::string& variant,
     }
   }
   run.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  run.processor_seconds = processor_seconds() - processor_start;
   return run;
 }
 

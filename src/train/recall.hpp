@@ -68,8 +68,9 @@ struct RecallPoint {
 struct RecallRun {
   std::string variant;
   std::vector<RecallPoint> curve;
-  double accuracy = 0;  // after the last step, on final_batches fresh batches
-  double seconds = 0;
+  double accuracy = 0;           // after the last step, on final_batches fresh batches
+  double seconds = 0;            // by the clock
+  double processor_seconds = 0;  // of all threads: does not grow where other programs want cores
   int64_t parameters = 0;
   bool interrupted = false;
 };

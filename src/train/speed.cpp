@@ -7,6 +7,7 @@
 #include <chrono>
 
 #include "models/language_model.hpp"
+#include "train/clock.hpp"
 #include "train/interrupt.hpp"
 #include "train/optimizer.hpp"
 
@@ -35,9 +36,13 @@ class Trainee {
     optimizer_->step(1e-4);
   }
 
-  // Tokens a second over at least `seconds`.
-  double run(double seconds) {
+  struct Rates {
+    double by_clock, by_processor;  // tokens a second
+  };
+  // Over at least `seconds`.
+  Rates run(double seconds) {
     const Clock::time_point begin = Clock::now();
+    const double processor_begin = processor_seconds();
     int64_t steps = 0;
     double spent = 0;
     do {
@@ -45,7 +50,8 @@ class Trainee {
       ++steps;
       spent = std::chrono::duration<double>(Clock::now() - begin).count();
     } while (spent < seconds);
-    return static_cast<double>(steps * ids_.size(0) * (ids_.size(1) - 1)) / spent;
+    const auto tokens = static_cast<double>(steps * ids_.size(0) * (ids_.size(1) - 1));
+    return {tokens / spent, tokens / (processor_seconds() - processor_begin)};
   }
 
  private:
@@ -53,6 +59,12 @@ class Trainee {
   std::unique_ptr<AdamW> optimizer_;
   at::Tensor ids_;
 };
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  return (values[(n - 1) / 2] + values[n / 2]) / 2;
+}
 
 }  // namespace
 
@@ -66,23 +78,24 @@ std::vector<SpeedResult> measure_training_speed(
   for (const int64_t context : contexts) {
     const int64_t batch = std::max<int64_t>(1, tokens_per_step / context);
     std::vector<std::unique_ptr<Trainee>> trainees;
-    std::vector<std::vector<double>> rates(cases.size());
+    std::vector<std::vector<double>> by_clock(cases.size()), by_processor(cases.size());
     for (const SpeedCase& one : cases) {
       trainees.push_back(std::make_unique<Trainee>(one.config, batch, context));
       trainees.back()->step();  // allocations, thread start and first touch are not timed
     }
     for (int round = 0; round < rounds && !InterruptGuard::requested(); ++round) {
       for (size_t i = 0; i < cases.size(); ++i) {
-        rates[i].push_back(trainees[i]->run(seconds));
+        const Trainee::Rates rates = trainees[i]->run(seconds);
+        by_clock[i].push_back(rates.by_clock);
+        by_processor[i].push_back(rates.by_processor);
         if (progress) progress(++done, total);
       }
     }
     for (size_t i = 0; i < cases.size(); ++i) {
-      if (rates[i].empty()) continue;
-      std::sort(rates[i].begin(), rates[i].end());
-      const size_t n = rates[i].size();
-      const double median = (rates[i][(n - 1) / 2] + rates[i][n / 2]) / 2;
-      results.push_back({cases[i].name, context, batch, median, rates[i].front(), rates[i].back()});
+      if (by_clock[i].empty()) continue;
+      const auto [slowest, fastest] = std::minmax_element(by_clock[i].begin(), by_clock[i].end());
+      results.push_back({cases[i].name, context, batch, median(by_clock[i]), *slowest, *fastest,
+                         median(by_processor[i])});
     }
   }
   return results;

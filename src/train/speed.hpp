@@ -1,4 +1,4 @@
-// Training speed of the GKA model beside the same model with attention layers.
+// Training speed of GKA models beside the same model with attention layers.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace kalmanet::train {
 
 struct SpeedCase {
-  std::string name;  // "gka", "attention"
+  std::string name;
   models::ModelConfig config;
 };
 
@@ -20,6 +20,9 @@ struct SpeedResult {
   int64_t context = 0, batch = 0;
   double tokens_per_second = 0;  // the median of the rounds
   double slowest = 0, fastest = 0;
+  // Tokens a second that a processor computed, all threads together: the median of the rounds. Says
+  // more than the clock where other programs want the cores.
+  double tokens_per_processor_second = 0;
 };
 
 // Times whole training steps (forward, backward, clipping, AdamW) on random bytes. For each context

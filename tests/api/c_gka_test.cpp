@@ -207,8 +207,9 @@ TEST(CVersions, ShorterOptionsHaveDefaultsForWhatIsMissing) {
   options.scale = 0.25;
   CaseSpec spec = everything();
   spec.ridge_tensor = false;
-  for (const size_t size : {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, tolerance),
-                            offsetof(S, bp_lambda), offsetof(S, executor), sizeof(S)}) {
+  for (const size_t size :
+       {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, tolerance), offsetof(S, bp_lambda),
+        offsetof(S, executor), offsetof(S, arithmetic), sizeof(S)}) {
     GkaOptions cpp;
     if (size > offsetof(S, num_iter)) cpp.num_iter = 9;
     if (size > offsetof(S, ridge_ratio)) cpp.ridge_ratio = 0.1;
@@ -220,6 +221,24 @@ TEST(CVersions, ShorterOptionsHaveDefaultsForWhatIsMissing) {
     EXPECT_TRUE(testing::identical({"forward", "", std::to_string(size) + " bytes of options"}, "o",
                                    c.o.view(), expected.o.view()));
   }
+}
+
+TEST(CGka, ArithmeticIsPassedOnAndReported) {
+  CaseSpec spec = everything();
+  spec.ridge_tensor = false;
+  GkaOptions cpp;
+  cpp.arithmetic = Arithmetic::bfloat16;
+  Case<float> expected(spec), c(spec);
+  const GkaReport want = gka_forward(expected.inputs(), expected.outputs(), cpp);
+  EXPECT_GT(want.bfloat16_solves, 0);
+  kalmanet_gka_options options = KALMANET_GKA_OPTIONS_INIT;
+  options.arithmetic = KALMANET_ARITHMETIC_BFLOAT16;
+  kalmanet_gka_report report = KALMANET_GKA_REPORT_INIT;
+  const CPlan plan(options);
+  ASSERT_TRUE(ok(testing::c_forward(plan.plan, c, &report)));
+  EXPECT_TRUE(testing::identical({"forward", "", "bfloat16"}, "o", c.o.view(), expected.o.view()));
+  EXPECT_EQ(report.bfloat16_solves, want.bfloat16_solves);
+  EXPECT_EQ(report.bfloat16_instructions, want.bfloat16_instructions ? 1 : 0);
 }
 
 TEST(CVersions, ShorterInputsAndOutputsLackTheirLastTensors) {

@@ -124,6 +124,14 @@ TEST(CMistakes, OfEveryOperation) {
        "unknown value 17"},
       {"a negative solver", [](Call& m) { m.options.solver = -1; }, argument, "solver",
        "unknown value -1"},
+      {"an unknown arithmetic", [](Call& m) { m.options.arithmetic = 2; }, argument, "arithmetic",
+       "unknown value 2"},
+      {"bfloat16 for cg",
+       [](Call& m) {
+         m.options.arithmetic = KALMANET_ARITHMETIC_BFLOAT16;
+         m.options.solver = KALMANET_SOLVER_CG;
+       },
+       argument, "arithmetic", "not cg"},
       {"an unknown backend", [](Call& m) { m.options.backend = 9; }, argument, "backend",
        "unknown value 9"},
       {"an unknown dtype", [](Call& m) { m.in.q.dtype = 4; }, dtype, "q", "unknown dtype (4)"},

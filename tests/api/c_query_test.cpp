@@ -32,6 +32,9 @@ TEST(CQuery, NamesAndSizes) {
   EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_CG), "cg");
   EXPECT_STREQ(kalmanet_solver_name(KALMANET_SOLVER_AUTOMATIC), "auto");
   EXPECT_STREQ(kalmanet_solver_name(99), "unknown solver");
+  EXPECT_STREQ(kalmanet_arithmetic_name(KALMANET_ARITHMETIC_STANDARD), "standard");
+  EXPECT_STREQ(kalmanet_arithmetic_name(KALMANET_ARITHMETIC_BFLOAT16), "bfloat16");
+  EXPECT_STREQ(kalmanet_arithmetic_name(2), "unknown arithmetic");
   const std::vector<std::string> statuses = {"KALMANET_OK",
                                              "KALMANET_INVALID_ARGUMENT",
                                              "KALMANET_INVALID_SHAPE",

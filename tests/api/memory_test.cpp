@@ -109,22 +109,26 @@ TEST(Workspace, IsWhatAnOperationTakesAtMost) {
   std::printf("bytes: taken / said\n");
   for (const CaseSpec& spec : specs()) {
     Case<float> c(spec);
-    for (Solver solver : solvers()) {
+    std::vector<std::pair<Solver, Arithmetic>> ways;
+    for (Solver solver : solvers()) ways.emplace_back(solver, Arithmetic::standard);
+    ways.emplace_back(Solver::chebyshev, Arithmetic::bfloat16);
+    for (const auto& [solver, arithmetic] : ways) {
       for (GkaOperation operation : kOperations) {
         for (bool saved_x : {true, false}) {
           if (saved_x && operation != GkaOperation::backward) continue;
           for (int threads : {1, 3}) {
             GkaOptions options;
             options.solver = solver;
+            options.arithmetic = arithmetic;
             const std::unique_ptr<Executor> executor = make_executor(threads);
             options.executor = executor.get();
             GkaShape shape = shape_of(c);
             shape.saved_x = saved_x;
             const int64_t said = gka_workspace_bytes(operation, shape, options);
             const int64_t taken = measured(operation, c, options, threads, saved_x);
-            const std::string what = std::string(name(operation)) + " " + name(solver) +
-                                     (saved_x ? ", saved x" : "") + ", " + std::to_string(threads) +
-                                     " threads, " + describe(spec);
+            const std::string what = std::string(name(operation)) + " " + name(solver) + " " +
+                                     name(arithmetic) + (saved_x ? ", saved x" : "") + ", " +
+                                     std::to_string(threads) + " threads, " + describe(spec);
             EXPECT_LE(taken, said) << what;
             // Of several threads some may come too late for any work.
             if (threads == 1) {

@@ -197,6 +197,33 @@ def test_a_config_file_and_a_preset(kalmanet, text, run, tmp_path):
     assert options["steps"] == 2 and options["batch"] == 12 and options["context"] == 64
 
 
+LEARNED, FIXED = ("learned", "direct", "auto"), (0.02, "chebyshev", 30)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--preset shakespeare", LEARNED),
+        ("--preset demo --minutes 0", LEARNED),
+        ("--preset shakespeare --no-learned-ridge", FIXED),
+        ("--preset shakespeare --ridge 0.1", (0.1, "chebyshev", 30)),
+        ("--preset shakespeare --num-iter 9", (0.02, "chebyshev", 9)),
+        ("--preset shakespeare --solver chebyshev", ("learned", "chebyshev", "auto")),
+        ("--preset shakespeare --mixer linear", FIXED),
+        ("--preset shakespeare --mixer attention", FIXED),
+        ("--no-learned-ridge --solver direct", (0.02, "direct", 30)),
+        ("--learned-ridge", LEARNED),
+        ("", FIXED),
+    ],
+)
+def test_presets_learn_the_ridge_ratio_and_flags_go_back(kalmanet, text, tmp_path, flags, expected):
+    tiny = "--layers 1 --width 16 --heads 2 --steps 1 --batch 1 --context 16 --threads 1"
+    tiny += " --final-eval-tokens 16 --held-out 0.2"
+    kalmanet("train", "--text", text, "--out", tmp_path / "run", *tiny.split(), *flags.split())
+    model = json.loads(kalmanet("info", tmp_path / "run", "--json").stdout)["model"]
+    assert (model["ridge_ratio"], model["solver"], model["num_iter"]) == expected
+
+
 def test_generate_is_the_same_for_the_same_seed(kalmanet, run):
     def text_of(*more):
         return kalmanet(
@@ -317,6 +344,7 @@ def test_experiment_recall(kalmanet, tmp_path):
     data = json.loads((out / "recall.json").read_text())
     assert [run["variant"] for run in data["runs"]] == ["gka", "linear", "learned"]
     for run in data["runs"]:
+        assert run["seconds"] > 0 and run["processor_seconds"] > 0
         assert [point["step"] for point in run["curve"]] == [2, 4]
         assert f"{run['accuracy']:.4f}" in done.stdout
     assert (out / "recall.png").exists() or "no picture" in done.stdout
@@ -352,8 +380,11 @@ def test_experiment_speed(kalmanet):
     results = json.loads(out)["results"]
     assert [(r["model"], r["context"], r["batch"]) for r in results] == [
         ("gka", 16, 2),
+        ("gka-fixed", 16, 2),
         ("attention", 16, 2),
         ("gka", 32, 1),
+        ("gka-fixed", 32, 1),
         ("attention", 32, 1),
     ]
     assert all(r["tokens_per_second"] > 0 for r in results)
+    assert all(r["tokens_per_processor_second"] > 0 for r in results)

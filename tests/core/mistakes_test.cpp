@@ -231,6 +231,35 @@ const std::vector<Mistake>& shared_mistakes() {
        kArgument,
        "solver",
        {"9", "chebyshev"}},
+      {"an unknown arithmetic",
+       [](Call& m) { m.options.arithmetic = static_cast<Arithmetic>(9); },
+       kArgument,
+       "arithmetic",
+       {"9", "bfloat16"}},
+      {"bfloat16 products for direct",
+       [](Call& m) {
+         m.options.arithmetic = Arithmetic::bfloat16;
+         m.options.solver = Solver::direct;
+       },
+       kArgument,
+       "arithmetic",
+       {"chebyshev", "not direct"}},
+      {"bfloat16 products for auto",
+       [](Call& m) {
+         m.options.arithmetic = Arithmetic::bfloat16;
+         m.options.solver = Solver::automatic;
+       },
+       kArgument,
+       "arithmetic",
+       {"chebyshev", "not auto"}},
+      {"bfloat16 products with num_iter auto",
+       [](Call& m) {
+         m.options.arithmetic = Arithmetic::bfloat16;
+         m.options.num_iter = kAutoNumIter;
+       },
+       kArgument,
+       "arithmetic",
+       {"num_iter", "tolerance"}},
       {"an unknown backend",
        [](Call& m) { m.options.backend = static_cast<Backend>(9); },
        kArgument,

@@ -12,6 +12,7 @@
 #include "cpu/gka_oracle.hpp"
 #include "kalmanet/kalmanet.hpp"
 #include "support/expect.hpp"
+#include "support/slices.hpp"
 
 namespace kalmanet::testing {
 namespace {
@@ -68,24 +69,6 @@ CaseSpec random_spec(Random& random, uint64_t seed) {
   spec.ridge_ratio = ridges[random.integer(0, 2)];
   spec.seed = seed;
   return spec;
-}
-
-// A view of tokens [begin, end) of dimension 1.
-template <class V>
-V tokens(V view, int64_t begin, int64_t end) {
-  if (!view.defined()) return view;
-  const int64_t bytes = size_of(view.dtype) * view.stride[1] * begin;
-  using Byte = std::conditional_t<std::is_same_v<V, ConstView>, const char, char>;
-  view.data = static_cast<Byte*>(view.data) + bytes;
-  view.size[1] = end - begin;
-  return view;
-}
-
-GkaInputs tokens(GkaInputs in, int64_t begin, int64_t end) {
-  for (ConstView* v : {&in.q, &in.k, &in.v, &in.g, &in.gk, &in.alpha, &in.beta, &in.ridge_ratio}) {
-    *v = tokens(*v, begin, end);
-  }
-  return in;
 }
 
 // The outputs of `c` computed piece by piece: pieces[i] tokens by the forward, or by the step if

@@ -248,6 +248,12 @@ TEST(GatedKalmaNet, ErrorsNameTheOption) {
   EXPECT_ERROR(construct([](auto& o) { o.ridge_ratio = 0; }), "ridge_ratio: is 0");
   EXPECT_ERROR(construct([](auto& o) { o.tolerance = 2; }), "tolerance: is 2");
   EXPECT_ERROR(construct([](auto& o) { o.solver = "lu"; }), "solver: is \"lu\"");
+  EXPECT_ERROR(construct([](auto& o) { o.arithmetic = "half"; }), "arithmetic: is \"half\"");
+  EXPECT_ERROR(construct([](auto& o) {
+                 o.arithmetic = "bfloat16";
+                 o.learned_ridge = true;
+               }),
+               "arithmetic: is \"bfloat16\"");
   EXPECT_ERROR(construct([](auto& o) { o.qk_norm = "l1"; }), "qk_norm: is \"l1\"");
   EXPECT_ERROR(construct([](auto& o) { o.fixed_alpha = 1.5; }), "fixed_alpha: is 1.5");
   EXPECT_ERROR(construct([](auto& o) {

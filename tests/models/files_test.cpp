@@ -234,9 +234,30 @@ TEST(Config, UnknownKeysAndEverythingElseSurviveARoundTrip) {
 
 TEST(Config, ExtensionsAreAbsentWhereTheySayNothing) {
   const std::string json = to_json(ModelConfig());
-  for (const char* key : {"learned_ridge", "fixed_alpha", "qk_norm", "tolerance", "expand_v"}) {
+  for (const char* key :
+       {"learned_ridge", "fixed_alpha", "qk_norm", "tolerance", "expand_v", "arithmetic"}) {
     EXPECT_EQ(json.find(key), std::string::npos) << key;
   }
+}
+
+TEST(Config, ArithmeticIsWrittenReadAndHeldToItsSolver) {
+  ModelConfig c;
+  c.gka.arithmetic = "bfloat16";
+  EXPECT_EQ(parse_config(to_json(c), "ours").gka.arithmetic, "bfloat16");
+  const auto refused = [](ModelConfig config) {
+    try {
+      validate(config, "ours");
+    } catch (const Error& error) {
+      return std::string(error.what()).find("gka_config.arithmetic") != std::string::npos;
+    }
+    return false;
+  };
+  ModelConfig by_auto = c, by_cg = c, learned = c, unknown = c;
+  by_auto.gka.num_iter = 0;
+  by_cg.gka.solver_type = "cg";
+  learned.gka.learned_ridge = true;
+  unknown.gka.arithmetic = "int8";
+  for (const ModelConfig& wrong : {by_auto, by_cg, learned, unknown}) EXPECT_TRUE(refused(wrong));
 }
 
 TEST(Config, QwenNextKeysShapeTheGkaLayers) {

@@ -45,6 +45,13 @@ struct Avx2Wide {
     const Reg b = add(_mm256_unpacklo_pd(row[2], row[3]), _mm256_unpackhi_pd(row[2], row[3]));
     return add(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
   }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+  }
   static Reg round(Reg a) {
     return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
@@ -109,6 +116,13 @@ struct Avx2 {
     }
     return add(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
                _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
+  }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
   }
   static Reg round(Reg a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -45,6 +45,13 @@ struct Avx512Wide {
     const Reg low = fold(pair[0], pair[1]), high = fold(pair[2], pair[3]);
     return fold(low, high);
   }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+  }
   static Reg round(Reg a) {
     return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
@@ -100,6 +107,15 @@ struct Avx512 {
       quad[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
     }
     return fold(fold(quad[0], quad[1]), fold(quad[2], quad[3]));
+  }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm512_permutex2var_ps(
+        a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm512_permutex2var_ps(
+        a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
   }
   static Reg round(Reg a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
