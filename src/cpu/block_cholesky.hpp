@@ -6,9 +6,9 @@
 //   X = L11^{-1} a        C C^T = d - X^T X
 //
 // Of the diagonal blocks C it is C^{-1} that is kept: so both triangular solves are products of
-// kLanes x kLanes blocks and nothing else, at the operations of a product by L^{-1} (n^2 for both of
-// them and one right-hand side), while the factor takes n^3 / 6 multiply-adds where L^{-1} itself
-// would take n^3 / 3. Rounding is that of a Cholesky solve.
+// kLanes x kLanes blocks and nothing else, at the operations of a product by L^{-1} (n^2 for both
+// of them and one right-hand side), while the factor takes n^3 / 6 multiply-adds where L^{-1}
+// itself would take n^3 / 3. Rounding is that of a Cholesky solve.
 #pragma once
 
 #include <cmath>

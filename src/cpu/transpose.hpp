@@ -52,8 +52,7 @@ void rows_to_lanes(const typename Vec::Elem* rows, int64_t cols, typename Vec::E
   for (int64_t c = 0; c < cols; c += kLanes) {
     transpose_block<Vec>(
         [&](int t, int at) { return Vec::load(rows + t * cols + c + at); },
-        [&](int at, int t, typename Vec::Reg a)
-            { Vec::store(lanes + (c + at) * kLanes + t, a); });
+        [&](int at, int t, typename Vec::Reg a) { Vec::store(lanes + (c + at) * kLanes + t, a); });
   }
 }
 
@@ -62,10 +61,8 @@ template <class Vec>
 void lanes_to_rows(const typename Vec::Elem* lanes, int64_t cols, typename Vec::Elem* rows) {
   for (int64_t c = 0; c < cols; c += kLanes) {
     transpose_block<Vec>(
-        [&](int at, int t)
-            { return Vec::load(lanes + (c + at) * kLanes + t); },
-        [&](int t, int at, typename Vec::Reg a)
-            { Vec::store(rows + t * cols + c + at, a); });
+        [&](int at, int t) { return Vec::load(lanes + (c + at) * kLanes + t); },
+        [&](int t, int at, typename Vec::Reg a) { Vec::store(rows + t * cols + c + at, a); });
   }
 }
 
@@ -105,8 +102,7 @@ struct AdjacentRows {
 
 // Lanes from tokens [t0, t0 + n) of a head: lanes[c][t] = src(t0 + t, c), zeros elsewhere.
 template <class Vec>
-void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width,
-                typename Vec::Elem* lanes) {
+void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width, typename Vec::Elem* lanes) {
   AdjacentRows<Vec> from;
   from.load(src, t0, n, width);
   for (int64_t c = 0; c < width; c += kLanes) {
@@ -114,8 +110,7 @@ void load_lanes(const Rows& src, int64_t t0, int64_t n, int64_t width,
         [&](int t, int at) {
           return t < n ? load_up_to<Vec>(from.row[t] + c + at, width - c - at) : Vec::zero();
         },
-        [&](int at, int t, typename Vec::Reg a)
-            { Vec::store(lanes + (c + at) * kLanes + t, a); });
+        [&](int at, int t, typename Vec::Reg a) { Vec::store(lanes + (c + at) * kLanes + t, a); });
   }
 }
 
@@ -146,21 +141,19 @@ void store_lanes(const typename Vec::Elem* lanes, const typename Vec::Elem* gain
   const bool in_place = holds<S>(dst) && dst.stride == 1;
   alignas(64) S room[kLanes * kMaxHeadDim];
   for (int64_t c = 0; c < width; c += kLanes) {
-    transpose_block<Vec>(
-        [&](int at, int t)
-            { return Vec::load(lanes + (c + at) * kLanes + t); },
-        [&](int t, int at, Reg a) {
-          if (t >= n) return;
-          if (gain != nullptr) a = Vec::mul(Vec::set1(gain[t]), a);
-          if (!in_place) {
-            Vec::store(room + t * kMaxHeadDim + c + at, a);
-            return;
-          }
-          S* const to = row_of<S>(dst, t0 + t) + c + at;
-          const int64_t count = width - c - at;
-          if (dst.accumulate) a = Vec::add(load_up_to<Vec>(to, count), a);
-          store_up_to<Vec>(to, a, count);
-        });
+    transpose_block<Vec>([&](int at, int t) { return Vec::load(lanes + (c + at) * kLanes + t); },
+                         [&](int t, int at, Reg a) {
+                           if (t >= n) return;
+                           if (gain != nullptr) a = Vec::mul(Vec::set1(gain[t]), a);
+                           if (!in_place) {
+                             Vec::store(room + t * kMaxHeadDim + c + at, a);
+                             return;
+                           }
+                           S* const to = row_of<S>(dst, t0 + t) + c + at;
+                           const int64_t count = width - c - at;
+                           if (dst.accumulate) a = Vec::add(load_up_to<Vec>(to, count), a);
+                           store_up_to<Vec>(to, a, count);
+                         });
   }
   if (in_place) return;
   for (int64_t t = 0; t < n; ++t) {

@@ -134,8 +134,8 @@ Executor& threads(int count) {
 // units of |o|^2, |U_t| bounded by the sum of its terms' norms.
 double amplification(const Case<double>& c) {
   const CaseSpec& s = c.spec;
-  const std::vector<double> k = c.k.values(), v = c.v.values(), x = c.x.values(),
-                            o = c.o.values(), u0 = c.u0.values();
+  const std::vector<double> k = c.k.values(), v = c.v.values(), x = c.x.values(), o = c.o.values(),
+                            u0 = c.u0.values();
   const auto squares = [](const double* p, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += p[i] * p[i];
@@ -261,8 +261,8 @@ void check_case(uint64_t seed) {
         << text(where, "residual") << ": token and head " << i << " says " << said[i] << ", found "
         << found[i];
   }
-  const auto planted = static_cast<size_t>(seed % static_cast<uint64_t>(std::max<int64_t>(
-                                                      1, std::ssize(said))));
+  const auto planted =
+      static_cast<size_t>(seed % static_cast<uint64_t>(std::max<int64_t>(1, std::ssize(said))));
   if (!said.empty() && found[planted] > 0 && said[planted] < 0.05) {
     for (size_t i = 0; i < static_cast<size_t>(spec.K); ++i) {
       wide.x[static_cast<int64_t>(planted) * spec.K + static_cast<int64_t>(i)] *= 1.1;
@@ -282,8 +282,7 @@ void check_case(uint64_t seed) {
   const double bound = output_bound<T>(expected, d.options);
   const auto good = [&](const Where& at, const char* tensor, ConstView got, ConstView want,
                         double allowed) {
-    const ::testing::AssertionResult within_bound =
-        rounded_once(at, tensor, got, want, allowed);
+    const ::testing::AssertionResult within_bound = rounded_once(at, tensor, got, want, allowed);
     // The promise: that, or twice what plain code of the same precision errs by.
     const bool fine = within_bound || relative_error(got, want) <=
                                           2 * naive_error<T>(whole, expected, oracle, tensor);
@@ -294,7 +293,8 @@ void check_case(uint64_t seed) {
   });
   // Gradients hold 1 / a once more (docs/numerics.md, sections 7 and 8: ten times for float32).
   // Where chunks are short, the backward has more of a young sequence's tokens in float32 (it
-  // computes the first chunk in float64), whose errors are eps times the condition number, amplified.
+  // computes the first chunk in float64), whose errors are eps times the condition number,
+  // amplified.
   const double kappa = 1 + 1 / spec.ridge_ratio;
   double back = std::is_same_v<T, double> ? bound * kappa : 10 * bound;
   if (!std::is_same_v<T, double> && d.options.chunk_size > 0 && d.options.chunk_size < 16) {

@@ -33,6 +33,50 @@ TEST(GatedKalmaNet, AnyCutIsTheWhole) {
   }
 }
 
+// The fused step and the separate operators, token after token from the same states.
+TEST(GatedKalmaNet, FusedStepIsTheOperators) {
+  const at::NoGradGuard no_grad;
+  auto all = variants();
+  const auto add = [&](const std::string& name, auto&& change) {
+    GatedKalmaNetOptions o = small_options();
+    change(o);
+    all.emplace_back(name, o);
+  };
+  add("learned ridge", [](auto& o) { o.learned_ridge = true; });
+  add("learned ridge, direct, odd head dims", [](auto& o) {
+    o.learned_ridge = true;
+    o.solver = "direct";
+    o.head_dim = 5;
+    o.expand_v = 1.4;
+  });
+  add("GQA of wide heads", [](auto& o) {
+    o.head_dim = 72;
+    o.num_k_heads = o.num_v_heads = 1;
+  });
+  for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    // Another order of roundings; in bfloat16 some of the layer's inner roundings go the other way.
+    const double bound = type == at::kFloat ? 1e-6 : type == at::kDouble ? 1e-13 : 1e-2;
+    for (auto& [name, options] : all) {
+      GatedKalmaNetOptions separate_options = options;
+      separate_options.fused_step = false;
+      GatedKalmaNet fused = make_layer(options, type),
+                    separate = make_layer(separate_options, type);
+      GkaLayerState a, b;
+      for (const int64_t T : {6, 1, 1, 3, 1}) {
+        const Tensor x = make_input(options, 2, T, type);
+        const Tensor got = fused->forward(x, {}, &a), want = separate->forward(x, {}, &b);
+        EXPECT_EQ(got.scalar_type(), type);
+        EXPECT_NEAR_RELATIVE(got, want, bound, name + ", output");
+        EXPECT_NEAR_RELATIVE(a.h, b.h, bound, name + ", h");
+        EXPECT_NEAR_RELATIVE(a.u, b.u, bound, name + ", u");
+        EXPECT_NEAR_RELATIVE(a.conv_q, b.conv_q, bound, name + ", conv_q");
+        EXPECT_NEAR_RELATIVE(a.conv_k, b.conv_k, bound, name + ", conv_k");
+        if (options.use_v_conv) EXPECT_NEAR_RELATIVE(a.conv_v, b.conv_v, bound, name + ", conv_v");
+      }
+    }
+  }
+}
+
 TEST(GatedKalmaNet, StepsReuseTheStatesMemory) {
   const at::NoGradGuard no_grad;
   const GatedKalmaNetOptions options = small_options();
