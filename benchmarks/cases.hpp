@@ -12,5 +12,7 @@ void register_sequence_cases(const Settings& settings);
 void register_length_cases(const Settings& settings);
 // decode/K:<K>/<isa> beside the same number of OpenBLAS's matrix-vector products.
 void register_decode_cases(const Settings& settings);
+// decode_states/K:<K>/H:<sequences times heads>: states beyond the last-level cache, beside memcpy.
+void register_decode_states_cases(const Settings& settings);
 
 }  // namespace kalmanet::bench

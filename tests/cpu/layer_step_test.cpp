@@ -285,6 +285,7 @@ TEST(LayerStep, HasOneMeaning) {
     Layer<float> once(spec, 5), single(spec, 5);
     once.new_tokens(6);
     single.new_tokens(6);
+    const int threads = num_threads();
     set_num_threads(3);
     layer_step(once.inputs(), once.states(), once.o.view(), {}, once.options());
     set_num_threads(1);
@@ -301,7 +302,7 @@ TEST(LayerStep, HasOneMeaning) {
       o.size[1] = 1;
       layer_step(in, single.states(), o, {}, single.options());
     }
-    set_num_threads(0);
+    set_num_threads(threads);
     EXPECT_EQ(once.o.values(), single.o.values()) << spec.what;
     EXPECT_EQ(once.h.values(), single.h.values()) << spec.what;
     EXPECT_EQ(once.conv_q.values(), single.conv_q.values()) << spec.what;
@@ -333,7 +334,7 @@ TEST(LayerStep, NamesTheArgumentThatDoesNotFit) {
       {"conv_v_weight", [](auto& in, auto&, auto&) { in.conv_v_weight.size[0] = 3; }},
       {"conv_k", [](auto&, auto& s, auto&) { s.conv_k.size[0] = 1; }},
       {"conv_v", [](auto& in, auto&, auto&) { in.conv_v_weight = {}; }},
-      {"conv_q", [](auto&, auto& s, auto&) { s.conv_q = s.conv_k; }},
+      {"conv_k", [](auto&, auto& s, auto&) { s.conv_q = s.conv_k; }},
       {"fixed_alpha", [](auto&, auto&, auto& o) { o.fixed_alpha = 1.5; }},
       {"min_ridge", [](auto&, auto&, auto& o) { o.min_ridge = 0; }},
       {"max_ridge", [](auto&, auto&, auto& o) { o.max_ridge = 1e-5; }},
