@@ -285,7 +285,10 @@ Tensor GatedKalmaNetImpl::fused_step(const Tensor& rows, int64_t B, int64_t T, G
     return layer ? OptionalTensor(heads(layer, {B, T, H})) : std::nullopt;
   };
   // Weights are taken as they are: the operator reads 16 bits, or float32 beside them.
-  LayerStepParts parts{.conv_q_weight = q_conv_, .conv_k_weight = k_conv_, .o_norm = o_norm_};
+  LayerStepParts parts;
+  parts.conv_q_weight = q_conv_;
+  parts.conv_k_weight = k_conv_;
+  parts.o_norm = o_norm_;
   parts.h = state.h;
   parts.u = state.u;
   parts.conv_q = state.conv_q;
