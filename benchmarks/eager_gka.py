@@ -3,9 +3,9 @@
 As fast as plain PyTorch operations were found to make it: every chunk of every head in one batch
 (or in groups of chunks that fit the second-level cache), batched matrix products for all that is
 quadratic, in-place updates, per-token coefficients folded into the matrices, implicit gradients
-with the x_t of the forward. docs/math.md has the formulas and the letters. Chebyshev, or the direct
-solver of eager_direct.py; scalar ridge ratio, one sequence length that the chunk divides, g the same
-as gk.
+with the x_t of the forward. docs/math.md has the formulas and the letters. Chebyshev, or the
+direct solver of eager_direct.py; scalar ridge ratio, one sequence length that the chunk divides, g
+the same as gk.
 """
 
 import torch
@@ -173,8 +173,8 @@ def backward(d_o, kept, a, B, H, C):
 class EagerGka(torch.autograd.Function):
     """o [B,T,H,V] of q, k [B,T,H,K], v [B,T,H,V] and g (of both states), alpha, beta [B,T,H].
 
-    a: the ridge ratio; solver: ("chebyshev", steps) or ("direct", tolerance); C: chunk length; group:
-    how many chunk-heads the solver takes at a time, 0: all."""
+    a: the ridge ratio; solver: ("chebyshev", steps) or ("direct", tolerance); C: chunk length;
+    group: how many chunk-heads the solver takes at a time, 0: all."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, alpha, beta, a, solver, C, group):

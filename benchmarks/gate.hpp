@@ -24,6 +24,8 @@ class Gate {
                double bound);
   // Compares the elements of `got` from `first` on with all of `want`.
   void compare(const char* name, const Array& got, int64_t first, const Array& want, double bound);
+  // A failure that was found in another way.
+  void fail(const std::string& what) { failures_ += "\n    " + what; }
   // Prints the outcome, counts a failure, and says whether the case may be timed.
   bool passed() const;
 

@@ -63,6 +63,8 @@ int run(int argc, char** argv) {
   register_length_cases(settings);
   register_decode_cases(settings);
   register_decode_states_cases(settings);
+  register_arithmetic_cases(settings);
+  register_choice_cases(settings);
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
   if (failed_gates() > 0) {

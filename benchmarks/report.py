@@ -47,8 +47,8 @@ def machine(results):
     return (
         f"{processor()}, {context['threads']} threads, {context['instruction_set']}; OpenBLAS's "
         f"kernels: {context['openblas_core']}{torch}; a memory copy by one thread moves "
-        f"{float(context['copy_gbytes']):.0f} GB/s. {context['date'][:10]}; processes that wanted a "
-        f"core when it began: {context['load_avg'][0]:.1f}."
+        f"{float(context['copy_gbytes']):.0f} GB/s. {context['date'][:10]}; processes that wanted "
+        f"a core when it began: {context['load_avg'][0]:.1f}."
     )
 
 

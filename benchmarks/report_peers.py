@@ -63,9 +63,9 @@ def eager_section(eager):
         "every operation."
     )
     return [
-        f"Forward and backward beside PyTorch {eager['torch']} eager (T={shape['T']} H={shape['H']} "
-        f"K={shape['K']} V={shape['V']}, memory {eager['memory']}, ridge ratio 0.02, tolerance "
-        f"1e-5).{busy}",
+        f"Forward and backward beside PyTorch {eager['torch']} eager (T={shape['T']} "
+        f"H={shape['H']} K={shape['K']} V={shape['V']}, memory {eager['memory']}, ridge "
+        f"ratio 0.02, tolerance 1e-5).{busy}",
         table([*head, "1 thread: ms", "GFLOP/s", "times ours"], rows),
     ]
 

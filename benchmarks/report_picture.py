@@ -56,8 +56,10 @@ def draw_solvers(axes, kernels):
             f"{us:.1f}", (x, us), (0, 3), textcoords="offset points", ha="center", color=INK
         )
     ticks = [i + (0.6 if i >= 2 else 0) for i in range(len(bars))]
-    names = [f"{solver}\n{name.replace('_backward', ' and backward')}" for name, solver, _ in bars]
+    words = {"forward": "forward", "forward_backward": "forward\n+ backward"}
+    names = [f"{solver}\n{words[pass_name]}" for pass_name, solver, _ in bars]
     axes.set_xticks(ticks, names, fontsize=8)
+    axes.set_ylim(top=1.1 * axes.get_ylim()[1])
     axes.set_title("Microseconds a token and head, one thread", color=INK, fontsize=10)
 
 

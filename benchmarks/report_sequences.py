@@ -1,6 +1,6 @@
 """Whole sequences: solvers, ridges, dtypes, head sizes, instruction sets, lengths, memory."""
 
-from report_text import bar, lengths, measured, only, table, variants
+from report_text import bar, lengths, measured, ms, only, table, variants
 
 PASSES = ("forward", "forward_backward")
 SOLVERS = ("chebyshev(30)", "direct")
@@ -11,7 +11,7 @@ GROUPS = {
     "solvers/memory:unlimited": "Solvers, unlimited memory, ridge ratio 0.02",
     "ridges/memory:256": "direct by ridge ratio, memory of 256 tokens",
     "ridges/memory:unlimited": "direct by ridge ratio, unlimited memory",
-    "learned/memory:256": "A ridge ratio a token, 0.005 to 0.05, tolerance 1e-5, memory of 256 tokens",
+    "learned/memory:256": "Ridge ratios of 0.005 to 0.05 a token, tolerance 1e-5, memory 256",
     "learned/memory:unlimited": "The same, unlimited memory",
     "dtypes": "dtypes (16 bits computed with float32 accuracy)",
     "head_sizes": "Head sizes",
@@ -35,10 +35,10 @@ def group_rows(kernels, group):
                     name,
                     f"{v['gflop']:.1f}",
                     f"{v['mbytes']:.0f}",
-                    f"{v['ms']:.0f} ({v['ms_min']:.0f} .. {v['ms_max']:.0f})",
+                    f"{ms(v['ms'])} ({ms(v['ms_min'])} .. {ms(v['ms_max'])})",
                     f"{v['gflops']:.0f} = {v['ratio']:.0%}",
                     f"{v['speed']:.2f}",
-                    f"{v['one_ms']:.0f}",
+                    ms(v["one_ms"]),
                     f"{v['one_gflops']:.0f} = {v['one_ratio']:.0%}",
                     f"{v['one_speed']:.2f}",
                     f"{v['steps_min']:.0f} .. {v['steps_max']:.0f}",
@@ -194,7 +194,7 @@ def sections(results):
     for group, title in GROUPS.items():
         rows = group_rows(kernels, group)
         if rows:
-            label = only(kernels, f"sequence/{group}/forward")["label"]
+            label = next(run["label"] for _, run in measured(kernels, f"sequence/{group}/"))
             where = "" if group == "head_sizes" else f" ({label})"
             parts += [f"**{title}**{where}:", table(GROUP_HEAD, rows)]
     for pass_name in PASSES:

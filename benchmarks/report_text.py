@@ -10,6 +10,11 @@ def table(head, rows):
     )
 
 
+def ms(value):
+    """Milliseconds to three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def bar(what, limit, by_clock, by_processor_time):
     """A row of the table of bars. limit: ">= 2.5" or "<= 1.15"; the figures of all threads by the
     clock and of one thread by its processor time, or None. Met only if all figures there are meet

@@ -224,34 +224,27 @@ void ridge_norms(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
   }
 }
 
-// The states after the chunk: to = e^{G_C} from + sum_j e^{G_C - G_j} k_j k_j^T, U likewise; from
-// may be to. `weighted` has room for [kLanes][Kp].
+// A state after the chunk: to = e^{G_C} from + sum_j e^{G_C - G_j} k_j r_j^T for the rows r
+// [kLanes] [cols] and their decay; from may be to. `weighted` has room for [kLanes][Kp].
 template <class Vec, class S>
-void decay_keys(const Chunk<S>& c, const ChunkDecay<S>& d, S* weighted) {
+void advance_state(const Chunk<S>& c, const ChunkDecay<S>& d, const S* rows, int64_t cols,
+                   const S* from, S* to, S* weighted) {
   for (int64_t j = 0; j < c.n; ++j) {
     for (int64_t i = 0; i < c.Kp; ++i)
       weighted[j * c.Kp + i] = d.to_end[j] * c.k_rows[j * c.Kp + i];
   }
-}
-// What pads the rows of a state to a multiple of kLanes.
-template <class Vec, class S>
-void copy_padding(const S* from, S* to, int64_t begin, int64_t end) {
-  if (from == to) return;
-  for (int64_t i = begin; i < end; ++i) to[i] = from[i];
+  if (from != to) {  // the rows that pad a state
+    for (int64_t i = c.K * cols; i < c.Kp * cols; ++i) to[i] = from[i];
+  }
+  rank_update<Vec>(to, {from, d.total}, cols, c.K, cols, weighted, c.Kp, rows, cols, c.n);
 }
 template <class Vec, class S>
 void advance_h(const Chunk<S>& c, const S* from, S* to, S* weighted) {
-  decay_keys<Vec>(c, *c.h_decay, weighted);
-  copy_padding<Vec>(from, to, c.K * c.Kp, c.Kp * c.Kp);
-  rank_update<Vec>(to, {from, c.h_decay->total}, c.Kp, c.K, c.Kp, weighted, c.Kp, c.k_rows, c.Kp,
-                   c.n);
+  advance_state<Vec>(c, *c.h_decay, c.k_rows, c.Kp, from, to, weighted);
 }
 template <class Vec, class S>
 void advance_u(const Chunk<S>& c, const S* from, S* to, S* weighted) {
-  decay_keys<Vec>(c, *c.u_decay, weighted);
-  copy_padding<Vec>(from, to, c.K * c.Vp, c.Kp * c.Vp);
-  rank_update<Vec>(to, {from, c.u_decay->total}, c.Vp, c.K, c.Vp, weighted, c.Kp, c.v_rows, c.Vp,
-                   c.n);
+  advance_state<Vec>(c, *c.u_decay, c.v_rows, c.Vp, from, to, weighted);
 }
 
 }  // namespace kalmanet::cpu

@@ -208,11 +208,11 @@ template <class Vec>
 int direct_steps(double ratio, double tolerance) {
   const double root = std::sqrt(ratio);
   const double r = (root - 1.0) / (root + 1.0);
-  if (!(r > 0.0)) return 0;
+  if (r <= 0.0) return 0;
   const double steps = std::ceil(std::log(tolerance / 2) / std::log(r)) - 1.0;
   // A ratio beyond counting must look dear, not overflow an int and look cheap: the shifts of a
   // block's later chunks are extrapolated, and may be anything.
-  if (!(steps < kMostSteps)) return kMostSteps;
+  if (!(r < 1.0) || !(steps < kMostSteps)) return kMostSteps;
   return steps > 0.0 ? static_cast<int>(steps) : 0;
 }
 

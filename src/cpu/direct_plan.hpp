@@ -19,7 +19,7 @@ template <class Vec>
 struct DirectCosts {
   double K;
   bool h_is_zero;
-  // One M^{-1} b: L^{-1} and L^{-T}, W twice, R^{-1} and R^{-T}.
+  // One M^{-1} b: two triangular solves with L, W twice, two with R.
   double application(double keys) const {
     return kLanes * ((h_is_zero ? 0.0 : K * K) + 2.0 * keys * K + keys * keys);
   }

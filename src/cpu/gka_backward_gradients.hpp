@@ -266,22 +266,13 @@ void store_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
   if (job.dk.data != nullptr) store_lanes<Vec>(work.out_k, beta, job.dk, c.t0, c.n, c.K);
   if (job.dv.data != nullptr) store_lanes<Vec>(work.out_v, beta, job.dv, c.t0, c.n, c.V);
   if (job.dbeta.data != nullptr) {
-    // dbeta = dk . k + dv . v with the keys and values as they came. What the chunk holds is those
-    // times beta, which dividing undoes, except where beta is zero or the products may have left
-    // the normal numbers: then they are loaded again.
-    constexpr double kSmallestBeta = 0x1p-40;
-    bool divisible = true;
-    for (int64_t t = 0; t < c.n; ++t) divisible = divisible && std::abs(beta[t]) >= kSmallestBeta;
-    if (!divisible) {
-      load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
-      load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
-    }
+    // With the keys and values as they came: dividing by beta would fail where it is zero.
     double dk_k[kLanes], dv_v[kLanes];
+    load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
+    load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
     lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, dk_k);
     lanes_dot<Vec>(work.out_v, b.v_lanes, c.V, dv_v);
-    for (int64_t t = 0; t < c.n; ++t) {
-      set_value<S>(job.dbeta, c.t0 + t, (dk_k[t] + dv_v[t]) / (divisible ? beta[t] : S{1}));
-    }
+    for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dbeta, c.t0 + t, dk_k[t] + dv_v[t]);
   }
   if (job.dq.data != nullptr) {
     using Reg = typename Vec::Reg;

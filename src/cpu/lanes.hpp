@@ -284,33 +284,12 @@ double squared_norm(const S* m, int64_t ld, int64_t rows, int64_t cols) {
   });
 }
 
-// <M, N> of two row-major [rows, cols] blocks with the same stride, cols a multiple of kLanes. Each
-// product of four rows is summed in the storage type before it is widened: half an ulp of the
-// largest product, as much as the rounding of M and N themselves brings along.
+// <M, N> of two row-major [rows, cols] blocks with the same stride, cols a multiple of kLanes.
 template <class Vec, class S>
 double frobenius_dot(const S* m, const S* n, int64_t ld, int64_t rows, int64_t cols) {
-  double sum[kLanes] = {};
-  int64_t c = 0;
-  for (; c + 4 <= rows; c += 4) {
-    for (int64_t at = c * ld; at < c * ld + cols; at += kLanes) {
-      S products[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t p = at + i;
-        products[i] = (m[p] * n[p] + m[p + ld] * n[p + ld]) +
-                      (m[p + 2 * ld] * n[p + 2 * ld] + m[p + 3 * ld] * n[p + 3 * ld]);
-      }
-      for (int64_t i = 0; i < kLanes; ++i) sum[i] += products[i];
-    }
-  }
-  for (; c < rows; ++c) {
-    for (int64_t at = c * ld; at < c * ld + cols; at += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) sum[i] += static_cast<double>(m[at + i]) * n[at + i];
-    }
-  }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
-  }
-  return sum[0];
+  return sum_over<Vec>(rows, cols, [&](int64_t c, int64_t i) {
+    return static_cast<double>(m[c * ld + i]) * n[c * ld + i];
+  });
 }
 
 }  // namespace kalmanet::cpu

@@ -19,7 +19,7 @@ inline constexpr int64_t kBlockChunks = 4;
 constexpr int64_t chunk_floats(int64_t K, int64_t V) {
   return 3 * padded(K) * kLanes + padded(V) * kLanes;
 }
-// Elements of a direct block of `chunks` chunks: L^{-1}, R^{-1}, W twice, two of [token or row][t],
+// Elements of a direct block of `chunks` chunks: L, R, W twice, two of [token or row][t],
 // four of lanes (DirectBlock).
 constexpr int64_t direct_elems(int64_t K, int64_t chunks) {
   const int64_t tokens = chunks * kLanes;

@@ -353,6 +353,8 @@ TEST(Properties, HoldForRandomProblems) {
   const uint64_t cases = number_from("KALMANET_PROPERTY_CASES", kCases);
   const ::testing::TestResult& result =
       *::testing::UnitTest::GetInstance()->current_test_info()->result();
+  // Seeds that once failed: a direct block's extrapolated shifts were beyond counting.
+  for (const uint64_t seed : {1924, 4792, 7744, 26824, 28144}) check_seed(seed);
   uint64_t seed = 0;
   while (seed < cases && result.total_part_count() < 20) check_seed(++seed);
   std::printf("%llu random cases\n", static_cast<unsigned long long>(seed));

@@ -39,18 +39,18 @@ struct Avx2Wide {
     const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
   }
-  // Lane r is the sum of row r's lanes.
-  static Reg sum_each(const Reg (&row)[kWidth]) {
-    const Reg a = add(_mm256_unpacklo_pd(row[0], row[1]), _mm256_unpackhi_pd(row[0], row[1]));
-    const Reg b = add(_mm256_unpacklo_pd(row[2], row[3]), _mm256_unpackhi_pd(row[2], row[3]));
-    return add(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
-  }
   // a0 b0 a1 b1 ... of the lower and of the upper halves.
   static Reg interleave_low(Reg a, Reg b) {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
   }
   static Reg interleave_high(Reg a, Reg b) {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+  }
+  // Lane r is the sum of row r's lanes.
+  static Reg sum_each(const Reg (&row)[kWidth]) {
+    const Reg a = add(_mm256_unpacklo_pd(row[0], row[1]), _mm256_unpackhi_pd(row[0], row[1]));
+    const Reg b = add(_mm256_unpacklo_pd(row[2], row[3]), _mm256_unpackhi_pd(row[2], row[3]));
+    return add(_mm256_permute2f128_pd(a, b, 0x20), _mm256_permute2f128_pd(a, b, 0x31));
   }
   static Reg round(Reg a) {
     return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -105,6 +105,13 @@ struct Avx2 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+  }
   // Lane r is the sum of row r's lanes.
   static Reg sum_each(const Reg (&row)[kWidth]) {
     Reg quad[2];  // lanes of 128 bits: four rows' sums of four
@@ -116,13 +123,6 @@ struct Avx2 {
     }
     return add(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
                _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
-  }
-  // a0 b0 a1 b1 ... of the lower and of the upper halves.
-  static Reg interleave_low(Reg a, Reg b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
-  }
-  static Reg interleave_high(Reg a, Reg b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
   }
   static Reg round(Reg a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

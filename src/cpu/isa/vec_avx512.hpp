@@ -35,6 +35,13 @@ struct Avx512Wide {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }    // a b + c
   static Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_pd(a, b, c); }  // c - a b
   static double sum(Reg a) { return _mm512_reduce_add_pd(a); }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+  }
   // Lane r is the sum of row r's lanes.
   static Reg sum_each(const Reg (&row)[kWidth]) {
     Reg pair[4];  // lanes of 128 bits: two rows' sums of two
@@ -44,13 +51,6 @@ struct Avx512Wide {
     }
     const Reg low = fold(pair[0], pair[1]), high = fold(pair[2], pair[3]);
     return fold(low, high);
-  }
-  // a0 b0 a1 b1 ... of the lower and of the upper halves.
-  static Reg interleave_low(Reg a, Reg b) {
-    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
-  }
-  static Reg interleave_high(Reg a, Reg b) {
-    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
   }
   static Reg round(Reg a) {
     return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -97,6 +97,15 @@ struct Avx512 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }    // a b + c
   static Reg fnma(Reg a, Reg b, Reg c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
+  // a0 b0 a1 b1 ... of the lower and of the upper halves.
+  static Reg interleave_low(Reg a, Reg b) {
+    return _mm512_permutex2var_ps(
+        a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+  }
+  static Reg interleave_high(Reg a, Reg b) {
+    return _mm512_permutex2var_ps(
+        a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+  }
   // Lane r is the sum of row r's lanes.
   static Reg sum_each(const Reg (&row)[kWidth]) {
     Reg quad[4];  // lanes of 128 bits: four rows' sums of four
@@ -107,15 +116,6 @@ struct Avx512 {
       quad[i] = add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
     }
     return fold(fold(quad[0], quad[1]), fold(quad[2], quad[3]));
-  }
-  // a0 b0 a1 b1 ... of the lower and of the upper halves.
-  static Reg interleave_low(Reg a, Reg b) {
-    return _mm512_permutex2var_ps(
-        a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
-  }
-  static Reg interleave_high(Reg a, Reg b) {
-    return _mm512_permutex2var_ps(
-        a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
   }
   static Reg round(Reg a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -46,14 +46,14 @@ struct BaselineWide {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
   static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
   static double sum(Reg a) { return a[0] + a[1]; }
+  // a0 b0 and a1 b1.
+  static Reg interleave_low(Reg a, Reg b) { return Reg{a[0], b[0]}; }
+  static Reg interleave_high(Reg a, Reg b) { return Reg{a[1], b[1]}; }
   // Lane r is the sum of row r's lanes.
   static Reg sum_each(const Reg (&row)[kWidth]) {
     return __builtin_shufflevector(row[0], row[1], 0, 2) +
            __builtin_shufflevector(row[0], row[1], 1, 3);
   }
-  // a0 b0 and a1 b1.
-  static Reg interleave_low(Reg a, Reg b) { return Reg{a[0], b[0]}; }
-  static Reg interleave_high(Reg a, Reg b) { return Reg{a[1], b[1]}; }
   // To the nearest integer, |a| < 2^51: adding 1.5 * 2^52 leaves no fraction bits.
   static Reg round(Reg a) {
     const Reg magic = set1(0x1.8p52);
@@ -118,6 +118,9 @@ struct Baseline {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }   // a b + c, rounded twice
   static Reg fnma(Reg a, Reg b, Reg c) { return c - a * b; }  // c - a b, rounded twice
   static float sum(Reg a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  // a0 b0 a1 b1 and a2 b2 a3 b3.
+  static Reg interleave_low(Reg a, Reg b) { return Reg{a[0], b[0], a[1], b[1]}; }
+  static Reg interleave_high(Reg a, Reg b) { return Reg{a[2], b[2], a[3], b[3]}; }
   // Lane r is the sum of row r's lanes.
   static Reg sum_each(const Reg (&row)[kWidth]) {
     const Reg a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5) +
@@ -126,9 +129,6 @@ struct Baseline {
                   __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
     return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
   }
-  // a0 b0 a1 b1 and a2 b2 a3 b3.
-  static Reg interleave_low(Reg a, Reg b) { return Reg{a[0], b[0], a[1], b[1]}; }
-  static Reg interleave_high(Reg a, Reg b) { return Reg{a[2], b[2], a[3], b[3]}; }
   // To the nearest integer, |a| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
   static Reg round(Reg a) {
     const Reg magic = set1(12582912.0f);

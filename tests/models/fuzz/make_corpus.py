@@ -59,7 +59,8 @@ def config_seeds() -> dict:
             "ridge_strength": 0.02, "conv_size": 4, "norm_eps": 1e-6, "chunk_size": 64,
             "num_q_heads": 2, "num_k_heads": 1, "num_v_heads": 4, "head_dim": 4, "expand_v": 1.5,
             "learned_ridge": True, "tolerance": 1e-5, "qk_norm": "fla", "fixed_alpha": 1.0,
-            "arithmetic": "standard", "kv_proj_rank": None, "kv_learnable_residual": False, "mode": "chunk",
+            "arithmetic": "standard", "kv_proj_rank": None, "kv_learnable_residual": False,
+            "mode": "chunk",
         },
     }  # fmt: skip
     next_keys = {
