@@ -3,12 +3,15 @@
 //
 // With the outputs of the layer's projections for T new tokens a sequence:
 //
-//   q, k, v = silu(conv(q)), silu(conv(k)), silu(conv(v))     conv: conv.hpp, over conv_q, conv_k,
-//   conv_v q, k    = q / (|q| + 1e-6), k / (|k| + 1e-6) a head        (QkNorm::fla: x / sqrt(|x|^2
-//   + 1e-6)) beta = sigmoid(b) + 1e-6    alpha = sigmoid(alpha)    g = -exp(A_log) softplus(a +
-//   dt_bias) ridge_ratio = exp(clamp(ridge, ln min_ridge, ln max_ridge)) o = gka_step(q, k, v, g,
-//   gk = g, alpha, beta, ridge_ratio)  gka.hpp, over h and u o = o_norm * o / sqrt(mean(o^2) +
-//   norm_eps) * silu(gate)    norm.hpp
+//   q, k, v = silu(conv(q)), silu(conv(k)), silu(conv(v))     conv.hpp, by conv_{q,k,v}_weight
+//   q, k    = q / (|q| + 1e-6), k / (|k| + 1e-6)              a head
+//             (QkNorm::fla: q / sqrt(|q|^2 + 1e-6), k likewise)
+//   beta    = sigmoid(b) + 1e-6
+//   alpha   = sigmoid(alpha)
+//   g       = -exp(A_log) softplus(a + dt_bias)
+//   ridge   = exp(clamp(ridge, ln min_ridge, ln max_ridge))
+//   o       = gka_step(q, k, v, g, gk = g, alpha, beta, ridge) gka.hpp, over h and u
+//   o       = o_norm * o / sqrt(mean(o^2) + norm_eps) * silu(gate)   norm.hpp, a head
 //
 // It is what causal_conv_step, gka_step and gated_rms_norm_forward give one after the other, but
 // no tensor is made between them, and a head's numbers stay with the thread that computes them.
@@ -37,7 +40,8 @@ struct LayerStepInputs {
   ConstView b;      // [B,T,H] optional; absent: beta 1
   ConstView alpha;  // [B,T,H] optional; absent: LayerStepOptions::fixed_alpha
   ConstView a;      // [B,T,H] optional; absent: no decay
-  ConstView ridge;  // [B,T,H] optional; absent: options.gka.ridge_ratio
+  ConstView ridge;  // [B,T,H] optional; absent: options.gka.ridge_ratio. NaN is an
+                    // error, an infinite one is clamped as any other
 
   ConstView conv_q_weight;  // [Hq*K,W], W in 1..kMaxConvWidth
   ConstView conv_k_weight;  // [Hk*K,W]

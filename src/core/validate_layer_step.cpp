@@ -3,8 +3,10 @@
 
 #include <array>
 #include <cmath>
+#include <initializer_list>
 
 #include "core/check.hpp"
+#include "core/half.hpp"
 #include "core/text.hpp"
 #include "kalmanet/conv.hpp"
 
@@ -28,6 +30,14 @@ void check_numbers(const LayerStepOptions& o) {
   }
 }
 
+// A state: there, writable, of the dtype that states have.
+void check_state(const char* argument, const View& state, const GkaProblem& p,
+                 std::initializer_list<Dim> dims) {
+  check_required(argument, state, dims);
+  check_writable(argument, state, dims);
+  check_dtype(argument, state, state_dtype(p), "states are float64 where q is, else float32");
+}
+
 // One convolution: weight [D,W] of q's dtype or float32 beside it, state [N,D,W]. Sets W where it
 // is not known yet.
 void check_conv(const char* weight_name, const ConstView& weight, const char* state_name,
@@ -40,9 +50,22 @@ void check_conv(const char* weight_name, const ConstView& weight, const char* st
          text("width W is ", weight.size[1], "; must be in 1..", kMaxConvWidth,
               " and the same for all convolutions"));
   }
-  check_required(state_name, state, {{"N", p.N}, {"D", channels}, {"W", width}});
-  check_writable(state_name, state, {{"N", p.N}, {"D", channels}, {"W", width}});
-  check_dtype(state_name, state, state_dtype(p), "states are float64 where q is, else float32");
+  check_state(state_name, state, p, {{"N", p.N}, {"D", channels}, {"W", width}});
+}
+
+// Clamped, so that an infinite logit is a ratio like any other; but with a NaN no solver knows its
+// steps, and nothing in o might show it. One number a token and head costs nothing to look at.
+void check_no_nan(const char* argument, const ConstView& view) {
+  for (int64_t b = 0; b < view.size[0]; ++b) {
+    for (int64_t t = 0; t < view.size[1]; ++t) {
+      for (int64_t h = 0; h < view.size[2]; ++h) {
+        const int64_t at = b * view.stride[0] + t * view.stride[1] + h * view.stride[2];
+        if (!std::isnan(load_element(view.dtype, view.data, at))) continue;
+        fail(ErrorCode::invalid_argument, argument,
+             text(argument, "[", b, ", ", t, ", ", h, "] is NaN; must be a number"));
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -51,20 +74,18 @@ GkaProblem validate_layer_step(const LayerStepInputs& in, const LayerStepStates&
                                const View& o, const View& residual,
                                const LayerStepOptions& options) {
   check_numbers(options);
-  check_required("h", states.h, {{"N", {}}, {"H", {}}, {"K", {}}, {"K", {}}});
-  check_required("u", states.u, {{"N", {}}, {"H", {}}, {"K", {}}, {"V", {}}});
   GkaInputs core_in;
   core_in.q = in.q;
   core_in.k = in.k;
   core_in.v = in.v;
-  core_in.h0 = states.h;
-  core_in.u0 = states.u;
   GkaOutputs core_out;
   core_out.o = o;
   core_out.residual = residual;
-  core_out.h_final = states.h;
-  core_out.u_final = states.u;
-  const GkaProblem p = validate_forward(core_in, core_out, options.gka);
+  GkaProblem p = validate_forward(core_in, core_out, options.gka);
+  check_state("h", states.h, p, {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"K", p.K}});
+  check_state("u", states.u, p, {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}});
+  p.inputs.h0 = states.h;
+  p.inputs.u0 = states.u;
   if (p.options.backend == Backend::reference) {
     fail(ErrorCode::unsupported, "backend",
          "the fused step runs on the cpu backend only; call the separate operations for reference");
@@ -76,6 +97,7 @@ GkaProblem validate_layer_step(const LayerStepInputs& in, const LayerStepStates&
     check_tensor(argument, view, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
     check_dtype(argument, view, p.dtype, "as q");
   }
+  if (present(in.ridge)) check_no_nan("ridge", in.ridge);
   if (present(in.gate)) {
     check_tensor("gate", in.gate, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"V", p.V}});
     check_dtype("gate", in.gate, p.dtype, "as q");

@@ -298,17 +298,18 @@ class Step {
     for (int64_t t = 0; t < T; ++t) to.write(w.o + t * w.width, V, t);
   }
 
+  // A task is a sequence: one head's taps alone would not pay for a task.
   void keep_shared(const HeadConv& conv, int64_t group) const {
     if (group == 1) return;
-    Work<S> w = work();
-    ScratchLease<S> lease(w.carve(nullptr, p_.K, p_.V, taps(), p_.options.solver));
-    w.carve(lease.data(), p_.K, p_.V, taps(), p_.options.solver);
-    for (int64_t n = 0; n < p_.B; ++n) {
+    p_.executor->run(p_.B, [&](int64_t n) {
+      Work<S> w = work();
+      ScratchLease<S> lease(w.carve(nullptr, p_.K, p_.V, taps(), p_.options.solver));
+      w.carve(lease.data(), p_.K, p_.V, taps(), p_.options.solver);
       for (int64_t h = 0; h < p_.H / group; ++h) {
         conv.load(n, h, w);
         conv.store(n, h, w);
       }
-    }
+    });
   }
 
   const core::GkaProblem& p_;

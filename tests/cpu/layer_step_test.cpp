@@ -5,121 +5,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "cpu/gka_oracle.hpp"
+#include "cpu/layer_step_case.hpp"
 #include "kalmanet/kalmanet.hpp"
 #include "support/expect.hpp"
-#include "support/message_of.hpp"
-#include "support/tensor.hpp"
 
 namespace kalmanet::testing {
 namespace {
-
-struct Spec {
-  const char* what;
-  int64_t N = 2, H = 4, Hq = 4, Hk = 4, Hv = 4, K = 16, V = 16, W = 4;
-  bool b = true, alpha = true, a = true, ridge = false, gate = true, v_conv = true;
-  bool decay_h = true, strided = false;
-  double fixed_alpha = 1.0;
-  QkNorm qk_norm = QkNorm::official;
-  Solver solver = Solver::chebyshev;
-  int num_iter = 30;
-};
-
-const std::vector<Spec> kSpecs = {
-    {.what = "published"},
-    {.what = "odd sizes, strided", .K = 5, .V = 7, .strided = true},
-    {.what = "wide head", .N = 1, .H = 2, .Hq = 2, .Hk = 2, .Hv = 2, .K = 100, .V = 33},
-    {.what = "GQA, learned ridge",
-     .Hk = 2,
-     .Hv = 1,
-     .K = 33,
-     .V = 20,
-     .ridge = true,
-     .num_iter = 0},
-    {.what = "GVA, fla norm", .Hq = 2, .Hk = 2, .K = 12, .V = 24, .qk_norm = QkNorm::fla},
-    {.what = "no gates", .b = false, .alpha = false, .a = false, .gate = false, .v_conv = false},
-    {.what = "U alone decays, alpha 0.3, direct",
-     .alpha = false,
-     .ridge = true,
-     .decay_h = false,
-     .fixed_alpha = 0.3,
-     .solver = Solver::direct},
-    {.what = "one tap, auto", .W = 1, .ridge = true, .solver = Solver::automatic},
-    {.what = "seven taps, v as it is, strided", .W = 7, .v_conv = false, .strided = true},
-};
-
-// Tokens of one call, and what lasts from call to call.
-template <class T, class P = T>
-struct Layer {
-  using S = StateOf<T>;
-  // Of the solvers that choose their steps by it, the oracle's among them: they choose apart.
-  static constexpr double kTolerance = std::is_same_v<T, double> ? 1e-13 : 1e-5;
-  const Spec spec;
-  Random random, layout;
-  Tensor<P> q_weight, k_weight, v_weight, A_log, dt_bias, o_norm;
-  Tensor<S> h, u, conv_q, conv_k, conv_v;
-  Tensor<T> q, k, v, gate, b, alpha, a, ridge, o, residual;
-
-  Layer(const Spec& s, uint64_t seed) : spec(s), random(seed), layout(seed + 1) {
-    const int64_t N = s.N, H = s.H, K = s.K, V = s.V, W = s.W;
-    const auto weight = [&](Tensor<P>& t, std::vector<int64_t> sizes, double at, double spread) {
-      t = Tensor<P>(std::move(sizes), s.strided, layout);
-      t.fill([&](int64_t) { return at + spread * random.normal(); });
-    };
-    const auto state = [&](Tensor<S>& t, std::vector<int64_t> sizes) {
-      t = Tensor<S>(std::move(sizes), s.strided, layout);
-      t.fill([](int64_t) { return 0.0; });
-    };
-    weight(q_weight, {s.Hq * K, W}, 0, 0.5);
-    weight(k_weight, {s.Hk * K, W}, 0, 0.5);
-    if (s.v_conv) weight(v_weight, {s.Hv * V, W}, 0, 0.5);
-    if (s.a) weight(A_log, {H}, 0, 1);
-    if (s.a) weight(dt_bias, {H}, -3, 1);
-    weight(o_norm, {V}, 1, 0.2);
-    state(h, {N, H, K, K});
-    state(u, {N, H, K, V});
-    state(conv_q, {N, s.Hq * K, W});
-    state(conv_k, {N, s.Hk * K, W});
-    if (s.v_conv) state(conv_v, {N, s.Hv * V, W});
-  }
-  void new_tokens(int64_t count) {
-    const Spec& s = spec;
-    const auto draw = [&](Tensor<T>& t, std::vector<int64_t> sizes, double at = 0) {
-      t = Tensor<T>(std::move(sizes), s.strided, layout);
-      t.fill([&](int64_t) { return at + random.normal(); });
-    };
-    draw(q, {s.N, count, s.Hq, s.K});
-    draw(k, {s.N, count, s.Hk, s.K});
-    draw(v, {s.N, count, s.Hv, s.V});
-    if (s.gate) draw(gate, {s.N, count, s.H, s.V});
-    if (s.b) draw(b, {s.N, count, s.H});
-    if (s.alpha) draw(alpha, {s.N, count, s.H});
-    if (s.a) draw(a, {s.N, count, s.H});
-    if (s.ridge) draw(ridge, {s.N, count, s.H}, std::log(0.02));  // some beyond the largest
-    o = Tensor<T>({s.N, count, s.H, s.V}, s.strided, layout);
-    residual = Tensor<T>({s.N, count, s.H}, s.strided, layout);
-  }
-  LayerStepInputs inputs() const {
-    return {q.view(),        k.view(),     v.view(),       gate.view(),     b.view(),
-            alpha.view(),    a.view(),     ridge.view(),   q_weight.view(), k_weight.view(),
-            v_weight.view(), A_log.view(), dt_bias.view(), o_norm.view()};
-  }
-  LayerStepStates states() {
-    return {h.view(), u.view(), conv_q.view(), conv_k.view(), conv_v.view()};
-  }
-  LayerStepOptions options() const {
-    LayerStepOptions set;
-    set.gka.solver = spec.solver;
-    set.gka.num_iter = spec.num_iter;
-    set.gka.tolerance = kTolerance;
-    set.decay_h = spec.decay_h;
-    set.fixed_alpha = spec.fixed_alpha;
-    set.qk_norm = spec.qk_norm;
-    return set;
-  }
-};
 
 double sigmoid(double x) {
   return 1 / (1 + std::exp(-x));
@@ -129,14 +24,14 @@ double sigmoid(double x) {
 class Twin {
  public:
   template <class T, class P>
-  explicit Twin(const Layer<T, P>& c) : s_(c.spec) {
+  explicit Twin(const LayerStepCase<T, P>& c) : s_(c.spec) {
     h_.assign(static_cast<size_t>(s_.N * s_.H * s_.K * s_.K), 0);
     u_.assign(static_cast<size_t>(s_.N * s_.H * s_.K * s_.V), 0);
   }
 
   // o [N,T,H,V] of the layer's new tokens.
   template <class T, class P>
-  std::vector<double> step(const Layer<T, P>& c) {
+  std::vector<double> step(const LayerStepCase<T, P>& c) {
     const int64_t N = s_.N, H = s_.H, K = s_.K, V = s_.V, T_ = c.q.view().size[1];
     auto q = convolve(past_q_, c.q.values(), c.q_weight.values(), T_, s_.Hq * K);
     auto k = convolve(past_k_, c.k.values(), c.k_weight.values(), T_, s_.Hk * K);
@@ -230,7 +125,7 @@ class Twin {
     }
   }
 
-  const Spec s_;
+  const LayerStepSpec s_;
   std::vector<double> h_, u_;
   Past past_q_, past_k_, past_v_;
 };
@@ -239,12 +134,12 @@ class Twin {
 // its inputs are rounded, by the convolutions and the norms, before it begins.
 template <class T, class P = T>
 void check_against_twin(double bound) {
-  for (const Spec& spec : kSpecs) {
+  for (const LayerStepSpec& spec : kLayerStepSpecs) {
     for (InstructionSet isa : available_instruction_sets()) {
       ForcedInstructionSet forced(isa);
       const Where where{std::string("layer_step of ") + name(DTypeOf<T>::value), name(isa),
                         spec.what};
-      Layer<T, P> layer(spec, 77);
+      LayerStepCase<T, P> layer(spec, 77);
       Twin twin(layer);
       const bool chosen = spec.num_iter == kAutoNumIter || spec.solver == Solver::automatic;
       const double slack = solver_slack<T>(spec.solver) + (chosen ? 2 * layer.kTolerance : 0);
@@ -281,82 +176,38 @@ TEST(LayerStep, SixteenBitsBesideFloat32Weights) {
 
 // Tokens at once or one by one, on one thread or more: the same bits.
 TEST(LayerStep, HasOneMeaning) {
-  for (const Spec& spec : kSpecs) {
-    Layer<float> once(spec, 5), single(spec, 5);
-    once.new_tokens(6);
-    single.new_tokens(6);
-    const int threads = num_threads();
-    set_num_threads(3);
-    layer_step(once.inputs(), once.states(), once.o.view(), {}, once.options());
-    set_num_threads(1);
-    for (int64_t t = 0; t < 6; ++t) {
-      LayerStepInputs in = single.inputs();
-      for (ConstView* x : {&in.q, &in.k, &in.v, &in.gate, &in.b, &in.alpha, &in.a, &in.ridge}) {
-        if (x->defined()) {
-          x->data = static_cast<const float*>(x->data) + t * x->stride[1];
-          x->size[1] = 1;
+  const int threads = num_threads();
+  for (const LayerStepSpec& spec : kLayerStepSpecs) {
+    for (const InstructionSet isa : available_instruction_sets()) {
+      ForcedInstructionSet forced(isa);
+      const std::string what = std::string(spec.what) + ", " + name(isa) + ", seed 5";
+      LayerStepCase<float> once(spec, 5), single(spec, 5);
+      once.new_tokens(6);
+      single.new_tokens(6);
+      set_num_threads(3);
+      layer_step(once.inputs(), once.states(), once.o.view(), {}, once.options());
+      set_num_threads(1);
+      for (int64_t t = 0; t < 6; ++t) {
+        LayerStepInputs in = single.inputs();
+        for (ConstView* x : {&in.q, &in.k, &in.v, &in.gate, &in.b, &in.alpha, &in.a, &in.ridge}) {
+          if (x->defined()) {
+            x->data = static_cast<const float*>(x->data) + t * x->stride[1];
+            x->size[1] = 1;
+          }
         }
+        View o = single.o.view();
+        o.data = static_cast<float*>(o.data) + t * o.stride[1];
+        o.size[1] = 1;
+        layer_step(in, single.states(), o, {}, single.options());
       }
-      View o = single.o.view();
-      o.data = static_cast<float*>(o.data) + t * o.stride[1];
-      o.size[1] = 1;
-      layer_step(in, single.states(), o, {}, single.options());
+      set_num_threads(threads);
+      EXPECT_EQ(once.o.values(), single.o.values()) << what;
+      EXPECT_EQ(once.h.values(), single.h.values()) << what;
+      EXPECT_EQ(once.u.values(), single.u.values()) << what;
+      EXPECT_EQ(once.conv_q.values(), single.conv_q.values()) << what;
+      EXPECT_EQ(once.conv_k.values(), single.conv_k.values()) << what;
+      EXPECT_EQ(once.conv_v.values(), single.conv_v.values()) << what;
     }
-    set_num_threads(threads);
-    EXPECT_EQ(once.o.values(), single.o.values()) << spec.what;
-    EXPECT_EQ(once.h.values(), single.h.values()) << spec.what;
-    EXPECT_EQ(once.conv_q.values(), single.conv_q.values()) << spec.what;
-    EXPECT_EQ(once.conv_k.values(), single.conv_k.values()) << spec.what;
-    EXPECT_EQ(once.conv_v.values(), single.conv_v.values()) << spec.what;
-  }
-}
-
-// Every mistake names its argument, and nothing is written.
-TEST(LayerStep, NamesTheArgumentThatDoesNotFit) {
-  using Step = Layer<float>;
-  struct Mistake {
-    const char* argument;
-    void (*make)(LayerStepInputs&, LayerStepStates&, LayerStepOptions&);
-  };
-  const std::vector<Mistake> mistakes = {
-      {"q", [](auto& in, auto&, auto&) { in.q = {}; }},
-      {"h", [](auto&, auto& s, auto&) { s.h = {}; }},
-      {"u", [](auto&, auto& s, auto&) { s.u = {}; }},
-      {"gate", [](auto& in, auto&, auto&) { in.gate.size[3] = 3; }},
-      {"b", [](auto& in, auto&, auto&) { in.b.size[2] = 1; }},
-      {"alpha", [](auto& in, auto&, auto&) { in.alpha.dtype = DType::float64; }},
-      {"a", [](auto& in, auto&, auto&) { in.a.rank = 2; }},
-      {"A_log", [](auto& in, auto&, auto&) { in.A_log = {}; }},
-      {"dt_bias", [](auto& in, auto&, auto&) { in.dt_bias.size[0] = 1; }},
-      {"o_norm", [](auto& in, auto&, auto&) { in.o_norm = {}; }},
-      {"conv_q_weight", [](auto& in, auto&, auto&) { in.conv_q_weight = {}; }},
-      {"conv_k_weight", [](auto& in, auto&, auto&) { in.conv_k_weight.size[1] = 3; }},
-      {"conv_v_weight", [](auto& in, auto&, auto&) { in.conv_v_weight.size[0] = 3; }},
-      {"conv_k", [](auto&, auto& s, auto&) { s.conv_k.size[0] = 1; }},
-      {"conv_v", [](auto& in, auto&, auto&) { in.conv_v_weight = {}; }},
-      {"conv_k", [](auto&, auto& s, auto&) { s.conv_q = s.conv_k; }},
-      {"fixed_alpha", [](auto&, auto&, auto& o) { o.fixed_alpha = 1.5; }},
-      {"min_ridge", [](auto&, auto&, auto& o) { o.min_ridge = 0; }},
-      {"max_ridge", [](auto&, auto&, auto& o) { o.max_ridge = 1e-5; }},
-      {"norm_eps", [](auto&, auto&, auto& o) { o.norm_eps = -1; }},
-      {"qk_norm", [](auto&, auto&, auto& o) { o.qk_norm = static_cast<QkNorm>(9); }},
-      {"backend", [](auto&, auto&, auto& o) { o.gka.backend = Backend::reference; }},
-  };
-  for (const Mistake& mistake : mistakes) {
-    Step layer(kSpecs[0], 3);
-    layer.new_tokens(1);
-    LayerStepInputs in = layer.inputs();
-    LayerStepStates states = layer.states();
-    LayerStepOptions options = layer.options();
-    mistake.make(in, states, options);
-    try {
-      layer_step(in, states, layer.o.view(), {}, options);
-      ADD_FAILURE() << mistake.argument << ": no error";
-    } catch (const Error& e) {
-      EXPECT_EQ(e.argument(), mistake.argument) << e.what();
-    }
-    for (double e : layer.o.values()) ASSERT_TRUE(std::isnan(e)) << mistake.argument;
-    for (double e : layer.h.values()) ASSERT_EQ(e, 0.0) << mistake.argument;
   }
 }
 
