@@ -2,8 +2,9 @@
 """A token of one sequence through 24 layers, 16 heads of 128: gka_step beside softmax attention.
 
 Attention reads a cache of 8192 tokens with PyTorch's scaled_dot_product_attention, in float32 and
-bfloat16, by PyTorch's own choice of code (flash) and by plain products (math); every layer has a cache, or states, of its own, as in a model. Projections are left out of
-both. Turn by turn in one process; the operators' answers are compared first.
+bfloat16, by PyTorch's own choice of code (flash) and by plain products (math). Every layer has a
+cache, or states, of its own, as in a model; projections are left out of both. Turn by turn in one
+process; the operators' answers are compared first.
 
     benchmarks/eager_decode.py [--quick] [--threads 2] [--library FILE] [--out FILE]
 """

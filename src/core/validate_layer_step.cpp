@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 
 #include "core/check.hpp"
 #include "core/half.hpp"
@@ -20,9 +21,13 @@ void number(const char* argument, double value, bool good, const char* allowed) 
 
 void check_numbers(const LayerStepOptions& o) {
   number("fixed_alpha", o.fixed_alpha, o.fixed_alpha >= 0 && o.fixed_alpha <= 1, "in 0..1");
-  number("min_ridge", o.min_ridge, o.min_ridge > 0 && std::isfinite(o.min_ridge), "> 0 and finite");
-  number("max_ridge", o.max_ridge, o.max_ridge >= o.min_ridge && std::isfinite(o.max_ridge),
-         ">= min_ridge and finite");
+  // Ratios are handed on in the precision of the computation, float32 or better.
+  constexpr double kLeast = std::numeric_limits<float>::min();
+  constexpr double kMost = std::numeric_limits<float>::max();
+  number("min_ridge", o.min_ridge, o.min_ridge >= kLeast && o.min_ridge <= kMost,
+         "> 0, as a normal float32 is");
+  number("max_ridge", o.max_ridge, o.max_ridge >= o.min_ridge && o.max_ridge <= kMost,
+         ">= min_ridge and within float32");
   number("norm_eps", o.norm_eps, o.norm_eps >= 0 && std::isfinite(o.norm_eps), ">= 0 and finite");
   if (o.qk_norm != QkNorm::official && o.qk_norm != QkNorm::fla) {
     fail(ErrorCode::invalid_argument, "qk_norm",
