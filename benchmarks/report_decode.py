@@ -81,8 +81,8 @@ def state_sections(kernels):
         "Decode of many sequences, K = V = 128: microseconds a token and head, and bytes of the "
         "states (both read and written once) a second over those of a copy of as much memory "
         f"(read and written; one thread {min(copies):.0f} to {max(copies):.0f} GB/s), turn by "
-        "turn; all threads by the clock, one by its processor time. Update and read-out: alpha 0, one "
-        "step of an iteration that nobody reads.",
+        "turn; all threads by the clock, one by its processor time. Update and read-out: alpha 0, "
+        "one step of an iteration that nobody reads.",
         table(["states", "what", "us", "of a copy", "one thread, us", "of a copy"], rows),
     ]
 

@@ -43,6 +43,8 @@ struct Json {
   }
 };
 
+constexpr int kDifferent = 256;
+
 // One token after another from a state that `filled` tokens have left.
 void decode(const GatedKalmaNetOptions& base, const std::string& name, at::ScalarType type,
             int64_t filled, int rounds, int tokens, Json& json) {
@@ -52,7 +54,10 @@ void decode(const GatedKalmaNetOptions& base, const std::string& name, at::Scala
   GkaLayerState a;
   fused->forward(at::randn({1, filled, base.hidden_size}).to(type), {}, &a);
   GkaLayerState b = a.clone();
-  const Tensor x = at::randn({1, 1, base.hidden_size}).to(type);
+  // Different tokens: the same one again and again would leave a state of one direction, which is
+  // solved in float64 (docs/numerics.md).
+  const auto inputs = at::randn({kDifferent, 1, 1, base.hidden_size}).to(type).unbind();
+  const Tensor& x = inputs[0];
   const Tensor got = fused->forward(x, {}, &a).to(at::kDouble);
   const Tensor want = separate->forward(x, {}, &b).to(at::kDouble);
   const double error = ((got - want).norm() / want.norm()).item<double>();
@@ -68,14 +73,16 @@ void decode(const GatedKalmaNetOptions& base, const std::string& name, at::Scala
   }
   const Tensor row = x.view({1, base.hidden_size});
   for (int round = 0; round < rounds; ++round) {
-    const auto time = [&](const std::function<void()>& work) {
+    const auto time = [&](const std::function<void(const Tensor&)>& work) {
       return 1e6 / tokens * cpu_seconds_of(Cpu::thread, [&] {
-               for (int t = 0; t < tokens; ++t) work();
+               for (int t = 0; t < tokens; ++t) {
+                 work(inputs[static_cast<size_t>(round * tokens + t) % kDifferent]);
+               }
              });
     };
-    fused_us.add(time([&] { fused->forward(x, {}, &a); }));
-    separate_us.add(time([&] { separate->forward(x, {}, &b); }));
-    products_us.add(time([&] {
+    fused_us.add(time([&](const Tensor& token) { fused->forward(token, {}, &a); }));
+    separate_us.add(time([&](const Tensor& token) { separate->forward(token, {}, &b); }));
+    products_us.add(time([&](const Tensor&) {
       for (const Tensor& w : weights) at::mm(row, w.t());
     }));
     ratio.add(separate_us.values.back() / fused_us.values.back());

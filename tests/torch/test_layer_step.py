@@ -88,7 +88,8 @@ class Layer:
         gates = {}
         if t["b"] is not None:
             gates["beta"] = t["b"].sigmoid() + 1e-6
-        fixed = torch.full((B, T, self.H), self.options.get("fixed_alpha", 1.0)).double()
+        alpha = self.options.get("fixed_alpha", 1.0)
+        fixed = torch.full((B, T, self.H), alpha, dtype=torch.float64)
         gates["alpha"] = fixed if t["alpha"] is None else t["alpha"].sigmoid()
         if t["a"] is not None:
             gates["g"] = -w["A_log"].exp() * softplus(t["a"] + w["dt_bias"])
