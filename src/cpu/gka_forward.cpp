@@ -103,7 +103,7 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
     first_state[static_cast<size_t>(i)] = static_cast<int64_t>(pieces.size()) * floats;
     for (int64_t j = 0; j < s.count; ++j) pieces.push_back({i, j});
   }
-  Buffer<S> states(static_cast<int64_t>(pieces.size()) * floats);
+  ScratchLease<S> states(static_cast<int64_t>(pieces.size()) * floats);
   S* const base = states.data();
   problem.executor->run(2 * num_units, [&](int64_t task) {
     const size_t i = static_cast<size_t>(task / 2);

@@ -53,7 +53,7 @@ Decoded<S> decode(const Case<S>& c, Solver solver, int num_iter, cpu::StepMatrix
   job.residual = {out.residual.data(), DTypeOf<S>::value, 1};
   job.matrix = matrix;
   // Poisoned: scratch promises nothing.
-  cpu::Buffer<S> scratch(cpu::step_scratch_floats(K, V, solver));
+  cpu::ScratchLease<S> scratch(cpu::step_scratch_floats(K, V, solver));
   std::fill_n(scratch.data(), cpu::step_scratch_floats(K, V, solver), static_cast<S>(NAN));
   job.scratch = scratch.data();
   cpu::kernels_of<S>(cpu::kernels()).gka_step(job);
