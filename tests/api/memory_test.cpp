@@ -216,7 +216,9 @@ TEST(Workspace, ScratchOfTheFusedStepIsKept) {
       testing::peak_bytes = before;
       layer_step(in, states, dense(o.data(), {B, T, H, K}), {}, options);
       const int64_t taken = testing::peak_bytes - before;
-      if (!first) EXPECT_LE(taken, 8192);
+      if (!first) {
+        EXPECT_LE(taken, 8192);
+      }
     }
   }).join();
 }
