@@ -191,6 +191,38 @@ TEST(Workspace, ScratchIsKept) {
   }
 }
 
+// The same of the layer's fused step, with heads that share their keys.
+TEST(Workspace, ScratchOfTheFusedStepIsKept) {
+  constexpr int64_t B = 2, T = 3, H = 4, K = 64, W = 4;
+  std::vector<float> ones(B * T * H * K, 0.5f), o(ones.size()), h(B * H * K * K), u(h.size()),
+      conv_q(B * H * K * W), conv_k(conv_q.size() / 2);
+  LayerStepInputs in;
+  in.q = in.v = in.gate = dense(ones.data(), {B, T, H, K});
+  in.k = dense(ones.data(), {B, T, H / 2, K});
+  in.conv_q_weight = dense(ones.data(), {H * K, W});
+  in.conv_k_weight = dense(ones.data(), {H / 2 * K, W});
+  in.o_norm = dense(ones.data(), {K});
+  const LayerStepStates states = {.h = dense(h.data(), {B, H, K, K}),
+                                  .u = dense(u.data(), {B, H, K, K}),
+                                  .conv_q = dense(conv_q.data(), {B, H * K, W}),
+                                  .conv_k = dense(conv_k.data(), {B, H / 2 * K, W}),
+                                  .conv_v = {}};
+  std::thread([&] {
+    OneThread executor(3);
+    LayerStepOptions options;
+    options.gka.executor = &executor;
+    for (const bool first : {true, false}) {
+      const int64_t before = testing::live_bytes;
+      testing::peak_bytes = before;
+      layer_step(in, states, dense(o.data(), {B, T, H, K}), {}, options);
+      const int64_t taken = testing::peak_bytes - before;
+      if (!first) {
+        EXPECT_LE(taken, 8192);
+      }
+    }
+  }).join();
+}
+
 TEST(OutOfMemory, IsAStatusAtEveryAllocationAndNotTheEnd) {
   CaseSpec spec;
   spec.T = 200;
