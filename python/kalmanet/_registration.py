@@ -83,6 +83,13 @@ def _(
     return q.new_empty((B, T, H, V)), residual
 
 
+@torch.library.register_fake("kalmanet::layer_step")
+def _(q, k, v, h, u, *_tensors, want_residual=False, **_options):
+    B, T, H, V = q.shape[0], q.shape[1], h.shape[1], v.shape[3]
+    residual = q.new_empty((B, T, H)) if want_residual else _none(q)
+    return q.new_empty((B, T, H, V)), residual
+
+
 @torch.library.register_fake("kalmanet::causal_conv_forward")
 def _(x, weight, state=None, cu_seqlens=None, *, silu=True, want_final_state=False):
     N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

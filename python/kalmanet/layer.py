@@ -18,6 +18,7 @@ from ._layer_options import (
     check,
     one_name,
 )
+from ._layer_step import can_fuse, fused_step
 from ._padding import Unpadded, unpad
 from .ops.gka import MAX_STEP_TOKENS, gka
 from .state import LayerState, State, read_layer, write_layer
@@ -341,6 +342,10 @@ class GatedKalmaNet(nn.Module):
             last = LayerState.zeros(N, o, x.device, fine)
         elif step and not in_place:
             last = cast(LayerState, last).map(torch.Tensor.clone)
+        if step and can_fuse(o, x):
+            last = cast(LayerState, last)
+            out = fused_step(self, x, last)
+            return self.o_proj(out.to(self.o_proj.weight.dtype)), last
 
         def project(layer: nn.Linear) -> Tensor:
             return layer(x).to(fine)

@@ -116,7 +116,7 @@ def test_official_parameters_of_a_gate_that_is_off_are_left_alone():
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("name", ["plain", "gqa", "no v convolution", "low rank", "learned ridge"])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_prefill_and_tokens_equal_one_pass(name, grad):
     layer = make(SETTINGS[name][0], torch.float32)
     x = tokens(dtype=torch.float32)

@@ -38,6 +38,23 @@ def operator_calls(dtype, gradients):
         "causal_conv_backward": ([x, x, weight, state, None, state], {}),
         "gated_rms_norm_backward": ([o, o, gate, norm], {}),
         "gka_step": ([*first[:3], h0.clone(), u0.clone(), *first[3:8]], {}),
+        "layer_step": (
+            [
+                *first[:3],
+                h0.clone(),
+                u0.clone(),
+                random(2, 8, 3, dtype=h0.dtype),
+                random(2, 8, 3, dtype=h0.dtype),
+                random(2, 6, 3, dtype=h0.dtype),
+                *(random(c, 3, dtype=dtype) for c in (8, 8, 6)),
+                random(3, dtype=dtype),
+                random(2, 5, 2, 3, dtype=dtype),
+                *(random(2, 5, 2, dtype=dtype) for _ in range(3)),
+                None,
+                *(random(2, dtype=dtype) for _ in range(2)),
+            ],
+            {"want_residual": True},
+        ),
         "causal_conv_step": ([x[:, 0], weight, state.clone()], {}),
     }
     return forward | backward
