@@ -42,6 +42,7 @@ test-python: build
 	KALMANET_COMMAND=$(CURDIR)/build/release/apps/kalmanet \
 	KALMANET_SAFETENSORS_TOOL=$(CURDIR)/build/release/tests/models/safetensors_tool \
 	KALMANET_TORCH_LIBRARY=$(CURDIR)/build/release/src/torch/libkalmanet_torch.so \
+	KALMANET_JAX_LIBRARY=$(CURDIR)/build/release/src/jax/libkalmanet_jax.so \
 	  .venv/bin/python -m pytest
 
 properties: setup  ## promises on random problems (CASES=100000)
