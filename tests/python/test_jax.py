@@ -94,15 +94,18 @@ def test_vmap_equals_a_loop(f):
     p = arrays(problem(T=20, dtype=torch.float32))
     qs = jnp.stack([p["q"], 2 * p["q"], -p["q"]], 1)
 
+    @jax.jit
     def loss(q, k):
         return jnp.sum(f(q, k, p["v"], p["g"], p["g"])[0] ** 2)
 
+    # The library computes each as alone; XLA sums a batch of products in another order.
+    bound = 1e-5 if f is chunk_gka_xla else 1e-6
     grads = jax.vmap(jax.grad(loss, (0, 1)), (1, None))(qs, p["k"])
     values = jax.vmap(loss, (1, None))(qs, p["k"])
     for i in range(3):
-        assert off(values[i], loss(qs[:, i], p["k"])) <= 1e-6
+        assert off(values[i], loss(qs[:, i], p["k"])) <= bound
         for a, b in zip(grads, jax.grad(loss, (0, 1))(qs[:, i], p["k"])):
-            assert off(a[i], b) <= 1e-6
+            assert off(a[i], b) <= bound
 
 
 def test_packed_sequences():
