@@ -57,16 +57,23 @@ TEST(Recall, TheVariantsDifferInTheMemoryAlone) {
   RecallModel gka(options, "gka");
   torch::manual_seed(1);
   RecallModel linear(options, "linear");
-  const auto a = gka->named_parameters(), b = linear->named_parameters();
+  torch::manual_seed(1);
+  RecallModel learned(options, "learned");
+  const auto a = gka->named_parameters(), b = linear->named_parameters(),
+             c = learned->named_parameters();
   ASSERT_EQ(a.size(), b.size());
+  ASSERT_EQ(a.size() + 4, c.size());  // ridge_proj's weight and bias, in two layers
   for (const auto& item : a) {
     ASSERT_TRUE(item.value().equal(b[item.key()])) << item.key();
+    ASSERT_TRUE(item.value().equal(c[item.key()])) << item.key();
   }
   const torch::NoGradGuard no_grad;
   const at::Tensor x = gka->forward(batch.tokens, batch.asked),
                    y = linear->forward(batch.tokens, batch.asked);
   ASSERT_EQ(x.sizes(), (std::vector<int64_t>{2, 32, 1024}));
   EXPECT_GT((x - y).abs().max().item<double>(), 1e-4);
+  const at::Tensor z = learned->forward(batch.tokens, batch.asked);  // ridge 0.01, not 0.02
+  EXPECT_GT((x - z).abs().max().item<double>(), 1e-4);
   EXPECT_THROW(RecallModel(options, "softmax"), Error);
 }
 
