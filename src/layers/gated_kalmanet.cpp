@@ -211,8 +211,8 @@ GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : opti
 
 void GatedKalmaNetImpl::reset_parameters() {
   const at::NoGradGuard no_grad;
-  for (auto* layer : {&q_proj_, &k_proj_, &v_proj_, &a_proj_, &b_proj_, &alpha_proj_, &g_proj_,
-                      &o_proj_}) {
+  for (auto* layer :
+       {&q_proj_, &k_proj_, &v_proj_, &a_proj_, &b_proj_, &alpha_proj_, &g_proj_, &o_proj_}) {
     if (*layer) (*layer)->reset_parameters();
   }
   // A depthwise filter of W taps has fan in W.
@@ -341,8 +341,8 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   }
   if (o.learned_ridge) {
     const Tensor log_ridge = linear(ridge_weight_, ridge_bias_, rows).to(type);
-    ridge = per_head(at::exp(
-        at::clamp(log_ridge, std::log(kMinLearnedRidge), std::log(kMaxLearnedRidge))));
+    ridge = per_head(
+        at::exp(at::clamp(log_ridge, std::log(kMinLearnedRidge), std::log(kMaxLearnedRidge))));
   }
 
   GkaOpOptions op;

@@ -24,8 +24,8 @@ inline GatedKalmaNetOptions small_options() {
   return o;
 }
 
-// Makes the layer from a fixed seed; its norm weight is moved off 1, and a learned ridge's weight off
-// 0, so that they matter. One thread: on tensors this small a second one only waits.
+// Makes the layer from a fixed seed; its norm weight is moved off 1, and a learned ridge's weight
+// off 0, so that they matter. One thread: on tensors this small a second one only waits.
 inline GatedKalmaNet make_layer(const GatedKalmaNetOptions& options,
                                 at::ScalarType type = at::kFloat) {
   at::set_num_threads(1);

@@ -87,20 +87,22 @@ TEST(Recall, BadOptionsAreNamed) {
 }
 
 TEST(Recall, LearnsASmallTask) {
-  RecallOptions options;
-  options.vocab_size = 32;
-  options.pairs = 6;
-  options.steps = 250;
-  options.lr = 1e-2;
-  options.eval_every = 50;
-  options.final_batches = 8;
-  int64_t calls = 0;
-  const RecallRun run = run_recall(options, "gka", [&](int64_t, double) { ++calls; });
-  EXPECT_EQ(calls, options.steps);
-  ASSERT_EQ(run.curve.size(), 5u);
-  EXPECT_LT(run.curve.back().loss, run.curve.front().loss);
-  // Chance is 1/16; a model that only knows which values were shown reaches 1/6.
-  EXPECT_GT(run.accuracy, 0.95) << "after " << options.steps << " steps, seed " << options.seed;
+  for (const std::string variant : {"gka", "learned"}) {
+    RecallOptions options;
+    options.vocab_size = 32;
+    options.pairs = 6;
+    options.steps = 250;
+    options.eval_every = 50;
+    options.final_batches = 8;
+    int64_t calls = 0;
+    const RecallRun run = run_recall(options, variant, [&](int64_t, double) { ++calls; });
+    EXPECT_EQ(calls, options.steps);
+    ASSERT_EQ(run.curve.size(), 5u);
+    EXPECT_LT(run.curve.back().loss, run.curve.front().loss);
+    // Chance is 1/16; a model that only knows which values were shown reaches 1/6.
+    EXPECT_GT(run.accuracy, 0.95) << variant << " after " << options.steps << " steps, seed "
+                                  << options.seed;
+  }
 }
 
 }  // namespace
