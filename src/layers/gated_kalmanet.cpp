@@ -128,6 +128,9 @@ class WeightImpl : public torch::nn::Module {
 Tensor linear(const Tensor& weight, const Tensor& bias, const Tensor& rows) {
   return bias.defined() ? at::addmm(bias, rows, weight.t()) : at::mm(rows, weight.t());
 }
+Tensor linear(const torch::nn::LinearImpl& layer, const Tensor& rows) {
+  return linear(layer.weight, layer.bias, rows);
+}
 
 // The number of tokens of the longest sequence; 0 where cu_seqlens is not valid (the operators
 // then say why).
@@ -296,6 +299,10 @@ Tensor GatedKalmaNetImpl::fused_step(const Tensor& rows, int64_t B, int64_t T, G
   const auto logit = [&](const torch::nn::Linear& layer) {
     return layer ? OptionalTensor(heads(layer, {B, T, H})) : std::nullopt;
   };
+  OptionalTensor ridge;
+  if (o.learned_ridge) {
+    ridge = linear(ridge_weight_, ridge_bias_, rows).to(q.scalar_type()).view({B, T, H});
+  }
   // Weights are taken as they are: the operator reads 16 bits, or float32 beside them.
   LayerStepParts parts;
   parts.conv_q_weight = q_conv_;
@@ -319,10 +326,10 @@ Tensor GatedKalmaNetImpl::fused_step(const Tensor& rows, int64_t B, int64_t T, G
   parts.min_ridge = kMinLearnedRidge;
   parts.max_ridge = kMaxLearnedRidge;
   parts.norm_eps = o.norm_eps;
-  return layer_step(
-      q, heads(k_proj_, {B, T, o.k_heads(), K}), heads(v_proj_, {B, T, o.v_heads(), V}),
-      o.use_gate ? OptionalTensor(heads(g_proj_, {B, T, H, V})) : std::nullopt, logit(b_proj_),
-      logit(alpha_proj_), logit(a_proj_), logit(ridge_proj_), parts, op);
+  return layer_step(q, heads(k_proj_, {B, T, o.k_heads(), K}),
+                    heads(v_proj_, {B, T, o.v_heads(), V}),
+                    o.use_gate ? OptionalTensor(heads(g_proj_, {B, T, H, V})) : std::nullopt,
+                    logit(b_proj_), logit(alpha_proj_), logit(a_proj_), ridge, parts, op);
 }
 
 Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seqlens,
@@ -369,7 +376,7 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     return linear(*o_proj_, out).view({B, T, o.hidden_size});
   }
   const auto project = [&](const torch::nn::Linear& layer) {
-    return linear(layer->weight, layer->bias, rows).to(type);
+    return linear(*layer, rows).to(type);
   };
   const auto convolve = [&](const Tensor& in, const Tensor& weight, Tensor GkaLayerState::* slot) {
     if (step && T == 1 && !cu_seqlens) return causal_conv_step(in, weight, state->*slot);
