@@ -206,7 +206,7 @@ class GatedKalmaNet(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws every parameter anew: linear layers uniform in +-1/sqrt(fan in); A ~ U(0,16); dt
-        log-uniform in [0.001, 0.1]; ridge_proj.bias ln 0.01; the expansion starts as a repeat."""
+        log-uniform in [0.001, 0.1]; ridge_proj ln 0.01; the expansion starts as a repeat."""
         o = self.options
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -217,7 +217,8 @@ class GatedKalmaNet(nn.Module):
             if hasattr(self, name):
                 getattr(self, name).weight.uniform_(-bound, bound)
         self.o_norm.weight.fill_(1)
-        if o.learned_ridge:
+        if o.learned_ridge:  # a constant to begin with
+            self.ridge_proj.weight.zero_()
             self.ridge_proj.bias.fill_(math.log(FIRST_LEARNED_RIDGE))
         if o.use_forgetting_gate:
             # A of exactly 0 would be a logarithm of minus infinity.

@@ -2,12 +2,19 @@
 // of the projections.
 #include "layers/kv_expansion.hpp"
 
+#include <algorithm>
+#include <string>
+
 #include "kalmanet/error.hpp"
 #include "layers/gated_kalmanet.hpp"
 
 namespace kalmanet::layers {
 
 using at::Tensor;
+
+bool GatedKalmaNetOptions::expands() const {
+  return kv_proj_rank && std::min(k_heads(), v_heads()) < expanded_heads();
+}
 
 LowRankImpl::LowRankImpl(int64_t in, int64_t rank, int64_t out) {
   const auto linear = [this](const char* name, int64_t from, int64_t to) {

@@ -32,8 +32,10 @@ inline GatedKalmaNet make_layer(const GatedKalmaNetOptions& options,
   torch::manual_seed(kSeed);
   GatedKalmaNet layer(options);
   const at::NoGradGuard no_grad;
-  for (const auto& item : layer->named_parameters()) {
-    if (item.key() == "o_norm.weight") item.value().uniform_(0.5, 1.5);
+  auto parameters = layer->named_parameters();
+  parameters["o_norm.weight"].uniform_(0.5, 1.5);
+  if (options.learned_ridge) parameters["ridge_proj.weight"].uniform_(-0.3, 0.3);
+  for (const auto& item : parameters) {
     if (item.key().ends_with("linearB.weight")) item.value().uniform_(-0.5, 0.5);  // zero at first
     if (item.key().ends_with("_rep")) item.value().add_(at::rand_like(item.value()) * 0.5);
   }

@@ -114,7 +114,7 @@ class HybridQwen3PreTrainedModel(PreTrainedModel):
             how = getattr(module, "_first", None)
             if how == "residual":
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
-            if how == "zero":
+            if how in ("zero", "ridge"):
                 init.zeros_(module.weight)
             else:
                 init.normal_(module.weight, 0.0, std)
