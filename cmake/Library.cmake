@@ -5,6 +5,9 @@ include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(_rooms core reference cpu api)
+if(KALMANET_WITH_CUDA)
+  list(APPEND _rooms cuda)
+endif()
 list(TRANSFORM _rooms REPLACE "(.+)" "$<TARGET_OBJECTS:kalmanet_\\1>" OUTPUT_VARIABLE _objects)
 set(_exports ${PROJECT_SOURCE_DIR}/src/api/exports.map)
 
@@ -15,6 +18,9 @@ foreach(_kind shared static)
     $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
     $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
   target_link_libraries(kalmanet_${_kind} PRIVATE Threads::Threads $<BUILD_INTERFACE:kalmanet_options>)
+  if(KALMANET_WITH_CUDA)  # the static runtime, which itself looks for the driver at run time
+    target_link_libraries(kalmanet_${_kind} PRIVATE ${KALMANET_CUDART} dl rt)
+  endif()
   # (The target `kalmanet` is the command, in apps/.)
   set_target_properties(kalmanet_${_kind} PROPERTIES OUTPUT_NAME kalmanet LINKER_LANGUAGE CXX)
 endforeach()

@@ -1,0 +1,136 @@
+// The CUDA backend: what it refuses, and the order of its kernels.
+#include "cuda/backend.hpp"
+
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "core/text.hpp"
+#include "cuda/launch.hpp"
+#include "cuda/plan.hpp"
+#include "kalmanet/error.hpp"
+
+namespace kalmanet::cuda {
+namespace {
+
+// Stream-ordered memory that is given back, also where a launch throws.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, Stream stream) : data_(allocate(bytes, stream)), stream_(stream) {}
+  ~Workspace() { release(data_, stream_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const noexcept { return data_; }
+
+ private:
+  void* data_;
+  Stream stream_;
+};
+
+GkaReport report_of(const core::GkaProblem& problem) {
+  GkaReport report;
+  report.backend = Backend::cuda;
+  report.chunk_size = 1;
+  report.solves = problem.B * problem.T * problem.H;
+  if (problem.options.solver == Solver::direct) {
+    report.direct_solves = report.factorizations = report.solves;
+  } else {  // with kAutoNumIter the GPU counts, and is not asked
+    report.min_iterations = report.max_iterations = problem.options.num_iter;
+  }
+  return report;
+}
+
+// `whole`: every sequence in one piece (decode).
+GkaReport run(const core::GkaProblem& problem, const GkaOutputs& outputs, bool whole) {
+  const DeviceInfo device = device_info();
+  if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
+  const Stream stream = problem.options.stream;
+  const bool float64 = problem.dtype == DType::float64;
+  const std::vector<Piece> pieces = pieces_of(problem, whole);
+  GkaJob job = job_of(problem, outputs);
+  job.num_pieces = static_cast<int64_t>(pieces.size());
+  if (job.num_pieces == 0) return report_of(problem);
+  const bool segmented = pieces.size() > problem.sequences.size();
+  const bool listed = !are_rows(problem, pieces);
+  const int64_t piece_bytes = listed ? job.num_pieces * static_cast<int64_t>(sizeof(Piece)) : 0;
+  const Workspace list(piece_bytes, stream);
+  if (listed) {
+    copy_to_device(list.data(), pieces.data(), piece_bytes, stream);
+    job.pieces = static_cast<const Piece*>(list.data());
+  }
+  const Workspace states(segmented ? states_bytes(problem, job.num_pieces) : 0, stream);
+  const Workspace decays(segmented ? decays_bytes(problem, job.num_pieces) : 0, stream);
+  job.states = states.data();
+  job.decays = static_cast<double*>(decays.data());
+  const Workspace scratch(plan_tokens(job, float64, device.max_shared), stream);
+  job.scratch = scratch.data();
+  if (segmented) launch_segments(job, float64, stream);
+  launch_tokens(job, float64, stream);
+  return report_of(problem);
+}
+
+class CudaBackend final : public core::GkaBackend {
+ public:
+  Backend id() const noexcept override { return Backend::cuda; }
+
+  std::string describe() const override {
+    const DeviceInfo device = device_info();
+    if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", device.problem);
+    return core::text("forward and step; chebyshev, direct; ", device.count,
+                      device.count == 1 ? " GPU: " : " GPUs; current: ", device.current);
+  }
+
+  std::string refuses(const core::GkaProblem& problem) const override {
+    const GkaOptions& options = problem.options;
+    if (options.solver == Solver::cg || options.solver == Solver::automatic) {
+      return core::text("solver ", name(options.solver),
+                        " is not available on the cuda backend; pass solver chebyshev or direct");
+    }
+    if (options.arithmetic != Arithmetic::standard) {
+      return core::text("arithmetic ", name(options.arithmetic),
+                        " is not available on the cuda backend; pass arithmetic standard");
+    }
+    // A grid's second dimension counts heads.
+    if (problem.H > 65535) {
+      return core::text(problem.H, " heads are more than the cuda backend's 65535");
+    }
+    return {};
+  }
+
+  GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
+    return run(problem, outputs, false);
+  }
+  GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
+    return run(problem, outputs, true);
+  }
+  GkaReport backward(const core::GkaProblem&, const ConstView&, const GkaOutputGrads&,
+                     const GkaInputGrads&) const override {
+    throw Error(ErrorCode::unsupported, "backend",
+                "the cuda backend has no backward yet; pass backend cpu, with tensors in the "
+                "processor's memory");
+  }
+  int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
+                          bool) const override {
+    if (operation == GkaOperation::backward) backward(problem, {}, {}, {});
+    const DeviceInfo device = device_info();
+    const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
+    const int64_t n = static_cast<int64_t>(pieces.size());
+    GkaJob job = job_of(problem, {});
+    job.num_pieces = n;
+    int64_t bytes = plan_tokens(job, problem.dtype == DType::float64, device.max_shared) +
+                    n * static_cast<int64_t>(sizeof(Piece));
+    if (pieces.size() > problem.sequences.size()) {
+      bytes += states_bytes(problem, n) + decays_bytes(problem, n);
+    }
+    return bytes;
+  }
+};
+
+}  // namespace
+
+const core::GkaBackend& gka_backend() {
+  static const CudaBackend backend;
+  return backend;
+}
+
+}  // namespace kalmanet::cuda

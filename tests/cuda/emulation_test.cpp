@@ -1,0 +1,95 @@
+// The bodies of the CUDA kernels, run by the CPU with the GPU's index arithmetic, against the float64
+// oracle; and in the other order of a block's threads, bit for bit, which a missing barrier would
+// change.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/emulation.hpp"
+#include "cuda/gka_cases.hpp"
+#include "support/expect.hpp"
+
+namespace kalmanet::testing {
+namespace {
+
+template <class T, class G>
+void run(Case<T, G>& c, GkaOptions options, bool whole, const cuda::Emulation& how) {
+  options.backend = Backend::cuda;
+  const GkaOutputs outputs = c.outputs();
+  cuda::emulate(core::validate_forward(c.inputs(), outputs, options), outputs, whole, how);
+}
+
+template <class T, class G = T>
+void check(const CaseSpec& spec, const GkaOptions& options, bool whole = false) {
+  Case<T, G> c(spec), other(spec);
+  run(c, options, whole, {});
+  run(other, options, whole, {.backwards = true, .spill_is_shared = true});
+  const Where where{whole ? "emulated step" : "emulated forward", name(options.solver),
+                    describe(spec)};
+  for_each_output(c, other, [&](const char* tensor, ConstView a, ConstView b) {
+    EXPECT_TRUE(identical(where, tensor, a, b)) << "depends on the order of threads";
+  });
+  EXPECT_TRUE(c.gaps_intact()) << text(where, "gaps");
+  expect_oracle(c, options, where);
+}
+
+TEST(CudaEmulation, MatchesTheOracleOverShapes) {
+  int turn = 0;
+  for (Solver solver : {Solver::chebyshev, Solver::direct}) {
+    for (const auto& [T, K, V] : std::vector<std::array<int64_t, 3>>{
+             {1, 1, 1}, {2, 5, 3}, {17, 64, 64}, {9, 60, 33}, {5, 128, 128}, {4, 100, 20},
+             {3, 256, 200}, {3, 131, 256}}) {
+      GkaOptions options;
+      options.solver = solver;
+      CaseSpec spec = small_case(turn++);
+      spec.T = T, spec.K = K, spec.V = V;
+      check<float>(spec, options);
+      check<BFloat16, float>(spec, options);
+      check<Float16>(spec, options);
+      if (K <= 128) check<double>(spec, options);
+    }
+  }
+}
+
+TEST(CudaEmulation, CutsLongSequences) {
+  for (int turn : {0, 1, 2}) {
+    CaseSpec spec = small_case(turn);
+    spec.T = 2 * cuda::kSegmentTokens + 3;
+    spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    spec.K = 12, spec.V = 70;
+    check<float>(spec, {});
+    if (turn == 0) check<float>(spec, {}, /*whole=*/true);
+  }
+}
+
+TEST(CudaEmulation, PackedSequences) {
+  CaseSpec spec = small_case(63);
+  spec.lengths = {0, 3, 0, cuda::kSegmentTokens + 1, 1, 17, 0};
+  spec.K = 10, spec.V = 6;
+  check<float>(spec, {});
+  check<BFloat16>(spec, {});
+}
+
+TEST(CudaEmulation, CountsStepsAsTheHostDoes) {
+  for (double ridge : {0.3, 0.1, 0.02, 0.005, 0.001, 0.00012}) {
+    for (double tolerance : {1e-2, 1e-4, 1e-5, 1e-10}) {
+      EXPECT_EQ(cuda::counted_steps(ridge, tolerance), chebyshev_num_iter(ridge, tolerance))
+          << "ridge " << ridge << " tolerance " << tolerance;
+    }
+  }
+}
+
+TEST(CudaEmulation, ARatioThatIsNotPositiveAnswersNaN) {
+  CaseSpec spec = small_case(16);
+  spec.ridge_tensor = true;
+  Case<float> c(spec);
+  c.ridge_ratio.fill([](int64_t i) { return i == 0 ? -0.02 : 0.02; });
+  run(c, {}, false, {});
+  const std::vector<double> o = c.o.values();
+  for (int64_t i = 0; i < spec.V; ++i) EXPECT_TRUE(std::isnan(o[static_cast<size_t>(i)]));
+  EXPECT_TRUE(std::isfinite(o.back()));
+}
+
+}  // namespace
+}  // namespace kalmanet::testing
