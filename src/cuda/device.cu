@@ -7,7 +7,11 @@
 
 namespace kalmanet::cuda {
 
-DeviceInfo device_info() {
+namespace {
+
+constexpr int kMostDevices = 64;
+
+DeviceInfo ask_device() {
   DeviceInfo info;
   // The static runtime looks for the driver at its first call: where there is none, this says so.
   cudaError_t status = cudaGetDeviceCount(&info.count);
@@ -34,11 +38,27 @@ DeviceInfo device_info() {
   return info;
 }
 
+}  // namespace
+
+const DeviceInfo& device_info() {
+  // Asking takes longer than a decode step does. Where there is no GPU, the next call asks again.
+  static std::mutex mutex;
+  static DeviceInfo known[kMostDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    device = 0;
+  }
+  const std::lock_guard lock(mutex);
+  DeviceInfo& info = known[device % kMostDevices];
+  if (info.count == 0) info = ask_device();
+  return info;
+}
+
 namespace {
 
 // A pool of our own, so that what is kept for the next call is no setting of anybody else's.
 cudaMemPool_t pool_of_device() {
-  constexpr int kMostDevices = 64;
   static std::mutex mutex;
   static cudaMemPool_t pools[kMostDevices] = {};
   int device = 0;

@@ -27,6 +27,30 @@
 
 namespace kalmanet::cuda {
 
+// Two bfloat16 in one register, `low` in the lower half; rounded to the nearest, ties to even.
+KALMANET_KERNEL uint32_t pack_bfloat16(float low, float high) {
+#ifdef __CUDACC__
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+#else
+  return core::to_bfloat16(low) | static_cast<uint32_t>(core::to_bfloat16(high)) << 16;
+#endif
+}
+KALMANET_KERNEL float low_bfloat16(uint32_t both) {
+#ifdef __CUDACC__
+  return __uint_as_float(both << 16);
+#else
+  return core::from_bfloat16(static_cast<uint16_t>(both));
+#endif
+}
+KALMANET_KERNEL float high_bfloat16(uint32_t both) {
+#ifdef __CUDACC__
+  return __uint_as_float(both & 0xffff0000u);
+#else
+  return core::from_bfloat16(static_cast<uint16_t>(both >> 16));
+#endif
+}
+
 #ifdef __CUDACC__
 template <class Registers>
 class DeviceGroup {
@@ -43,6 +67,30 @@ class DeviceGroup {
     auto& value = member(registers_);
     KALMANET_UNROLL
     for (int mask = 1; mask < kLanes; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
+  // The same over the eight lanes with the same lane % 4.
+  template <class Member>
+  __device__ __forceinline__ void sum_rows(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = 4; mask < 32; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
+  // c[4] += a[4] b[2], a warp's m16n8k16 product of bfloat16 with float32 sums.
+  template <class C, class A, class B>
+  __device__ __forceinline__ void multiply_add(C&& c_of, A&& a_of, B&& b_of) {
+    auto& c = c_of(registers_);
+    const auto& a = a_of(registers_);
+    const auto& b = b_of(registers_);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+  // Of the 8 x 8 of 16 bits that a warp holds in a register, two a lane by rows: its transpose.
+  template <class Member>
+  __device__ __forceinline__ void transpose(Member&& member) {
+    uint32_t& value = member(registers_);
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(value));
   }
 
  private:
@@ -64,6 +112,58 @@ class HostGroup {
     }
   }
   void barrier() {}
+  template <class Member>
+  void sum_rows(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t mask = 4; mask < 32; mask *= 2) {
+      for (size_t i = 0; i < old.size(); ++i) old[i] = member(registers_[i]);
+      for (size_t i = 0; i < old.size(); ++i) member(registers_[i]) = old[i] + old[i ^ mask];
+    }
+  }
+  template <class C, class A, class B>
+  void multiply_add(C&& c_of, A&& a_of, B&& b_of) {
+    for (size_t warp = 0; warp < registers_.size(); warp += 32) {
+      float a[16][16], b[16][8];
+      for (size_t lane = 0; lane < 32; ++lane) {
+        Registers& r = registers_[warp + lane];
+        const size_t row = lane / 4, column = lane % 4 * 2;
+        for (size_t i = 0; i < 4; ++i) {
+          float* const to = &a[row + i % 2 * 8][column + i / 2 * 8];
+          to[0] = low_bfloat16(a_of(r)[i]), to[1] = high_bfloat16(a_of(r)[i]);
+        }
+        for (size_t i = 0; i < 2; ++i) {
+          b[column + i * 8][row] = low_bfloat16(b_of(r)[i]);
+          b[column + i * 8 + 1][row] = high_bfloat16(b_of(r)[i]);
+        }
+      }
+      for (size_t lane = 0; lane < 32; ++lane) {
+        auto& c = c_of(registers_[warp + lane]);
+        for (size_t i = 0; i < 4; ++i) {
+          const size_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+          float sum = c[i];
+          for (size_t k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+          c[i] = sum;
+        }
+      }
+    }
+  }
+  template <class Member>
+  void transpose(Member&& member) {
+    for (size_t warp = 0; warp < registers_.size(); warp += 32) {
+      uint16_t m[8][8];
+      for (size_t lane = 0; lane < 32; ++lane) {
+        const uint32_t both = member(registers_[warp + lane]);
+        m[lane / 4][lane % 4 * 2] = static_cast<uint16_t>(both);
+        m[lane / 4][lane % 4 * 2 + 1] = static_cast<uint16_t>(both >> 16);
+      }
+      for (size_t lane = 0; lane < 32; ++lane) {
+        const size_t row = lane / 4, column = lane % 4 * 2;
+        member(registers_[warp + lane]) =
+            m[column][row] | static_cast<uint32_t>(m[column + 1][row]) << 16;
+      }
+    }
+  }
   template <int kLanes, class Member>
   void sum_lanes(Member&& member) {
     using Value = std::decay_t<decltype(member(registers_[0]))>;

@@ -1,6 +1,11 @@
 // From a validated problem to a kernel's job.
 #include "cuda/plan.hpp"
 
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/chunk_body.hpp"
+
 namespace kalmanet::cuda {
 namespace {
 
@@ -12,7 +17,47 @@ Array array_of(const ConstView& view) {
   return a;
 }
 
+// Pairs of elements can be read and written as 4 bytes.
+bool in_pairs(const ConstView& view) {
+  return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 2 == 0 &&
+         view.stride[1] % 2 == 0 && view.stride[2] % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
+}
+
 }  // namespace
+
+bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  const GkaInputs& in = problem.inputs;
+  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
+         problem.options.solver == Solver::chebyshev && !outputs.x.defined() &&
+         !outputs.residual.defined() && in_pairs(in.q) && in_pairs(in.k) && in_pairs(in.v) &&
+         in_pairs(outputs.o);
+}
+
+std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem) {
+  std::vector<Piece> pieces = pieces_of(problem, false);
+  for (Piece& piece : pieces) piece.always = 0;
+  if (problem.inputs.h0.defined()) return pieces;
+  const size_t count = pieces.size();
+  for (size_t i = 0; i < count; ++i) {
+    Piece piece = pieces[i];
+    if (piece.first == 0 || piece.begin == piece.end) continue;
+    piece.end = std::min(piece.end, piece.begin + kExactTokens);
+    piece.last = 0;
+    piece.slot = -1;
+    piece.always = 1;
+    pieces.push_back(piece);
+  }
+  return pieces;
+}
+
+int64_t num_chunk_pieces(const std::vector<Piece>& pieces) {
+  return std::count_if(pieces.begin(), pieces.end(), [](const Piece& p) { return p.slot >= 0; });
+}
+
+int64_t chunk_scratch_bytes() {
+  return 2 * ChunkLayout::kDim * ChunkLayout::kDim * static_cast<int64_t>(sizeof(float));
+}
 
 std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole) {
   std::vector<Piece> pieces;
@@ -23,7 +68,7 @@ std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole) {
                                                                          : begin + kSegmentTokens;
       pieces.push_back({sequence.row, begin, end, static_cast<int32_t>(sequence.index),
                         begin == sequence.begin, end == sequence.end,
-                        static_cast<int32_t>(pieces.size())});
+                        static_cast<int32_t>(pieces.size()), 1});
       begin = end;
     } while (begin < sequence.end);
   }

@@ -16,6 +16,15 @@ std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole);
 // Whether pieces_of is what GkaJob::pieces == nullptr stands for.
 bool are_rows(const core::GkaProblem& problem, const std::vector<Piece>& pieces);
 
+// Whether the matrix-unit kernels compute the problem, as far as its tensors say.
+bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs);
+
+// For them: pieces_of (not `always`: the token kernel does what is left over), then for the token
+// kernel alone the first tokens of sequences that start from nothing, whose slots are -1.
+std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem);
+int64_t num_chunk_pieces(const std::vector<Piece>& pieces);
+int64_t chunk_scratch_bytes();  // a block
+
 // All but pieces and workspace.
 GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
 

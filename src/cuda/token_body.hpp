@@ -366,6 +366,10 @@ KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob&
   char* in_scratch = static_cast<char*>(job.scratch) +
                      (piece_index * job.H + head) * job.scratch_bytes;
   const Piece piece = piece_of(job, piece_index);
+  if (job.left_over != nullptr && piece.always == 0 &&
+      job.left_over[piece_index * job.H + head] == 0) {
+    return;
+  }
   StateView<S> u = state_view<S>(job.u_final, piece.sequence, head);
   if (!piece.last || u.data == nullptr) u = {reinterpret_cast<S*>(in_scratch), job.V, 1};
   in_scratch += (job.K * job.V * static_cast<int64_t>(sizeof(S)) + 31) / 32 * 32;

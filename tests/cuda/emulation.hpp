@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/problem.hpp"
+#include "cuda/chunk_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/token_body.hpp"
@@ -50,6 +51,17 @@ void emulate_tokens(GkaJob job, const Emulation& how) {
 }
 
 template <class S>
+void emulate_segment_sums(const GkaJob& job) {
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      for (int64_t e = 0; e < job.K * (job.K + job.V); ++e) {
+        run_segment_sums<S>(job, piece, head, e);
+      }
+    }
+  }
+}
+
+template <class S>
 void emulate_segments(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
@@ -59,16 +71,47 @@ void emulate_segments(const GkaJob& job, const Emulation& how) {
         run_segment<S>(group, *reinterpret_cast<SegmentShared<S>*>(shared.data()), job, piece, head,
                        tile);
       }
-      
     }
   }
+  emulate_segment_sums<S>(job);
+}
+
+inline void emulate_chunk_blocks(const GkaJob& job, bool outputs, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
-      for (int64_t e = 0; e < job.K * (job.K + job.V); ++e) {
-        run_segment_sums<S>(job, piece, head, e);
-      }
+      Poisoned shared(sizeof(ChunkShared));
+      HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+      run_chunks(group, *reinterpret_cast<ChunkShared*>(shared.data()), job, piece, head, outputs);
     }
   }
+}
+
+// The matrix-unit kernels, and the token kernel for what they leave over.
+// (returns how much that is, of all pieces and heads).
+inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                           const Emulation& how) {
+  const std::vector<Piece> pieces = chunk_pieces_of(problem);
+  GkaJob job = job_of(problem, outputs);
+  job.pieces = pieces.data();
+  job.num_pieces = num_chunk_pieces(pieces);
+  Poisoned states(states_bytes(problem, job.num_pieces));
+  Poisoned decays(decays_bytes(problem, job.num_pieces));
+  Poisoned scratch(job.num_pieces * job.H * chunk_scratch_bytes());
+  std::vector<int32_t> left_over(static_cast<size_t>(job.num_pieces * job.H), -1);
+  job.states = states.data();
+  job.decays = reinterpret_cast<double*>(decays.data());
+  job.chunk_scratch = scratch.data();
+  job.left_over = left_over.data();
+  if (job.num_pieces > problem.N) {
+    emulate_chunk_blocks(job, false, how);
+    emulate_segment_sums<float>(job);
+  }
+  emulate_chunk_blocks(job, true, how);
+  job.num_pieces = static_cast<int64_t>(pieces.size());
+  emulate_tokens<float, 128>(job, how);
+  double sum = 0;
+  for (int32_t e : left_over) sum += e;
+  return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
 }
 
 // What the backend does, without a GPU.
