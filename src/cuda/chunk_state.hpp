@@ -155,7 +155,7 @@ struct ChunkState : ChunkProducts<Group> {
       const int64_t t = t0 + thread;
       const bool real = thread < n;
       const auto at = [&](const Array& a, double absent) {
-        return real ? scalar_at<double>(a, piece.row, t, head, absent) : absent;
+        return real ? static_cast<double>(scalar_at<float>(a, piece.row, t, head, absent)) : absent;
       };
       shared.gate[0][thread] = at(job.gk, 0.0);
       shared.gate[1][thread] = at(job.g, 0.0);

@@ -181,6 +181,12 @@ class HostGroup {
   bool backwards_;
 };
 
+KALMANET_KERNEL void prefetch([[maybe_unused]] const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // Four neighbours in 16-byte aligned memory (32 of float64).
 KALMANET_KERNEL void load4(const float* p, float (&out)[4]) {
 #ifdef __CUDACC__

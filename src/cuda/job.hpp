@@ -70,39 +70,32 @@ KALMANET_KERNEL float half_to_float(DType dtype, const void* data, int64_t at) {
 #endif
 }
 
-// Element `at` of an array of any dtype, in S (float for all but float64 problems).
+// Element `at`: float64 where S is, else of one of the other dtypes.
 template <class S>
 KALMANET_KERNEL S load_element(const Array& a, int64_t at) {
-  switch (a.dtype) {
-    case DType::float32:
-      return static_cast<const float*>(a.data)[at];
-    case DType::float64:
-      return static_cast<S>(static_cast<const double*>(a.data)[at]);
-    default:
-      return half_to_float(a.dtype, a.data, at);
+  if constexpr (sizeof(S) == 8) {
+    return static_cast<const double*>(a.data)[at];
+  } else {
+    if (a.dtype == DType::float32) return static_cast<const float*>(a.data)[at];
+    return half_to_float(a.dtype, a.data, at);
   }
 }
 
 // Rounded to the nearest, ties to even.
 template <class S>
 KALMANET_KERNEL void store_element(const Array& a, int64_t at, S value) {
-  switch (a.dtype) {
-    case DType::float32:
-      static_cast<float*>(a.data)[at] = static_cast<float>(value);
-      return;
-    case DType::float64:
-      static_cast<double*>(a.data)[at] = value;
-      return;
-    default: {
-      const float f = static_cast<float>(value);
-      uint16_t* to = static_cast<uint16_t*>(a.data) + at;
+  if constexpr (sizeof(S) == 8) {
+    static_cast<double*>(a.data)[at] = value;
+  } else if (a.dtype == DType::float32) {
+    static_cast<float*>(a.data)[at] = value;
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(a.data) + at;
 #ifdef __CUDACC__
-      *to = a.dtype == DType::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(f))
-                                       : __half_as_ushort(__float2half_rn(f));
+    *to = a.dtype == DType::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                     : __half_as_ushort(__float2half_rn(value));
 #else
-      *to = a.dtype == DType::bfloat16 ? core::to_bfloat16(f) : core::to_float16(f);
+    *to = a.dtype == DType::bfloat16 ? core::to_bfloat16(value) : core::to_float16(value);
 #endif
-    }
   }
 }
 

@@ -62,8 +62,8 @@ KALMANET_KERNEL void run_segment(Group& group, SegmentShared<S>& shared, const G
         double decay = shared.decay[thread];
         for (int j = 0; j < n; ++j) {
           shared.weight[thread][j] = static_cast<S>(decay);
-          decay *= exp(scalar_at<double>(thread == 0 ? job.gk : job.g, piece.row, end - 1 - j, head,
-                                         0.0));
+          decay *= exp(static_cast<double>(
+              scalar_at<S>(thread == 0 ? job.gk : job.g, piece.row, end - 1 - j, head, 0.0)));
         }
         shared.decay[thread] = decay;
       }

@@ -36,6 +36,23 @@ KALMANET_KERNEL double largest_amplification(DType output) {
   return output == DType::float32 ? 5.0 : 200.0;
 }
 
+KALMANET_KERNEL float exp_of(float x) {
+  return expf(x);
+}
+KALMANET_KERNEL double exp_of(double x) {
+  return exp(x);
+}
+// sqrt(x) to 1e-13, without the long division of float64 (x: a sum of squares of float32).
+KALMANET_KERNEL double root_of(double x) {
+#ifdef __CUDACC__
+  if (x < 1e36 && x > 1e-36) {
+    const double y = rsqrtf(static_cast<float>(x));
+    return x * (y * (1.5 - 0.5 * x * y * y));
+  }
+#endif
+  return sqrt(x);
+}
+
 template <class Group, class S, int KP>
 struct TokenBody {
   using Layout = TokenLayout<S, KP>;
@@ -100,31 +117,52 @@ struct TokenBody {
     });
   }
 
-  // k, q and v of token t into shared memory, keys and values times beta.
-  KALMANET_KERNEL void load_token(int64_t t) {
-    const S beta = scalar_at<S>(job.beta, piece.row, t, head, 1.0);
+  // k, q, v and the scalars of token t, on their way into registers.
+  KALMANET_KERNEL void fetch_token(int64_t t) {
+    if (t >= piece.end) return;
     const int64_t k = offset_of(job.k, piece.row, t, head / job.k_group);
     const int64_t q = offset_of(job.q, piece.row, t, head / job.q_group);
     const int64_t v = offset_of(job.v, piece.row, t, head / job.v_group);
-    group.each([&](int thread, Registers&) {
+    group.each([&](int thread, Registers& r) {
+      const bool inside = thread < job.K;
+      r.k = inside ? load_element<S>(job.k, k + thread * job.k.stride[3]) : S{0};
+      r.q = inside ? load_element<S>(job.q, q + thread * job.q.stride[3]) : S{0};
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int64_t c = thread + i * Layout::kThreads;
+        r.v[i] = c < job.V ? load_element<S>(job.v, v + c * job.v.stride[3]) : S{0};
+      }
+      if (thread >= kTokenScalars) return;
+      const Array a = thread == kGateOfH   ? job.gk
+                      : thread == kGateOfU ? job.g
+                      : thread == kAlpha   ? job.alpha
+                      : thread == kBeta    ? job.beta
+                                           : job.ridge;
+      const double absent = thread <= kGateOfU ? 0.0 : thread == kRidge ? job.ridge_ratio : 1.0;
+      r.scalar = scalar_at<S>(a, piece.row, t, head, absent);
+    });
+  }
+
+  // What fetch_token brought, into shared memory.
+  KALMANET_KERNEL void take_token() {
+    group.each([&](int thread, Registers& r) {
       if (thread < KP) {
-        const bool inside = thread < job.K;
-        shared.k[thread] =
-            inside ? beta * load_element<S>(job.k, k + thread * job.k.stride[3]) : S{0};
-        shared.q[thread] = inside ? load_element<S>(job.q, q + thread * job.q.stride[3]) : S{0};
+        shared.k[thread] = r.k;
+        shared.q[thread] = r.q;
       }
-      for (int64_t c = thread; c < job.V; c += Layout::kThreads) {
-        shared.v[c] = beta * load_element<S>(job.v, v + c * job.v.stride[3]);
-      }
+      if (thread < kMostValues) shared.v[thread] = r.v[0];
+      if (thread + Layout::kThreads < kMostValues) shared.v[thread + Layout::kThreads] = r.v[1];
+      if (thread < kTokenScalars) shared.scalar[thread] = r.scalar;
     });
     group.barrier();
   }
 
-  // H <- decay H + k k^T; returns |H|_F.
-  KALMANET_KERNEL double update_h(S decay) {
+  // H <- decay H + beta2 k k^T; returns |H|_F.
+  KALMANET_KERNEL double update_h(S decay, S beta2) {
     group.each([&](int thread, Registers& r) {
       S sum[4] = {};
-      const S k0 = shared.k[Layout::row(thread, 0)], k1 = shared.k[Layout::row(thread, 1)];
+      const S k0 = beta2 * shared.k[Layout::row(thread, 0)];
+      const S k1 = beta2 * shared.k[Layout::row(thread, 1)];
       KALMANET_UNROLL
       for (int p = 0; p < Layout::kPieces; ++p) {
         S k4[4];
@@ -141,8 +179,7 @@ struct TokenBody {
     });
     double f2, unused;
     solver.sum_block(&f2, &unused);
-    const double f = sqrt(f2);
-    return f <= kVanishedNorm ? 0.0 : f;
+    return f2 <= kVanishedNorm * kVanishedNorm ? 0.0 : root_of(f2);
   }
 
   // x_t and m_t = q_t + alpha_t (x_t - q_t), in shared memory.
@@ -173,10 +210,10 @@ struct TokenBody {
     group.barrier();
   }
 
-  // o = scale U^T m in A's precision, into shared.o. kUpdate: U <- decay source + k v^T on the way;
+  // o = scale U^T m in A's precision, into shared.o. kUpdate: U <- decay source + beta2 k v^T on the way;
   // else source is U itself. Returns |U|_F^2.
   template <class A, bool kUpdate>
-  KALMANET_KERNEL double read_out(const StateView<S> source, S decay) {
+  KALMANET_KERNEL double read_out(const StateView<S> source, S decay, S beta2) {
     const int K = static_cast<int>(job.K), V = static_cast<int>(job.V);
     int groups = 1;  // of four columns, a power of two of them
     while (groups * 4 < V) groups *= 2;
@@ -211,7 +248,7 @@ struct TokenBody {
           if (row >= K) continue;
           const A m = sizeof(A) == sizeof(S) ? static_cast<A>(shared.m[row])
                                              : static_cast<A>(shared.x64[0][row]);
-          const S k = shared.k[row];
+          const S k = beta2 * shared.k[row];
           S squares = 0;
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
@@ -247,7 +284,8 @@ struct TokenBody {
     return u2;
   }
 
-  KALMANET_KERNEL double amplification(double alpha, double u2) {
+  // Whether the amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears.
+  KALMANET_KERNEL bool amplified(double alpha, double u2) {
     group.each([&](int thread, Registers& r) {
       r.sum = r.sum2 = 0.0;
       if (thread < KP) r.sum = static_cast<double>(shared.x[0][thread]) * shared.x[0][thread];
@@ -257,41 +295,50 @@ struct TokenBody {
     });
     double x2, o2;
     solver.sum_block(&x2, &o2);
-    const double weight = alpha * job.scale;
-    return o2 > 0.0 ? sqrt(weight * weight * x2 * u2 / static_cast<double>(job.K) / o2) : 0.0;
+    const double weight = alpha * job.scale, limit = largest_amplification(job.o.dtype);
+    return o2 > 0.0 &&
+           weight * weight * x2 * u2 > limit * limit * static_cast<double>(job.K) * o2;
+  }
+
+  // U into the second-level cache while x is solved for.
+  KALMANET_KERNEL void fetch_u(const StateView<S>& from) {
+    if (from.data == nullptr || from.column != 1 || from.row != job.V) return;
+    group.each([&](int thread, Registers&) {
+      constexpr int64_t kLine = 128 / static_cast<int64_t>(sizeof(S));
+      for (int64_t at = thread * kLine; at < job.K * job.V; at += Layout::kThreads * kLine) {
+        prefetch(from.data + at);
+      }
+    });
   }
 
   KALMANET_KERNEL void run() {
     const StateView<S> final = state_view<S>(job.u_final, piece.sequence, head);
     StateView<S> from = piece.first ? state_view<S>(job.u0, piece.sequence, head)
                                     : slot_view<S>(job, piece.slot, head, true);
+    fetch_token(piece.begin);
     load_h();
-    double weights_of = -1.0;  // the ridge ratio that shared.weight is of
+    fetch_u(from);
     for (int64_t t = piece.begin; t < piece.end; ++t) {
-      load_token(t);
-      const S decay = static_cast<S>(exp(scalar_at<double>(job.gk, piece.row, t, head, 0.0)));
-      const S u_decay = static_cast<S>(exp(scalar_at<double>(job.g, piece.row, t, head, 0.0)));
+      take_token();
+      fetch_token(t + 1);
+      const S decay = exp_of(shared.scalar[kGateOfH]), u_decay = exp_of(shared.scalar[kGateOfU]);
+      const S beta2 = shared.scalar[kBeta] * shared.scalar[kBeta];
+      const S alpha = shared.scalar[kAlpha];
       TokenSystem system;
       // A ratio that is not positive has no answer, and must not look as if it had one.
-      system.ridge = scalar_at<double>(job.ridge, piece.row, t, head, job.ridge_ratio);
+      system.ridge = static_cast<double>(shared.scalar[kRidge]);
       if (!(system.ridge > 0.0)) system.ridge = NAN;
-      system.f = update_h(decay);
+      system.f = update_h(decay, beta2);
       system.lambda = system.ridge * system.f;
       int num_iter = job.num_iter;
-      if (!job.direct) {
-        if (num_iter == 0) num_iter = counted_steps(system.ridge, job.tolerance);
-        if (system.ridge != weights_of) solver.load_weights(system.ridge, 0);
-        weights_of = system.ridge;
-      }
-      const double alpha = scalar_at<double>(job.alpha, piece.row, t, head, 1.0);
-      solve_and_mix<S>(system, num_iter, static_cast<S>(alpha));
-      const double u2 = read_out<S, true>(from, u_decay);
+      if (num_iter == 0) num_iter = counted_steps(system.ridge, job.tolerance);
+      solve_and_mix<S>(system, num_iter, alpha);
+      const double u2 = read_out<S, true>(from, u_decay, beta2);
       from = u;
       if constexpr (kHasWider) {
-        if (system.f != 0.0 &&
-            amplification(alpha, u2) > largest_amplification(job.o.dtype)) {
-          solve_and_mix<double>(system, num_iter, alpha);
-          read_out<double, false>(u, S{0});
+        if (system.f != 0.0 && amplified(static_cast<double>(alpha), u2)) {
+          solve_and_mix<double>(system, num_iter, static_cast<double>(alpha));
+          read_out<double, false>(u, S{0}, S{0});
         }
       }
       store_token(t, system);

@@ -42,7 +42,11 @@ struct TokenRegisters {
   S x[2], previous[2], product[2];
   double x64[2], previous64[2], product64[2];
   double sum, sum2;
+  S k, q, v[2], scalar;  // of the next token, on their way
 };
+
+// A token's own numbers, in the order in which threads load them.
+enum TokenScalar { kGateOfH, kGateOfU, kAlpha, kBeta, kRidge, kTokenScalars };
 
 inline constexpr int kMostValues = 256;
 
@@ -56,7 +60,7 @@ struct TokenShared {
   S v[kMostValues];
   S o[kMostValues];
   double partial[2 * KP][4];  // of the read-out: four columns of a thread
-  double weight[2 * KP];      // Chebyshev's w of steps ahead
+  S scalar[kTokenScalars];
   double warp[2][KP / 16];
 };
 

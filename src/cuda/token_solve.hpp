@@ -62,40 +62,27 @@ struct TokenSolver : TokenState<Group, S, KP> {
     }
   }
 
-  // Step i = 0, 1, ... has w = 2 s T_{i+1}(s) / T_{i+2}(s), s = 2a + 1, T Chebyshev's polynomials: the
-  // closed form of w = 1 / (1 - rho2 w) from w = 2, which no thread has to wait for another to
-  // compute. With e = s - sqrt(s^2 - 1), T_i(s) = (e^-i + e^i) / 2.
-  KALMANET_KERNEL void load_weights(double ridge, int from) {
-    this->group.each([&](int thread, Registers&) {
-      const double s = 2.0 * ridge + 1.0;
-      const double e = 1.0 / (s + sqrt((s - 1.0) * (s + 1.0)));
-      const double power = exp(2.0 * (from + thread + 1) * log(e));
-      this->shared.weight[thread] = 2.0 * s * e * (1.0 + power) / (1.0 + power * e * e);
-    });
-    this->group.barrier();
-  }
-
-  // x into registers and (in S) shared.x[0]. Weights from 0 on are loaded already.
+  // x into registers and (in S) shared.x[0].
   template <class A>
   KALMANET_KERNEL void chebyshev(const TokenSystem& system, int num_iter) {
-    const double step64 = 2.0 / (2.0 * system.lambda + system.f);
-    const A lambda = static_cast<A>(system.lambda);
+    const A lambda = static_cast<A>(system.lambda), f = static_cast<A>(system.f);
+    const A step = A{2} / (A{2} * lambda + f);
+    const A rho = A{0.5} / (A{2} * static_cast<A>(system.ridge) + A{1});
+    A w = 2;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int row = Layout::row(thread, i);
-        const A x = static_cast<A>(step64) * static_cast<A>(this->shared.q[row]);
+        const A x = step * static_cast<A>(this->shared.q[row]);
         x_of(r, A())[i] = x;
         previous_of(r, A())[i] = 0;
       }
       Base::put_rows(thread, x_of(r, A())[0], x_of(r, A())[1], vector<A>(0));
     });
     group.barrier();
-    constexpr int kWeights = Layout::kThreads;
     for (int k = 0; k < num_iter; ++k) {
-      if (k > 0 && k % kWeights == 0) load_weights(system.ridge, k);
-      const double w = this->shared.weight[k % kWeights];
-      const A gain = static_cast<A>(step64 * w), momentum = static_cast<A>(w - 1.0);
+      w = A{1} / (A{1} - rho * rho * w);
+      const A gain = step * w, momentum = w - A{1};
       A* const next = vector<A>(1 - k % 2);
       this->template multiply<A>(vector<A>(k % 2),
                                  [](Registers& r) -> A(&)[2] { return product_of(r, A()); });
@@ -114,7 +101,6 @@ struct TokenSolver : TokenState<Group, S, KP> {
       });
       group.barrier();
     }
-    if (num_iter >= kWeights) load_weights(system.ridge, 0);
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
