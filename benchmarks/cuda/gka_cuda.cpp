@@ -98,7 +98,7 @@ double median_ms(const std::function<void()>& run, cudaStream_t stream, int time
 }
 
 // Twin problems on the two sides: the oracle's answer in float64 for the first `tokens` tokens.
-double error_of(const Problem& p, int64_t tokens, const GkaOptions& with) {
+double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool step) {
   Problem small(1, tokens, 2, p.K);
   const int64_t n = tokens * 2 * p.K;
   std::vector<double> q, k, v, g, o(static_cast<size_t>(n));
@@ -115,6 +115,7 @@ double error_of(const Problem& p, int64_t tokens, const GkaOptions& with) {
   out.o = dims(o.data());
   GkaOptions options = with;
   options.backend = Backend::reference;
+  options.arithmetic = Arithmetic::standard;
   gka_forward(in, out, options);
 
   Device dq(small.q), dk(small.k), dv(small.v), dg(small.g), dout(static_cast<size_t>(n) * 2);
@@ -124,7 +125,11 @@ double error_of(const Problem& p, int64_t tokens, const GkaOptions& with) {
   in.q = on_gpu(dq), in.k = on_gpu(dk), in.v = on_gpu(dv);
   in.g = in.gk = dense(static_cast<const float*>(dg.data), {1, tokens, 2});
   out.o = dense(dout.data, DType::bfloat16, {1, tokens, 2, p.K});
-  gka_forward(in, out, with);
+  if (step) {
+    gka_step(in, out, with);
+  } else {
+    gka_forward(in, out, with);
+  }
   std::vector<uint16_t> got(static_cast<size_t>(n));
   check(cudaMemcpy(got.data(), dout.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");
   double difference = 0, norm = 0;
@@ -155,14 +160,30 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
 }
 
 void time_step(const Problem& p, GkaOptions options, double copy) {
-  const size_t states = static_cast<size_t>(p.B * p.H * p.K * p.K);
-  std::vector<float> h(states), u(states);
-  for (size_t i = 0; i < states; ++i) {
-    const size_t at = i % static_cast<size_t>(p.K * p.K), dim = static_cast<size_t>(p.K);
-    h[i] = at / dim == at % dim ? 0.3f : 0.0f;  // a memory of 30 unit keys or so
-    u[i] = 0.01f * static_cast<float>(static_cast<int>(i * 2654435761u % 200) - 100);
+  // The states of one memory of about 100 keys, for every sequence and head.
+  const size_t dim = static_cast<size_t>(p.K), one = dim * dim;
+  const size_t states = static_cast<size_t>(p.B * p.H) * one;
+  const Problem past(1, 300, 1, p.K);
+  std::vector<float> h(one), u(one);
+  for (size_t t = 0; t < 300; ++t) {
+    for (size_t i = 0; i < dim; ++i) {
+      const float key = static_cast<float>(from_bfloat16(past.k[t * dim + i]));
+      for (size_t j = 0; j < dim; ++j) {
+        float &to_h = h[i * dim + j], &to_u = u[i * dim + j];
+        to_h = 0.99f * to_h + key * static_cast<float>(from_bfloat16(past.k[t * dim + j]));
+        to_u = 0.99f * to_u + key * static_cast<float>(from_bfloat16(past.v[t * dim + j]));
+      }
+    }
   }
-  Device q(p.q), k(p.k), v(p.v), g(p.g), dh(h), du(u), o(p.v.size() * 2);
+  h.reserve(states), u.reserve(states);
+  while (h.size() < states) {
+    h.insert(h.end(), h.begin(), h.begin() + static_cast<std::ptrdiff_t>(one));
+    u.insert(u.end(), u.begin(), u.begin() + static_cast<std::ptrdiff_t>(one));
+  }
+  // Read from one place and written to another: a state updated over and over with the same few
+  // tokens would become one that no sequence has.
+  Device q(p.q), k(p.k), v(p.v), g(p.g), h0(h), u0(u), o(p.v.size() * 2);
+  Device h1(states * 4), u1(states * 4);
   const auto view = [&](const Device& d) {
     return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
   };
@@ -171,10 +192,11 @@ void time_step(const Problem& p, GkaOptions options, double copy) {
   in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
   GkaOutputs out;
   out.o = view(o);
-  out.h_final = dense(static_cast<float*>(dh.data), {p.B, p.H, p.K, p.K});
-  out.u_final = dense(static_cast<float*>(du.data), {p.B, p.H, p.K, p.K});
-  in.h0 = out.h_final, in.u0 = out.u_final;
-  const double error = error_of(p, 20, options);
+  out.h_final = dense(static_cast<float*>(h1.data), {p.B, p.H, p.K, p.K});
+  out.u_final = dense(static_cast<float*>(u1.data), {p.B, p.H, p.K, p.K});
+  in.h0 = dense(static_cast<float*>(h0.data), {p.B, p.H, p.K, p.K});
+  in.u0 = dense(static_cast<float*>(u0.data), {p.B, p.H, p.K, p.K});
+  const double error = error_of(p, 20, options, true);
   cudaStream_t stream;
   check(cudaStreamCreate(&stream), "stream");
   options.stream = stream;
@@ -205,7 +227,7 @@ void time_forward(const Problem& p, GkaOptions options, int times) {
   in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
   GkaOutputs out;
   out.o = view(o);
-  const double error = error_of(p, 600, options);
+  const double error = error_of(p, 600, options, false);
   const double ms = median_ms([&] { gka_forward(in, out, options); }, nullptr, times);
   std::vector<uint16_t> got(p.v.size());
   check(cudaMemcpy(got.data(), o.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");

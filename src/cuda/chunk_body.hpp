@@ -13,13 +13,13 @@ namespace kalmanet::cuda {
 inline constexpr double kLargestChunkAmplification = 100.0;
 // A sequence's first tokens, whose amplification is larger without a state before them, are always
 // the token kernel's.
-inline constexpr int64_t kExactTokens = 32;
+inline constexpr int64_t kExactTokens = 16;
 
-// Steps of the iteration with split products: until the rest of the way is 2^-6 of x, of which an
-// error of 2^-9 a product is below 2^-15. 0 where none are asked for.
+// Steps of the iteration with split products: until the rest of the way is 2^-4 of x, of which an
+// error of 2^-9 a product is 2^-13. 0 where none are asked for.
 KALMANET_KERNEL int split_steps(double ridge) {
   const double root = sqrt((1.0 + ridge) / ridge);
-  const double steps = ceil(log(0x1p-6) / log((root - 1.0) / (root + 1.0)));
+  const double steps = ceil(log(0x1p-4) / log((root - 1.0) / (root + 1.0)));
   return steps < (1 << 20) ? static_cast<int>(steps) : 1 << 20;
 }
 
@@ -141,7 +141,7 @@ struct ChunkBody : ChunkState<Group> {
       this->put_right(k < split, [](Registers& r) -> float(&)[2][4][4] { return r.d; });
       group.each([&](int thread, Registers& r) {
         if (thread >= L::kTokens) return;
-        r.w = 1.0f / (1.0f - r.rho2 * r.w);
+        r.w = divide(1.0f, 1.0f - r.rho2 * r.w);
         shared.gain[1 - k % 2][thread] = r.step * r.w;
         shared.momentum[1 - k % 2][thread] = r.w - 1.0f;
       });

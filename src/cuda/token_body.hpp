@@ -337,8 +337,10 @@ struct TokenBody {
       from = u;
       if constexpr (kHasWider) {
         if (system.f != 0.0 && amplified(static_cast<double>(alpha), u2)) {
+          solver.park();
           solve_and_mix<double>(system, num_iter, static_cast<double>(alpha));
           read_out<double, false>(u, S{0}, S{0});
+          solver.unpark();
         }
       }
       store_token(t, system);
@@ -360,7 +362,9 @@ struct TokenBody {
     });
     if (job.residual.data != nullptr) {
       double r2, q2;
+      if constexpr (kHasWider) solver.park();
       solver.residual(system, &r2, &q2);
+      if constexpr (kHasWider) solver.unpark();
       group.each([&](int thread, Registers&) {
         if (thread != 0) return;
         const double r = system.f == 0.0 || q2 == 0.0 ? 0.0 : sqrt(r2 / q2);
@@ -390,6 +394,7 @@ constexpr int64_t token_scratch_bytes(int64_t K, int64_t V, bool direct, bool sp
   int64_t bytes = K * V * static_cast<int64_t>(sizeof(S));
   bytes = (bytes + 31) / 32 * 32;
   if (!spill_is_shared) bytes += L::kSpilled * static_cast<int64_t>(sizeof(S));
+  if (!L::kParkedIsShared) bytes += L::kParked * static_cast<int64_t>(sizeof(S));
   if (direct && !L::kFactorIsShared) bytes += L::kFactor * 8;
   return (bytes + 255) / 256 * 256;
 }
@@ -399,6 +404,7 @@ constexpr int64_t token_shared_bytes(bool direct, bool spill_is_shared) {
   using L = TokenLayout<S, KP>;
   int64_t bytes = (static_cast<int64_t>(sizeof(TokenShared<S, KP>)) + 31) / 32 * 32;
   if (spill_is_shared) bytes += L::kSpilled * static_cast<int64_t>(sizeof(S));
+  if (L::kParkedIsShared) bytes += L::kParked * static_cast<int64_t>(sizeof(S));
   if (direct && L::kFactorIsShared) bytes += L::kFactor * 8;
   return bytes;
 }
@@ -425,9 +431,11 @@ KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob&
     spilled = reinterpret_cast<S*>(job.spill_is_shared ? in_shared : in_scratch);
     (job.spill_is_shared ? in_shared : in_scratch) += L::kSpilled * static_cast<int64_t>(sizeof(S));
   }
+  S* const parked = reinterpret_cast<S*>(L::kParkedIsShared ? in_shared : in_scratch);
+  (L::kParkedIsShared ? in_shared : in_scratch) += L::kParked * static_cast<int64_t>(sizeof(S));
   double* factor = reinterpret_cast<double*>(L::kFactorIsShared ? in_shared : in_scratch);
   TokenBody<Group, S, KP> body{
-      group, shared, job, piece, head, u, {{group, shared, spilled, factor}}};
+      group, shared, job, piece, head, u, {{group, shared, spilled, parked, factor}}};
   body.run();
 }
 

@@ -29,6 +29,9 @@ struct TokenLayout {
   static constexpr int kHeld = kElements < kMostHeld ? kElements : kMostHeld;
   static constexpr int64_t kSpilled = static_cast<int64_t>(kElements - kHeld) * kThreads;
   static constexpr int64_t kFactor = static_cast<int64_t>(KP) * (KP + 1) / 2 + KP;  // of float64
+  // Where what the registers hold of H is put aside for float64 work, which needs them.
+  static constexpr int64_t kParked = sizeof(S) == 4 ? static_cast<int64_t>(kHeld) * kThreads : 0;
+  static constexpr bool kParkedIsShared = KP <= 128;
   // 67 KB at KP = 128: beside the shared arrays twice a multiprocessor. Else it is in scratch.
   static constexpr bool kFactorIsShared = KP <= 128;
 
@@ -72,6 +75,7 @@ struct TokenState {
   Group& group;
   TokenShared<S, KP>& shared;
   S* spilled;      // [element - kHeld][thread]
+  S* parked;       // [element][thread]
   double* factor;  // packed lower triangle by rows, and a row of right-hand sides
 
   KALMANET_KERNEL S get(const Registers& r, int thread, int e) const {
@@ -93,6 +97,20 @@ struct TokenState {
     if (thread % 4 < 2) to[thread / 4 * 2 + thread % 4] = static_cast<To>(thread % 4 == 0 ? a : b);
   }
 
+  // float64 work beside 64 registers of H would spill most of them: they wait in memory.
+  KALMANET_KERNEL void park() {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int e = 0; e < Layout::kHeld; ++e) parked[e * Layout::kThreads + thread] = r.h[e];
+    });
+  }
+  KALMANET_KERNEL void unpark() {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int e = 0; e < Layout::kHeld; ++e) r.h[e] = parked[e * Layout::kThreads + thread];
+    });
+  }
+
   // f(registers, thread, element, row, column) for every element of H.
   template <class F>
   KALMANET_KERNEL void for_each(F&& f) {
@@ -107,7 +125,8 @@ struct TokenState {
     });
   }
 
-  // registers.product(64) <- H y for the thread's rows, y in shared memory. In A's precision.
+  // registers.product(64) <- H y for the thread's rows, y in shared memory. In A's precision; where
+  // that is not S, H is parked.
   template <class A, class Product>
   KALMANET_KERNEL void multiply(const A* y, Product&& product) {
     group.each([&](int thread, Registers& r) {
@@ -118,7 +137,10 @@ struct TokenState {
         load4(y + Layout::column(thread, p), y4);
         KALMANET_UNROLL
         for (int i = 0; i < 8; ++i) {
-          sum[i / 4][i % 2] += static_cast<A>(get(r, thread, p * 8 + i)) * y4[i % 4];
+          const int e = p * 8 + i;
+          const bool aside = sizeof(A) != sizeof(S) && e < Layout::kHeld;
+          const S h = aside ? parked[e * Layout::kThreads + thread] : get(r, thread, e);
+          sum[i / 4][i % 2] += static_cast<A>(h) * y4[i % 4];
         }
       }
       product(r)[0] = sum[0][0] + sum[0][1];

@@ -66,8 +66,8 @@ struct TokenSolver : TokenState<Group, S, KP> {
   template <class A>
   KALMANET_KERNEL void chebyshev(const TokenSystem& system, int num_iter) {
     const A lambda = static_cast<A>(system.lambda), f = static_cast<A>(system.f);
-    const A step = A{2} / (A{2} * lambda + f);
-    const A rho = A{0.5} / (A{2} * static_cast<A>(system.ridge) + A{1});
+    const A step = divide(A{2}, A{2} * lambda + f);
+    const A rho = divide(A{0.5}, A{2} * static_cast<A>(system.ridge) + A{1});
     A w = 2;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
@@ -81,7 +81,7 @@ struct TokenSolver : TokenState<Group, S, KP> {
     });
     group.barrier();
     for (int k = 0; k < num_iter; ++k) {
-      w = A{1} / (A{1} - rho * rho * w);
+      w = divide(A{1}, A{1} - rho * rho * w);
       const A gain = step * w, momentum = w - A{1};
       A* const next = vector<A>(1 - k % 2);
       this->template multiply<A>(vector<A>(k % 2),
