@@ -90,22 +90,15 @@ struct ChunkBody : ChunkState<Group> {
     group.each([&](int thread, Registers&) {
       if (thread >= L::kTokens) return;
       const double beta2 = shared.beta2[thread], k2 = beta2 * dot(1, thread);
-      shared.norm2[thread] = 2.0 * beta2 * shared.start[thread] * dot(0, thread) - k2 * k2;
-    });
-    group.barrier();
-    group.each([&](int thread, Registers&) {
-      if (thread != 0) return;
-      double f2 = start_norm2;
-      for (int t = 0; t < n; ++t) {
-        const double d = exp(shared.gate[0][t]);
-        f2 = d * d * f2 + shared.norm2[t];
-        shared.norm2[t] = f2;
-      }
+      const double added = 2.0 * beta2 * shared.start[thread] * dot(0, thread) - k2 * k2;
+      shared.norm2[thread] = added * exp(-2.0 * shared.since[thread]);
     });
     group.barrier();
     group.each([&](int thread, Registers& r) {
       if (thread >= L::kTokens) return;
-      double f = thread < n ? sqrt(shared.norm2[thread]) : 0.0;
+      double f = start_norm2;  // times e^{-2 G_t}: every token its own sum, none waits for another
+      for (int j = 0; j < L::kTokens; ++j) f += j <= thread ? shared.norm2[j] : 0.0;
+      f = thread < n ? exp(shared.since[thread]) * sqrt(f) : 0.0;
       if (f <= kVanishedNorm) f = 0.0;
       const double a = shared.ridge[thread];
       const double rho = 0.5 / (2.0 * a + 1.0);
@@ -256,7 +249,7 @@ struct ChunkBody : ChunkState<Group> {
       this->load_tiles(job.v, head / job.v_group, nullptr, shared.values);
       this->load_scalars();
       if (outputs) {
-        if (!(shared.largest_decay <= kMostDecay)) return true;
+        if (!(shared.total64[0] >= -kMostDecay && shared.total64[1] >= -kMostDecay)) return true;
         const double norm2 = this->load_main(false);
         norms(norm2);
         const double ridge = shared.smallest_ridge;

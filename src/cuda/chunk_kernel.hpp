@@ -56,11 +56,12 @@ struct ChunkShared {
   float value_start[ChunkLayout::kTokens], value_weight[ChunkLayout::kTokens];  // the same of g
   float alpha[ChunkLayout::kTokens], ridge[ChunkLayout::kTokens], beta2[ChunkLayout::kTokens];
   double gate[2][ChunkLayout::kTokens];  // gk, g
-  double norm2[ChunkLayout::kTokens];    // what token t adds to |H|^2; then |H_t|^2
+  double since[ChunkLayout::kTokens];    // G_t of H
+  double norm2[ChunkLayout::kTokens];    // what token t adds to |H|^2, times e^{-2 G_t}
   float dots[2][4][ChunkLayout::kTokens];
   float total[2];  // e^{G_C}
   double warp[ChunkLayout::kThreads / 32];
-  double largest_decay;  // -G_C, of H or of U
+  double total64[2];  // G_C
   float smallest_ridge;
   int ill;  // a token whose amplification is more than this arithmetic bears
 };

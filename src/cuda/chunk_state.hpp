@@ -75,6 +75,7 @@ struct ChunkState : ChunkProducts<Group> {
     group.barrier();
     group.each([&](int thread, Registers& r) {
       r.sum = 0.0;
+      KALMANET_UNROLL
       for (int k = 0; k < 8; ++k) {
         float v[2][4];
         load4(from + state_at(thread, 2 * k), v[0]);
@@ -109,6 +110,7 @@ struct ChunkState : ChunkProducts<Group> {
   KALMANET_KERNEL void load_tiles(const Array& a, int64_t a_head, Left* rows, Left* columns) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
+    KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
       group.each([&](int thread, Registers& r) {
         const int tile = thread / 32 * 4 + i;  // token tile * 8 + dim tile
@@ -167,6 +169,13 @@ struct ChunkState : ChunkProducts<Group> {
     });
     group.barrier();
     group.each([&](int thread, Registers&) {
+      if (thread == 2 * L::kTokens) {
+        float smallest = INFINITY;
+        for (int j = 0; j < L::kTokens; ++j) {
+          smallest = j < n ? fminf(smallest, shared.ridge[j]) : smallest;
+        }
+        shared.smallest_ridge = smallest;
+      }
       if (thread >= 2 * L::kTokens) return;
       const int which = thread / L::kTokens, t = thread % L::kTokens;
       double since = 0.0, total = 0.0;
@@ -179,16 +188,10 @@ struct ChunkState : ChunkProducts<Group> {
       (which == 0 ? shared.start : shared.value_start)[t] = start;
       (which == 0 ? shared.weight : shared.value_weight)[t] = weight;
       shared.to_end[which][t] = shared.beta2[t] * static_cast<float>(exp(total - since));
-      if (t == 0) shared.total[which] = static_cast<float>(exp(total));
-      if (thread != 0) return;
-      double other = 0.0;
-      float smallest = INFINITY;
-      for (int j = 0; j < L::kTokens; ++j) {
-        other += shared.gate[1][j];
-        if (j < n) smallest = fminf(smallest, shared.ridge[j]);
-      }
-      shared.largest_decay = -(total < other ? total : other);
-      shared.smallest_ridge = smallest;
+      if (which == 0) shared.since[t] = since;
+      if (t != 0) return;
+      shared.total[which] = static_cast<float>(exp(total));
+      shared.total64[which] = total;
     });
     group.barrier();
   }
