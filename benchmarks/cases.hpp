@@ -12,6 +12,8 @@ void register_sequence_cases(const Settings& settings);
 void register_length_cases(const Settings& settings);
 // decode/K:<K>/<isa> beside the same number of OpenBLAS's matrix-vector products.
 void register_decode_cases(const Settings& settings);
+// decode_states/K:<K>/H:<sequences times heads>: states beyond the last-level cache, beside memcpy.
+void register_decode_states_cases(const Settings& settings);
 // bfloat16/K:<K>/<isa>: Chebyshev's forward with bfloat16 products beside standard arithmetic.
 void register_arithmetic_cases(const Settings& settings);
 // choice/forward/K:<K> and choice/step/K:<K>: auto beside the solvers it chooses from, as a table.

@@ -62,6 +62,7 @@ int run(int argc, char** argv) {
   register_sequence_cases(settings);
   register_length_cases(settings);
   register_decode_cases(settings);
+  register_decode_states_cases(settings);
   register_arithmetic_cases(settings);
   register_choice_cases(settings);
   benchmark::RunSpecifiedBenchmarks();

@@ -1,8 +1,11 @@
-// Public entry points of the causal convolution and the gated RMS norm.
+// Public entry points of the causal convolution, the gated RMS norm and the fused decode step.
 #include "core/validate_layer.hpp"
+#include "core/validate_layer_step.hpp"
 #include "cpu/conv.hpp"
+#include "cpu/layer_step.hpp"
 #include "cpu/norm.hpp"
 #include "kalmanet/conv.hpp"
+#include "kalmanet/layer_step.hpp"
 #include "kalmanet/norm.hpp"
 
 namespace kalmanet {
@@ -43,6 +46,12 @@ void gated_rms_norm_backward(const NormInputs& inputs, ConstView dy, View d_o, V
                              View d_weight, Executor* executor) {
   core::validate_norm_backward(inputs, dy, d_o, d_gate, d_weight);
   cpu::gated_rms_norm_backward(inputs, dy, d_o, d_gate, d_weight, resolve(executor));
+}
+
+GkaReport layer_step(const LayerStepInputs& inputs, const LayerStepStates& states, View o,
+                     View residual, const LayerStepOptions& options) {
+  const core::GkaProblem problem = core::validate_layer_step(inputs, states, o, residual, options);
+  return cpu::layer_step(problem, inputs, states, o, residual, options);
 }
 
 }  // namespace kalmanet

@@ -15,14 +15,20 @@
 #include <cstdint>
 
 #include "cpu/lanes.hpp"
+#include "cpu/scratch_sizes.hpp"
 #include "cpu/transpose.hpp"
 
 namespace kalmanet::cpu {
 
+// L lies in memory twice, as each of the two substitutions streams through it: a product that reads
+// a row of its matrix a broadcast takes half as long again as one that reads a column.
 template <class Elem>
 struct BlockCholesky {
-  Elem* rows;  // row-major: L's blocks below the diagonal, C^{-1} on it
+  Elem* rows;     // row-major: L's blocks below the diagonal, C^{-1} on it
+  Elem* columns;  // the same, transposed, block row after block row: [n + kLanes][row]
   int64_t ld;
+
+  KALMANET_INLINE Elem* columns_of(int64_t n) const { return columns + n * (n + kLanes) / 2; }
 };
 
 // C^{-1} of one block, C C^T = d, in float64: a small share of the work, and all later rows stand
@@ -78,10 +84,11 @@ void solve_lower(const BlockCholesky<typename Vec::Elem>& f, int64_t rows, const
   using Reg = typename Vec::Reg;
   alignas(64) typename Vec::Elem left[kLanes * kLanes];
   for (int64_t n = 0; n < rows; n += kLanes) {
+    const typename Vec::Elem* const columns = f.columns_of(n);
     for (int64_t r = 0; r < kLanes; r += T::kRows) {
       T tile;
       tile.clear();
-      tile.template accumulate<true>(f.rows + (n + r) * f.ld, f.ld, n, y);
+      tile.accumulate(columns + r, kLanes, n, y);
       tile.each([&](int64_t offset, int, Reg acc) {
         const int64_t at = r * kLanes + offset;
         Vec::store(left + at, Vec::sub(load_as<Vec>(b + n * kLanes + at), acc));
@@ -90,7 +97,7 @@ void solve_lower(const BlockCholesky<typename Vec::Elem>& f, int64_t rows, const
     for (int64_t r = 0; r < kLanes; r += T::kRows) {
       T tile;
       tile.clear();
-      tile.template accumulate<true>(f.rows + (n + r) * f.ld + n, f.ld, r + T::kRows, left);
+      tile.accumulate(columns + n * kLanes + r, kLanes, r + T::kRows, left);
       tile.store(y + (n + r) * kLanes);
     }
   }
@@ -130,11 +137,12 @@ KALMANET_INLINE void solve_upper(const BlockCholesky<typename Vec::Elem>& f, int
 }
 
 // Rows [from, from + kLanes) for the columns a [from + kLanes][new row] of A, the diagonal block
-// included. `x`: room for [from][new row].
+// included.
 template <class Vec>
 void append_rows(const BlockCholesky<typename Vec::Elem>& f, int64_t from,
-                 const typename Vec::Elem* a, typename Vec::Elem* x) {
+                 const typename Vec::Elem* a) {
   using Elem = typename Vec::Elem;
+  Elem* const x = f.columns_of(from);
   solve_lower<Vec>(f, from, a, x);
   alignas(64) Elem block[kLanes * kLanes];
   lanes_product<Vec>(x, kLanes, from, kLanes, x, block);
@@ -149,7 +157,7 @@ void append_rows(const BlockCholesky<typename Vec::Elem>& f, int64_t from,
   Elem* const rows = f.rows + from * f.ld;
   for (int64_t i = 0; i < kLanes; ++i) {
     for (int64_t j = 0; j < kLanes; ++j) {
-      rows[i * f.ld + from + j] = static_cast<Elem>(inverse[i][j]);
+      rows[i * f.ld + from + j] = x[(from + j) * kLanes + i] = static_cast<Elem>(inverse[i][j]);
     }
   }
   for (int64_t c = 0; c < from; c += kLanes) {

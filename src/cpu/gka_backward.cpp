@@ -130,12 +130,12 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
     first_state[i] = static_cast<int64_t>(pieces.size()) * b.floats();
     for (int64_t j = 0; j < segments[i].count; ++j) pieces.push_back({i, j});
   }
-  Buffer<S> states(static_cast<int64_t>(pieces.size()) * b.floats());
+  ScratchLease<S> states(static_cast<int64_t>(pieces.size()) * b.floats());
   S* const starts = states.data();
   const int64_t row_floats = problem.H * problem.K;
   const int64_t solution_floats = problem.B * problem.T * row_floats;
-  Buffer<S> z(solution_floats), x(b.saved_x.defined() ? 0 : solution_floats);
-  const auto solution_rows = [&](Buffer<S>& buffer, const Unit& unit) {
+  ScratchLease<S> z(solution_floats), x(b.saved_x.defined() ? 0 : solution_floats);
+  const auto solution_rows = [&](const ScratchLease<S>& buffer, const Unit& unit) {
     S* at = buffer.data() + unit.sequence->row * problem.T * row_floats + unit.head * problem.K;
     return OutRows{at, DTypeOf<S>::value, row_floats, 1, false};
   };

@@ -1,11 +1,11 @@
 // The forward and the decode step: tasks of one head of one sequence, or of one segment of it.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "cpu/dispatch.hpp"
 #include "cpu/gka_ops.hpp"
 #include "cpu/gka_split.hpp"
+#include "cpu/gka_step_states.hpp"
 #include "cpu/scratch_sizes.hpp"
 
 namespace kalmanet::cpu {
@@ -103,7 +103,7 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
     first_state[static_cast<size_t>(i)] = static_cast<int64_t>(pieces.size()) * floats;
     for (int64_t j = 0; j < s.count; ++j) pieces.push_back({i, j});
   }
-  Buffer<S> states(static_cast<int64_t>(pieces.size()) * floats);
+  ScratchLease<S> states(static_cast<int64_t>(pieces.size()) * floats);
   S* const base = states.data();
   problem.executor->run(2 * num_units, [&](int64_t task) {
     const size_t i = static_cast<size_t>(task / 2);
@@ -130,43 +130,6 @@ void forward_by_segments(const GkaKernels<S>& table, const core::GkaProblem& pro
     table.gka_forward(job);
     if (piece.segment + 1 == s.count) store_final_states(problem, outputs, units[i], job.state);
   });
-}
-
-// A state that the step kernel may update where it lies: dense rows that need no padding.
-bool in_place(const View& view, int64_t cols) {
-  return view.defined() && view.stride[3] == 1 && cols % kLanes == 0;
-}
-
-template <class S>
-S* state_pointer(const View& view, int64_t n, int64_t head) {
-  return static_cast<S*>(view.data) + n * view.stride[0] + head * view.stride[1];
-}
-
-// Makes one of the two states ready for the step: in place where it may be, else in `buffer`.
-template <class S>
-S* prepare(const ConstView& initial, const View& final, int64_t n, int64_t head, int64_t rows,
-           int64_t cols, S* buffer, int64_t& stride) {
-  if (!in_place(final, cols)) {
-    load_state(initial, n, head, rows, cols, buffer);
-    stride = padded(cols);
-    return buffer;
-  }
-  S* const at = state_pointer<S>(final, n, head);
-  stride = final.stride[2];
-  const bool same =
-      initial.defined() && initial.data == final.data && initial.stride == final.stride;
-  if (same) return at;
-  for (int64_t r = 0; r < rows; ++r) {
-    S* row = at + r * stride;
-    if (!initial.defined()) {
-      std::memset(row, 0, static_cast<size_t>(cols) * sizeof(S));
-      continue;
-    }
-    const S* from = static_cast<const S*>(initial.data) + n * initial.stride[0] +
-                    head * initial.stride[1] + r * initial.stride[2];
-    for (int64_t c = 0; c < cols; ++c) row[c] = from[c * initial.stride[3]];
-  }
-  return at;
 }
 
 template <class S>
@@ -202,18 +165,14 @@ GkaReport step_stored(const core::GkaProblem& problem, const GkaOutputs& outputs
     job.in = head_inputs(problem, *unit.sequence, unit.head);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
-    job.state.h =
-        prepare(problem.inputs.h0, outputs.h_final, n, unit.head, K, K, buffers.h, job.h_stride);
-    job.state.u =
-        prepare(problem.inputs.u0, outputs.u_final, n, unit.head, K, V, buffers.u, job.u_stride);
+    begin_step(problem, outputs, n, unit.head, buffers, job);
     job.o = out_rows_of(outputs.o, row, unit.head);
     job.x = out_rows_of(outputs.x, row, unit.head);
     job.residual = out_column_of(outputs.residual, row, unit.head);
     job.scratch = scratch.data() + state_floats(K, V);
     job.count = &counts[static_cast<size_t>(i)];
     table.gka_step(job);
-    if (job.state.h == buffers.h) store_state(buffers.h, outputs.h_final, n, unit.head, K, K);
-    if (job.state.u == buffers.u) store_state(buffers.u, outputs.u_final, n, unit.head, K, V);
+    end_step(problem, outputs, n, unit.head, buffers, job);
   });
   merge_counts(counts, report);
   return report;

@@ -11,9 +11,18 @@ namespace {
 
 constexpr int64_t kKeepBytes = int64_t{16} << 20;  // a thread
 
+// A backward of few heads is the deepest: states, z, x, the sums of dq, dk, dv, a task's scratch.
+constexpr int kMostLeases = 8;
+
 struct ThreadScratch {
-  RawBuffer buffer;
-  bool in_use = false;
+  RawBuffer buffers[kMostLeases];
+  int leased = 0;
+
+  int64_t bytes() const {
+    int64_t sum = 0;
+    for (const RawBuffer& buffer : buffers) sum += buffer.capacity();
+    return sum;
+  }
 };
 
 thread_local ThreadScratch thread_scratch;
@@ -46,15 +55,16 @@ void RawBuffer::release() {
 }
 
 RawScratchLease::RawScratchLease(int64_t bytes) {
-  // A task never runs inside another task's kernel, so one lease a thread is all there is.
-  if (thread_scratch.in_use) throw std::logic_error("nested scratch lease");
-  data_ = thread_scratch.buffer.reserve(bytes);
-  thread_scratch.in_use = true;
+  ThreadScratch& own = thread_scratch;
+  if (own.leased == kMostLeases) throw std::logic_error("too many scratch leases on a thread");
+  data_ = own.buffers[own.leased].reserve(bytes);
+  ++own.leased;
 }
 
 RawScratchLease::~RawScratchLease() {
-  thread_scratch.in_use = false;
-  if (thread_scratch.buffer.capacity() > kKeepBytes) thread_scratch.buffer.release();
+  ThreadScratch& own = thread_scratch;
+  --own.leased;
+  if (own.bytes() > kKeepBytes) own.buffers[own.leased].release();
 }
 
 Rows rows_of(const ConstView& view, int64_t row, int64_t head) {

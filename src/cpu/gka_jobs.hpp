@@ -31,19 +31,9 @@ class RawBuffer {
   int64_t capacity_ = 0;
 };
 
-// The same for `count` numbers of one type.
-template <class S>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) { memory_.reserve(count * static_cast<int64_t>(sizeof(S))); }
-  S* data() const noexcept { return static_cast<S*>(memory_.data()); }
-
- private:
-  RawBuffer memory_;
-};
-
-// Scratch of the calling thread, kept from task to task so that a call in steady state allocates
-// nothing; pieces above kKeepBytes are given back when the lease ends.
+// Scratch of the calling thread, kept from call to call so that one in steady state allocates
+// nothing. Leases nest and end in the reverse order of their beginnings; a thread keeps 16 MiB, and
+// what is more is given back when its lease ends.
 class RawScratchLease {
  public:
   explicit RawScratchLease(int64_t bytes);

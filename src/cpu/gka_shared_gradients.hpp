@@ -51,7 +51,7 @@ class SharedGradient {
   const core::Sequence& sequence_;
   int64_t group_;
   bool summed_;
-  Buffer<float> sums_;
+  ScratchLease<float> sums_;
 };
 
 // Those of one task: the heads of one sequence that share any.

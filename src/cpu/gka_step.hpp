@@ -235,6 +235,7 @@ void gka_step_head(const GkaStepJob<typename Vec::Elem>& job) {
                                            : static_cast<double>(value_at<S>(in.ridge, t, 0));
     token.scale = in.scale;
     choose_step_solver<Vec>(token, in);
+    if (t == job.begin) token.ahead = job.ahead;
     count_step<Vec>(token, job.count);
     load_vector<Vec>(in.q, t, in.K, S{1}, q);
     load_vector<Vec>(in.k, t, in.K, beta, k);
@@ -252,6 +253,7 @@ void gka_step_head(const GkaStepJob<typename Vec::Elem>& job) {
     if constexpr (kHasWider<Vec>) {
       if (step_amplification<Vec>(token, job, u_norm2, x, o) > kLargestStepAmplification) {
         using Wide = typename Vec::Wide;
+        token.ahead = {};
         solve_and_mix<Wide>(token, matrix, wide, wide_work, x);
         row_combination<Wide>(job.state.u, job.u_stride, in.K, Vp, wide.m,
                               [&](int64_t n, typename Wide::Reg a) { store_as<Wide>(o + n, a); });

@@ -141,6 +141,13 @@ struct GkaBackwardJob {
 
 // How the step's solver reads H: by the rule of packed_symmetric.hpp, or one way whatever it says
 // (the tests compare the two).
+// What a step's solver may fetch meanwhile (step_ahead.hpp); no lines: nothing.
+inline constexpr int64_t kCacheLine = 64;
+struct StepAhead {
+  const char* at[2] = {};
+  int64_t lines[2] = {};
+};
+
 enum class StepMatrix { by_rule, whole, packed };
 
 // Tokens [begin, end) of one head one by one; state as above, but its rows may have any stride.
@@ -153,6 +160,7 @@ struct GkaStepJob {
   OutRows o, x;
   OutColumn residual;
   StepMatrix matrix = StepMatrix::by_rule;
+  StepAhead ahead;       // by the first token's solver
   S* scratch = nullptr;  // step_scratch_floats(K, V)
   SolverCount* count = nullptr;
 };

@@ -171,20 +171,28 @@ struct RankUpdateFrom {
 };
 
 // M[c][n] = decay * from[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple
-// of kLanes). M, from and extra are row-major with stride ldm, A and B with lda and ldb.
+// of kLanes). The new terms are summed first: what many chunks have gathered is the largest, and so
+// is rounded once. M, from and extra are row-major with stride ldm, A and B with lda and ldb.
 template <class Vec, int kRows, int kVecs, class S>
 KALMANET_INLINE void rank_update_block(S* m, const RankUpdateFrom<S>& start, int64_t at,
                                        int64_t ldm, const S* a, int64_t lda, const S* b,
                                        int64_t ldb, int64_t count) {
   using Reg = typename Vec::Reg;
   Reg acc[kRows][kVecs];
-  const Reg d = Vec::set1(start.decay);
-  const S* const from = start.from + at;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      acc[r][v] = Vec::mul(d, Vec::load(from + r * ldm + v * Vec::kWidth));
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::zero();
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    Reg bj[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) bj[v] = Vec::load(b + j * ldb + v * Vec::kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Reg aj = Vec::set1(a[j * lda + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(aj, bj[v], acc[r][v]);
     }
   }
   if (start.extra != nullptr) {
@@ -199,22 +207,16 @@ KALMANET_INLINE void rank_update_block(S* m, const RankUpdateFrom<S>& start, int
       }
     }
   }
-  for (int64_t j = 0; j < count; ++j) {
-    Reg bj[kVecs];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) bj[v] = Vec::load(b + j * ldb + v * Vec::kWidth);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Reg aj = Vec::set1(a[j * lda + r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(aj, bj[v], acc[r][v]);
-    }
-  }
+  const Reg d = Vec::set1(start.decay);
+  const S* const from = start.from + at;
   S* const to = m + at;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) Vec::store(to + r * ldm + v * Vec::kWidth, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t e = r * ldm + v * Vec::kWidth;
+      Vec::store(to + e, Vec::fma(d, Vec::load(from + e), acc[r][v]));
+    }
   }
 }
 

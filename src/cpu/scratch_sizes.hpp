@@ -19,13 +19,17 @@ inline constexpr int64_t kBlockChunks = 4;
 constexpr int64_t chunk_floats(int64_t K, int64_t V) {
   return 3 * padded(K) * kLanes + padded(V) * kLanes;
 }
-// Elements of a direct block of `chunks` chunks: L, R, W twice, two of [token or row][t],
-// four of lanes (DirectBlock).
+// Elements of a factor of `rows` rows, by rows and, half of that, by columns (BlockCholesky).
+constexpr int64_t block_cholesky_elems(int64_t rows) {
+  return rows * rows + rows * (rows + kLanes) / 2;
+}
+// Elements of a direct block of `chunks` chunks: L, R, W twice, one of [token or row][t], four of
+// lanes (DirectBlock).
 constexpr int64_t direct_elems(int64_t K, int64_t chunks) {
   const int64_t tokens = chunks * kLanes;
   const int64_t rows = padded(K) > tokens ? padded(K) : tokens;
-  return padded(K) * padded(K) + tokens * tokens + 2 * tokens * padded(K) + 2 * rows * kLanes +
-         4 * padded(K) * kLanes;
+  return block_cholesky_elems(padded(K)) + block_cholesky_elems(tokens) + 2 * tokens * padded(K) +
+         rows * kLanes + 4 * padded(K) * kLanes;
 }
 // A chunk's operator in bfloat16 pairs: H_0, the keys twice, a vector twice (Bf16Operator).
 constexpr int64_t bf16_floats(int64_t K) {

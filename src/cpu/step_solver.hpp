@@ -8,6 +8,7 @@
 #include "cpu/chunk.hpp"
 #include "cpu/lanes.hpp"
 #include "cpu/packed_symmetric.hpp"
+#include "cpu/step_ahead.hpp"
 #include "kalmanet/gka.hpp"
 
 namespace kalmanet::cpu {
@@ -123,6 +124,7 @@ struct StepToken {
   Solver solver = Solver::chebyshev;
   double f = 0, ridge = 0, alpha = 1, scale = 1;
   int num_iter = 0;
+  StepAhead ahead{};  // fetched while the token is solved for
 };
 
 // The Chebyshev iteration (chebyshev.hpp) for one token; returns which of x and other has the
@@ -142,7 +144,9 @@ typename Vec::Elem* chebyshev_step(const StepToken<S>& token, const SystemMatrix
   }
   const Reg lam = Vec::set1(static_cast<Elem>(lambda));
   double w = 2.0;
+  Ahead<Vec> ahead(token.ahead, token.num_iter);
   for (int iteration = 0; iteration < token.num_iter; ++iteration) {
+    ahead.fetch();
     w = 1.0 / (1.0 - rho * rho * w);
     const Reg momentum = Vec::set1(static_cast<Elem>(w - 1.0));
     const Reg gain = Vec::set1(static_cast<Elem>(step * w));
@@ -180,7 +184,9 @@ void cg_step(const StepToken<S>& token, const SystemMatrix<S>& matrix,
   }
   const Reg lam = Vec::set1(static_cast<Elem>(token.ridge * token.f));
   double rr = dot(r, r);
+  Ahead<Vec> ahead(token.ahead, token.num_iter);
   for (int iteration = 0; iteration < token.num_iter; ++iteration) {
+    ahead.fetch();
     matrix.template times<Vec>(
         p, [&](int64_t n, Reg hp) { Vec::store(ap + n, Vec::fma(lam, Vec::load(p + n), hp)); });
     const double pap = dot(p, ap);

@@ -252,6 +252,67 @@ GkaLayerState GatedKalmaNetImpl::empty_state(int64_t num_sequences) const {
   return state;
 }
 
+GkaOpOptions GatedKalmaNetImpl::op_options() const {
+  const auto& o = options_;
+  GkaOpOptions op;
+  op.ridge_ratio = o.ridge_ratio;
+  op.solver = o.solver;
+  op.num_iter = o.learned_ridge ? kAutoNumIter : o.num_iter;
+  op.tolerance = o.tolerance;
+  op.arithmetic = o.arithmetic;
+  op.bp_lambda = o.bp_lambda;
+  op.chunk_size = o.chunk_size;
+  op.backend = o.backend;
+  if (!o.gla_rescale) op.scale = 1.0;
+  if (o.fixed_alpha && *o.fixed_alpha == 0) {
+    // o_t = scale U_t^T q_t whatever x_t is: the shortest solve there is.
+    op.solver = "chebyshev";
+    op.num_iter = 1;
+    op.arithmetic = "standard";
+  }
+  return op;
+}
+
+Tensor GatedKalmaNetImpl::fused_step(const Tensor& rows, int64_t B, int64_t T, GkaLayerState& state,
+                                     const GkaOpOptions& op) const {
+  const auto& o = options_;
+  const int64_t H = o.expanded_heads(), K = o.head_dim, V = o.head_v_dim();
+  const Tensor q = linear(*q_proj_, rows).view({B, T, o.num_heads, K});
+  const auto heads = [&](const torch::nn::Linear& layer, at::IntArrayRef sizes) {
+    return linear(*layer, rows).to(q.scalar_type()).view(sizes);
+  };
+  const auto logit = [&](const torch::nn::Linear& layer) {
+    return layer ? OptionalTensor(heads(layer, {B, T, H})) : std::nullopt;
+  };
+  // Weights are taken as they are: the operator reads 16 bits, or float32 beside them.
+  LayerStepParts parts;
+  parts.conv_q_weight = q_conv_;
+  parts.conv_k_weight = k_conv_;
+  parts.o_norm = o_norm_;
+  parts.h = state.h;
+  parts.u = state.u;
+  parts.conv_q = state.conv_q;
+  parts.conv_k = state.conv_k;
+  if (o.use_v_conv) {
+    parts.conv_v_weight = v_conv_;
+    parts.conv_v = state.conv_v;
+  }
+  if (o.use_forgetting_gate) {
+    parts.A_log = A_log_;
+    parts.dt_bias = dt_bias_;
+  }
+  parts.decay_h = o.use_forgetting_gate_kk;
+  parts.fixed_alpha = o.fixed_alpha.value_or(1.0);
+  parts.qk_norm = o.qk_norm;
+  parts.min_ridge = kMinLearnedRidge;
+  parts.max_ridge = kMaxLearnedRidge;
+  parts.norm_eps = o.norm_eps;
+  return layer_step(
+      q, heads(k_proj_, {B, T, o.k_heads(), K}), heads(v_proj_, {B, T, o.v_heads(), V}),
+      o.use_gate ? OptionalTensor(heads(g_proj_, {B, T, H, V})) : std::nullopt, logit(b_proj_),
+      logit(alpha_proj_), logit(a_proj_), logit(ridge_proj_), parts, op);
+}
+
 Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seqlens,
                                   GkaLayerState* state) {
   const auto& o = options_;
@@ -290,6 +351,11 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
 
   // Everything between here and the operator works on rows [B*T, ...]: fewer views per product.
   const Tensor rows = x.reshape({B * T, o.hidden_size});
+  const GkaOpOptions op = op_options();
+  if (step && o.fused_step && !cu_seqlens && o.backend != "reference" && x.is_cpu()) {
+    const Tensor out = fused_step(rows, B, T, *state, op).view({B * T, H * V});
+    return linear(*o_proj_, out).view({B, T, o.hidden_size});
+  }
   const auto project = [&](const torch::nn::Linear& layer) {
     return linear(*layer, rows).to(type);
   };
@@ -332,22 +398,6 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
         at::clamp(project(ridge_proj_), std::log(kMinLearnedRidge), std::log(kMaxLearnedRidge))));
   }
 
-  GkaOpOptions op;
-  op.ridge_ratio = o.ridge_ratio;
-  op.solver = o.solver;
-  op.num_iter = o.learned_ridge ? kAutoNumIter : o.num_iter;
-  op.tolerance = o.tolerance;
-  op.arithmetic = o.arithmetic;
-  op.bp_lambda = o.bp_lambda;
-  op.chunk_size = o.chunk_size;
-  op.backend = o.backend;
-  if (!o.gla_rescale) op.scale = 1.0;
-  if (o.fixed_alpha && *o.fixed_alpha == 0) {
-    // o_t = scale U_t^T q_t whatever x_t is: the shortest solve there is.
-    op.solver = "chebyshev";
-    op.num_iter = 1;
-    op.arithmetic = "standard";
-  }
   Tensor out;
   if (step) {
     out = gka_step(q, k, v, g, gk, alpha, beta, ridge, state->h, state->u, cu_seqlens, op);

@@ -46,6 +46,9 @@ struct GatedKalmaNetOptions {
   std::optional<double> fixed_alpha;
   int64_t chunk_size = 0;        // 0: the backend's choice
   std::string backend = "auto";  // "auto", "cpu"; "reference" computes float64 (slow)
+  // The recurrent step in one call between the projections; false: operator by operator, the same
+  // answer. Packed sequences and the reference backend always go operator by operator.
+  bool fused_step = true;
 
   int64_t k_heads() const { return num_k_heads.value_or(num_heads); }
   int64_t v_heads() const { return num_v_heads.value_or(num_heads); }
@@ -99,6 +102,11 @@ class GatedKalmaNetImpl : public torch::nn::Module {
   const GatedKalmaNetOptions& options() const { return options_; }
 
  private:
+  // The recurrent step of x's rows [B*T,hidden_size] up to the output projection: [B,T,H,V].
+  at::Tensor fused_step(const at::Tensor& rows, int64_t B, int64_t T, GkaLayerState& state,
+                        const GkaOpOptions& op) const;
+  GkaOpOptions op_options() const;
+
   GatedKalmaNetOptions options_;
   torch::nn::Linear q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, g_proj_{nullptr},
       o_proj_{nullptr};

@@ -209,6 +209,16 @@ class ConvFunction : public torch::autograd::Function<ConvFunction> {
   }
 };
 
+// ---- The fused decode step ----
+
+using LayerStep = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+    const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    std::optional<double>, double, std::string_view, int64_t, double, bool, double,
+    std::string_view, double, double, double, bool);
+
 // ---- Gated RMS norm ----
 
 using NormForward = Tensor(const Tensor&, const OptionalTensor&, const Tensor&, double);
@@ -290,6 +300,27 @@ Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, cons
   mark_written(h);
   mark_written(u);
   return o.to(v_in.scalar_type());
+}
+
+Tensor layer_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gate,
+                  const OptionalTensor& b, const OptionalTensor& alpha, const OptionalTensor& a,
+                  const OptionalTensor& ridge, const LayerStepParts& parts,
+                  const GkaOpOptions& options) {
+  static const auto op = find_operator<LayerStep>("kalmanet::layer_step");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const auto flat = [](const OptionalTensor& weight) {
+    return weight ? OptionalTensor(flat_weight(*weight)) : std::nullopt;
+  };
+  auto [o, residual] =
+      op.call(q, k, v, parts.h, parts.u, parts.conv_q, parts.conv_k, parts.conv_v,
+              flat_weight(parts.conv_q_weight), flat_weight(parts.conv_k_weight),
+              flat(parts.conv_v_weight), parts.o_norm, gate, b, alpha, a, ridge, parts.A_log,
+              parts.dt_bias, options.scale, options.ridge_ratio, options.solver, options.num_iter,
+              options.tolerance, parts.decay_h, parts.fixed_alpha, parts.qk_norm, parts.min_ridge,
+              parts.max_ridge, parts.norm_eps, /*want_residual=*/false);
+  for (const Tensor& state : {parts.h, parts.u, parts.conv_q, parts.conv_k}) mark_written(state);
+  if (parts.conv_v) mark_written(*parts.conv_v);
+  return o;
 }
 
 ConvResult causal_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& state,

@@ -63,6 +63,31 @@ at::Tensor gka_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     at::Tensor u, const OptionalTensor& cu_seqlens = {},
                     const GkaOpOptions& options = {});
 
+// What a layer holds for its decode step between the projections (kalmanet/layer_step.hpp has the
+// equations): weights, states that are updated in place, and switches.
+struct LayerStepParts {
+  at::Tensor conv_q_weight, conv_k_weight;  // [D,1,W] or [D,W]
+  OptionalTensor conv_v_weight;             // absent: v as it is
+  at::Tensor o_norm;                        // [V]
+  OptionalTensor A_log, dt_bias;            // [H], with the logit a
+  at::Tensor h, u, conv_q, conv_k;
+  OptionalTensor conv_v;
+  bool decay_h = true;
+  double fixed_alpha = 1.0;
+  std::string qk_norm = "official";
+  double min_ridge = 0, max_ridge = 0;
+  double norm_eps = 1e-6;
+};
+
+// One call for one or a few new tokens a sequence, without gradients, on the CPU: the projections'
+// q [B,T,Hq,K], k, v and the logits gate [B,T,H,V], b, alpha, a, ridge [B,T,H], all of one dtype,
+// to the rows [B,T,H,V] of that dtype that the output projection takes.
+at::Tensor layer_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const OptionalTensor& gate, const OptionalTensor& b,
+                      const OptionalTensor& alpha, const OptionalTensor& a,
+                      const OptionalTensor& ridge, const LayerStepParts& parts,
+                      const GkaOpOptions& options = {});
+
 struct ConvResult {
   at::Tensor y;            // [B,T,D], x's dtype
   at::Tensor final_state;  // [N,D,W] float32; undefined unless asked for

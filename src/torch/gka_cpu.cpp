@@ -69,12 +69,7 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
   options.scale = scale;
   options.ridge_ratio = ridge_ratio;
   options.solver = solver_of(solver);
-  if (num_iter < 0 || num_iter > 1'000'000) {
-    throw Error(ErrorCode::invalid_argument, "num_iter",
-                "is " + std::to_string(num_iter) +
-                    "; allowed are 1 to 1000000, or 0 to choose it from ridge and tolerance");
-  }
-  options.num_iter = static_cast<int>(num_iter);
+  options.num_iter = num_iter_of(num_iter);
   options.tolerance = tolerance;
   options.chunk_size = chunk_size;
   options.arithmetic = arithmetic_of(arithmetic);

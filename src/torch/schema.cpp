@@ -69,6 +69,18 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
   m.def("gka_step(Tensor q, Tensor k, Tensor v, Tensor(a!) h, Tensor(b!) u, " KN_GATES
         ", Tensor? cu_seqlens=None, *, " KN_SOLVER
         ", bool want_residual=False, str backend='auto') -> (Tensor o, Tensor residual)");
+  // What a layer does between its projections (layer_step.hpp); the states h, u and conv_* are
+  // updated in place. No chunk_size, arithmetic or backend: it runs one way.
+  m.def(
+      "layer_step(Tensor q, Tensor k, Tensor v, Tensor(a!) h, Tensor(b!) u, Tensor(c!) conv_q,"
+      " Tensor(d!) conv_k, Tensor(e!)? conv_v, Tensor conv_q_weight, Tensor conv_k_weight,"
+      " Tensor? conv_v_weight, Tensor o_norm, Tensor? gate=None, Tensor? b=None,"
+      " Tensor? alpha=None, Tensor? a=None, Tensor? ridge=None, Tensor? A_log=None,"
+      " Tensor? dt_bias=None, *, float? scale=None, float ridge_ratio=0.02,"
+      " str solver='chebyshev', int num_iter=30, float tolerance=1e-05, bool decay_h=True,"
+      " float fixed_alpha=1.0, str qk_norm='official', float min_ridge=0.00012,"
+      " float max_ridge=0.135, float norm_eps=1e-06, bool want_residual=False)"
+      " -> (Tensor o, Tensor residual)");
   m.def(
       "causal_conv_forward(Tensor x, Tensor weight, Tensor? state=None, Tensor? cu_seqlens=None,"
       " *, bool silu=True, bool want_final_state=False) -> (Tensor y, Tensor final_state)");

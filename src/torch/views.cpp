@@ -156,6 +156,15 @@ Arithmetic arithmetic_of(const std::string& text) {
               "is \"" + text + "\"; allowed are \"standard\" and \"bfloat16\"");
 }
 
+int num_iter_of(int64_t value) {
+  if (value < 0 || value > 1'000'000) {
+    throw Error(ErrorCode::invalid_argument, "num_iter",
+                "is " + std::to_string(value) +
+                    "; allowed are 1 to 1000000, or 0 to choose it from ridge and tolerance");
+  }
+  return static_cast<int>(value);
+}
+
 Backend backend_of(const std::string& text) {
   if (text == "auto") return Backend::automatic;
   for (const Backend backend : {Backend::cpu, Backend::reference}) {

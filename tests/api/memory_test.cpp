@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -143,21 +144,82 @@ TEST(Workspace, IsWhatAnOperationTakesAtMost) {
   }
 }
 
-// Once a thread has its scratch, a forward of the same shape takes little more than lists.
+// Cuts the work as for several threads, and runs it on one: which thread gets which task is then no
+// chance.
+class OneThread : public Executor {
+ public:
+  explicit OneThread(int concurrency) : concurrency_(concurrency) {}
+  int concurrency() const noexcept override { return concurrency_; }
+  void run(int64_t n, const std::function<void(int64_t)>& task) override {
+    for (int64_t i = 0; i < n; ++i) task(i);
+  }
+
+ private:
+  int concurrency_;
+};
+
+// Once a thread has its scratch, a call of the same shape takes no more than short lists: one task
+// a head, and the segments of few heads.
 TEST(Workspace, ScratchIsKept) {
-  CaseSpec spec;
-  spec.H = 4;
-  spec.K = spec.V = 64;
-  Case<float> c(spec);
+  for (int concurrency : {1, 3}) {
+    for (Solver solver : solvers()) {
+      for (GkaOperation operation : kOperations) {
+        for (int64_t heads_of_keys : {1, 2}) {
+          CaseSpec spec;
+          spec.T = operation == GkaOperation::step ? 5 : 700;
+          spec.H = 2;
+          spec.Hk = heads_of_keys;
+          spec.K = spec.V = 64;
+          spec.g = spec.gk = spec.h0 = spec.u0 = true;
+          Case<float> c(spec);
+          std::thread([&] {
+            OneThread executor(concurrency);
+            GkaOptions options;
+            options.executor = &executor;
+            options.solver = solver;
+            run(operation, c, options, false);
+            const int64_t before = testing::live_bytes;
+            testing::peak_bytes = before;
+            run(operation, c, options, false);
+            EXPECT_LE(testing::peak_bytes - before, 8192)
+                << name(operation) << " " << name(solver) << ", cut for " << concurrency
+                << " threads, " << describe(spec);
+          }).join();
+        }
+      }
+    }
+  }
+}
+
+// The same of the layer's fused step, with heads that share their keys.
+TEST(Workspace, ScratchOfTheFusedStepIsKept) {
+  constexpr int64_t B = 2, T = 3, H = 4, K = 64, W = 4;
+  std::vector<float> ones(B * T * H * K, 0.5f), o(ones.size()), h(B * H * K * K), u(h.size()),
+      conv_q(B * H * K * W), conv_k(conv_q.size() / 2);
+  LayerStepInputs in;
+  in.q = in.v = in.gate = dense(ones.data(), {B, T, H, K});
+  in.k = dense(ones.data(), {B, T, H / 2, K});
+  in.conv_q_weight = dense(ones.data(), {H * K, W});
+  in.conv_k_weight = dense(ones.data(), {H / 2 * K, W});
+  in.o_norm = dense(ones.data(), {K});
+  const LayerStepStates states = {.h = dense(h.data(), {B, H, K, K}),
+                                  .u = dense(u.data(), {B, H, K, K}),
+                                  .conv_q = dense(conv_q.data(), {B, H * K, W}),
+                                  .conv_k = dense(conv_k.data(), {B, H / 2 * K, W}),
+                                  .conv_v = {}};
   std::thread([&] {
-    const std::unique_ptr<Executor> executor = make_executor(1);
-    GkaOptions options;
-    options.executor = executor.get();
-    run(GkaOperation::step, c, options, false);
-    const int64_t before = testing::live_bytes;
-    testing::peak_bytes = before;
-    run(GkaOperation::step, c, options, false);
-    EXPECT_LE(testing::peak_bytes - before, 4096);
+    OneThread executor(3);
+    LayerStepOptions options;
+    options.gka.executor = &executor;
+    for (const bool first : {true, false}) {
+      const int64_t before = testing::live_bytes;
+      testing::peak_bytes = before;
+      layer_step(in, states, dense(o.data(), {B, T, H, K}), {}, options);
+      const int64_t taken = testing::peak_bytes - before;
+      if (!first) {
+        EXPECT_LE(taken, 8192);
+      }
+    }
   }).join();
 }
 

@@ -1,13 +1,16 @@
 // The decode step's fast ways beside their plain twins: H packed or whole, and the residual beside
-// one recomputed here from H and x.
+// one recomputed here from H and x; states that are fetched ahead.
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cpu/dispatch.hpp"
 #include "cpu/gka_cases.hpp"
 #include "cpu/gka_jobs.hpp"
+#include "cpu/gka_step_states.hpp"
 #include "cpu/scratch_sizes.hpp"
 #include "kalmanet/kalmanet.hpp"
 #include "support/expect.hpp"
@@ -50,7 +53,7 @@ Decoded<S> decode(const Case<S>& c, Solver solver, int num_iter, cpu::StepMatrix
   job.residual = {out.residual.data(), DTypeOf<S>::value, 1};
   job.matrix = matrix;
   // Poisoned: scratch promises nothing.
-  cpu::Buffer<S> scratch(cpu::step_scratch_floats(K, V, solver));
+  cpu::ScratchLease<S> scratch(cpu::step_scratch_floats(K, V, solver));
   std::fill_n(scratch.data(), cpu::step_scratch_floats(K, V, solver), static_cast<S>(NAN));
   job.scratch = scratch.data();
   cpu::kernels_of<S>(cpu::kernels()).gka_step(job);
@@ -148,6 +151,61 @@ TEST(Certificate, IsTheResidualOfTheReturnedX) {
         }
       }
     }
+  }
+}
+
+// States beyond the caches are fetched while a solver works (step_ahead.hpp). That must not show:
+// many sequences at once and each of them alone, whose states are too few to be fetched, give the
+// same bits, also where heads are odd ones out of a batch that no number of threads divides.
+TEST(GkaStep, StatesBeyondTheCachesGiveTheSameBits) {
+  CaseSpec spec;
+  spec.B = 131;
+  spec.T = 2;
+  spec.H = 5;
+  spec.K = 64;
+  spec.V = 48;
+  spec.h0 = spec.u0 = true;
+  spec.seed = 8400;
+  set_gates(spec, 7);
+  ASSERT_GT(4 * spec.B * spec.H * spec.K * (spec.K + spec.V), cpu::kBytesKept);
+  Case<float> all(spec), alone(spec);
+  const int threads = num_threads();
+  for (Solver solver : {Solver::chebyshev, Solver::cg, Solver::direct}) {
+    const auto in_place = [&](Case<float>& c) {
+      GkaInputs in = c.inputs();
+      GkaOutputs out = c.outputs();
+      out.h_final = c.h0.view();
+      out.u_final = c.u0.view();
+      return std::pair(in, out);
+    };
+    GkaOptions options = all.options();
+    options.solver = solver;
+    set_num_threads(3);
+    auto [in, out] = in_place(all);
+    gka_step(in, out, options);
+    set_num_threads(threads);
+    auto [one_in, one_out] = in_place(alone);
+    for (int64_t b = 0; b < spec.B; ++b) {
+      const auto row = [b](auto view) {
+        if (!view.defined()) return view;
+        view.data = reinterpret_cast<decltype(view.data)>(
+            reinterpret_cast<uintptr_t>(view.data) +
+            static_cast<uintptr_t>(b * view.stride[0]) * sizeof(float));
+        view.size[0] = 1;
+        return view;
+      };
+      GkaInputs i = one_in;
+      for (ConstView* v :
+           {&i.q, &i.k, &i.v, &i.g, &i.gk, &i.alpha, &i.beta, &i.ridge_ratio, &i.h0, &i.u0}) {
+        *v = row(*v);
+      }
+      GkaOutputs o = one_out;
+      for (View* v : {&o.o, &o.x, &o.residual, &o.h_final, &o.u_final}) *v = row(*v);
+      gka_step(i, o, options);
+    }
+    EXPECT_EQ(all.o.values(), alone.o.values()) << name(solver) << ", " << describe(spec);
+    EXPECT_EQ(all.h0.values(), alone.h0.values()) << name(solver) << ", " << describe(spec);
+    EXPECT_EQ(all.u0.values(), alone.u0.values()) << name(solver) << ", " << describe(spec);
   }
 }
 

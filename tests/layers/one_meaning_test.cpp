@@ -33,6 +33,65 @@ TEST(GatedKalmaNet, AnyCutIsTheWhole) {
   }
 }
 
+// The fused step and the separate operators, token after token: from a state that as many keys have
+// filled as a head has dimensions, and from the first token on. There few directions are known and
+// o amplifies what either rounds (docs/numerics.md, section 1), so that the two, each within 1e-5
+// of the exact answer, are held to that instead.
+TEST(GatedKalmaNet, FusedStepIsTheOperators) {
+  const at::NoGradGuard no_grad;
+  auto all = variants();
+  const auto add = [&](const std::string& name, auto&& change) {
+    GatedKalmaNetOptions o = small_options();
+    change(o);
+    all.emplace_back(name, o);
+  };
+  add("learned ridge", [](auto& o) { o.learned_ridge = true; });
+  add("learned ridge, direct, odd head dims", [](auto& o) {
+    o.learned_ridge = true;
+    o.solver = "direct";
+    o.head_dim = 5;
+    o.expand_v = 1.4;
+  });
+  add("GQA of wide heads", [](auto& o) {
+    o.head_dim = 72;
+    o.num_k_heads = o.num_v_heads = 1;
+  });
+  const auto check = [&](at::ScalarType type, int64_t prefill, double bound) {
+    for (auto& [name, options] : all) {
+      GatedKalmaNetOptions separate_options = options;
+      separate_options.fused_step = false;
+      GatedKalmaNet fused = make_layer(options, type),
+                    separate = make_layer(separate_options, type);
+      GkaLayerState a, b;
+      if (prefill > 0) {
+        fused->forward(make_input(options, 2, prefill, type), {}, &a);
+        b = a.clone();
+      }
+      for (const int64_t T : {1, 6, 1, 3, 1}) {
+        const Tensor x = make_input(options, 2, T, type);
+        const Tensor got = fused->forward(x, {}, &a), want = separate->forward(x, {}, &b);
+        EXPECT_EQ(got.scalar_type(), type);
+        EXPECT_NEAR_RELATIVE(got, want, bound, name + ", output");
+        EXPECT_NEAR_RELATIVE(a.h, b.h, bound, name + ", h");
+        EXPECT_NEAR_RELATIVE(a.u, b.u, bound, name + ", u");
+        EXPECT_NEAR_RELATIVE(a.conv_q, b.conv_q, bound, name + ", conv_q");
+        EXPECT_NEAR_RELATIVE(a.conv_k, b.conv_k, bound, name + ", conv_k");
+        if (options.use_v_conv) {
+          EXPECT_NEAR_RELATIVE(a.conv_v, b.conv_v, bound, name + ", conv_v");
+        }
+      }
+    }
+  };
+  check(at::kFloat, 100, 1e-6);
+  check(at::kFloat, 0, 1e-5);
+  check(at::kDouble, 100, 1e-13);
+  check(at::kDouble, 0, 1e-11);
+  // What the separate operators are handed in float32 is rounded to bfloat16 by both at the same
+  // places, but numbers that differ in the last float32 bit may round apart: by 2^-8 at most.
+  check(at::kBFloat16, 100, 0x1p-8);
+  check(at::kBFloat16, 0, 0x1p-8);
+}
+
 TEST(GatedKalmaNet, StepsReuseTheStatesMemory) {
   const at::NoGradGuard no_grad;
   const GatedKalmaNetOptions options = small_options();

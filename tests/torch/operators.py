@@ -103,6 +103,16 @@ def gka_loop(
     return (o, torch.stack(hs).view(count, H, K, K), torch.stack(us).view(count, H, K, V), res)
 
 
+def conv_loop(x, weight, state, silu):
+    W = weight.shape[1]
+    before = torch.zeros(x.shape[0], x.shape[2], W, dtype=x.dtype) if state is None else state
+    padded = torch.cat([before, x.transpose(1, 2)], 2)
+    y = torch.stack(
+        [(padded[:, :, t + 1 : t + 1 + W] * weight).sum(-1) for t in range(x.shape[1])], 1
+    )
+    return torch.nn.functional.silu(y) if silu else y, padded[:, :, -W:]
+
+
 GATES = ("g", "gk", "alpha", "beta", "ridge")
 
 

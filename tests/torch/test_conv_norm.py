@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from operators import SEED, ops, relative
-
-
-def conv_loop(x, weight, state, silu):
-    W = weight.shape[1]
-    before = torch.zeros(x.shape[0], x.shape[2], W, dtype=x.dtype) if state is None else state
-    padded = torch.cat([before, x.transpose(1, 2)], 2)
-    y = torch.stack(
-        [(padded[:, :, t + 1 : t + 1 + W] * weight).sum(-1) for t in range(x.shape[1])], 1
-    )
-    return torch.nn.functional.silu(y) if silu else y, padded[:, :, -W:]
+from operators import SEED, conv_loop, ops, relative
 
 
 @pytest.mark.parametrize("silu", [True, False])

@@ -17,6 +17,11 @@ def test_schemas_declare_what_is_written():
     conv = torch.ops.kalmanet.causal_conv_step.default._schema
     written = {a.name for a in conv.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert written == {"state"}
+    layer = torch.ops.kalmanet.layer_step.default._schema
+    written = {
+        a.name for a in layer.arguments if a.alias_info is not None and a.alias_info.is_write
+    }
+    assert written == {"h", "u", "conv_q", "conv_k", "conv_v"}
     for name in (
         "gka_forward",
         "gka_backward",
