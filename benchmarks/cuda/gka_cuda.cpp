@@ -1,11 +1,12 @@
-// The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a median
-// of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a case.
+// The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a
+// median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
+// case.
 //
 //   gka_cuda [step] [forward]        (default: both)
 //
-// Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of about
-// 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found finite and,
-// at a short length, equal to the float64 oracle's.
+// Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
+// about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
+// finite and, at a short length, equal to the float64 oracle's.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -151,11 +152,12 @@ double copy_rate() {
 
 void report(const char* what, const Problem& p, const GkaOptions& options, double ms, double error,
             const std::string& more) {
-  std::printf("{\"op\": \"%s\", \"solver\": \"%s\", \"arithmetic\": \"%s\", \"B\": %ld, \"T\": %ld, "
-              "\"H\": %ld, \"K\": %ld, \"ms\": %.4f, \"error\": %.2e%s}\n",
-              what, name(options.solver), name(options.arithmetic), static_cast<long>(p.B),
-              static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), ms, error,
-              more.c_str());
+  std::printf(
+      "{\"op\": \"%s\", \"solver\": \"%s\", \"arithmetic\": \"%s\", \"B\": %ld, \"T\": %ld, "
+      "\"H\": %ld, \"K\": %ld, \"ms\": %.4f, \"error\": %.2e%s}\n",
+      what, name(options.solver), name(options.arithmetic), static_cast<long>(p.B),
+      static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), ms, error,
+      more.c_str());
   std::fflush(stdout);
 }
 
@@ -270,8 +272,8 @@ int main(int argc, char** argv) {
   GkaOptions bf16 = options;
   bf16.arithmetic = Arithmetic::bfloat16;
   if (asked("forward")) {
-    for (const auto& [B, T, H] : {std::array<int64_t, 3>{1, 2048, 32}, {1, 8192, 32}, {1, 8192, 8},
-                                  {8, 2048, 32}}) {
+    for (const auto& [B, T, H] :
+         {std::array<int64_t, 3>{1, 2048, 32}, {1, 8192, 32}, {1, 8192, 8}, {8, 2048, 32}}) {
       Problem p(B, T, H, 128);
       time_forward(p, options, 9);
       time_forward(p, bf16, 9);

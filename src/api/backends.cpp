@@ -42,7 +42,8 @@ const core::GkaBackend& choose_backend(const core::GkaProblem& problem) {
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> infos;
   const std::vector<const core::GkaBackend*> built = {
-      &cpu::gka_backend(), &reference::gka_backend(),
+      &cpu::gka_backend(),
+      &reference::gka_backend(),
 #ifdef KALMANET_WITH_CUDA
       &cuda::gka_backend(),
 #endif

@@ -1,5 +1,5 @@
-// The bodies of the two matrix-unit kernels: a piece's own contribution to the states, and a piece's
-// outputs.
+// The bodies of the two matrix-unit kernels: a piece's own contribution to the states, and a
+// piece's outputs.
 #pragma once
 
 #include "cuda/chunk_state.hpp"
@@ -131,7 +131,7 @@ struct ChunkBody : ChunkState<Group> {
       });
       if (k == steps) break;
       // (put_right's barrier also ends the reads of the other half of gain and momentum.)
-      this->put_right(k < split, [](Registers& r) -> float(&)[2][4][4] { return r.d; });
+      this->put_right(k < split, [](Registers& r) -> float (&)[2][4][4] { return r.d; });
       group.each([&](int thread, Registers& r) {
         if (thread >= L::kTokens) return;
         r.w = divide(1.0f, 1.0f - r.rho2 * r.w);
@@ -147,8 +147,7 @@ struct ChunkBody : ChunkState<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = chunk_column(thread, tile, i);
-          r.r[m][tile][i] -= shared.start[t] * r.y[m][tile][i] +
-                             shared.lambda[t] * r.d[m][tile][i];
+          r.r[m][tile][i] -= shared.start[t] * r.y[m][tile][i] + shared.lambda[t] * r.d[m][tile][i];
         }
       });
     }
@@ -180,14 +179,14 @@ struct ChunkBody : ChunkState<Group> {
         r.d[m][tile][i] = q + alpha * (r.x[m][tile][i] - q);
       }
     });
-    this->put_right(true, [](Registers& r) -> float(&)[2][4][4] { return r.d; });
+    this->put_right(true, [](Registers& r) -> float (&)[2][4][4] { return r.d; });
     const double u2 = this->load_main(true);
     this->apply(true, shared.values, shared.value_weight);
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
-        r.y[m][tile][i] *= static_cast<float>(job.scale) *
-                           shared.value_start[chunk_column(thread, tile, i)];
+        r.y[m][tile][i] *=
+            static_cast<float>(job.scale) * shared.value_start[chunk_column(thread, tile, i)];
       }
     });
     dot_columns(1, [&](Registers& r, int, int m, int tile, int i) {
@@ -233,8 +232,8 @@ struct ChunkBody : ChunkState<Group> {
     }
   }
 
-  // `outputs`: o of the piece; else its contribution to the next piece's states. Returns whether the
-  // token kernel must do the piece instead.
+  // `outputs`: o of the piece; else its contribution to the next piece's states. Returns whether
+  // the token kernel must do the piece instead.
   KALMANET_KERNEL bool run(bool outputs) {
     this->load_state(false, !outputs);
     this->load_state(true, !outputs);

@@ -1,18 +1,19 @@
 // The forward on matrix units: chunks of 64 tokens of one head, all their systems by Chebyshev's
 // iteration together, K = V = 128, bfloat16 tensors.
 //
-// In the scale of token t, H_t = e^{G_t} (H_0 + sum_{j<=t} u_j k_j k_j^T), u_j = e^{-G_j} beta_j^2, so
-// that one product of the iteration for all tokens (columns) is
+// In the scale of token t, H_t = e^{G_t} (H_0 + sum_{j<=t} u_j k_j k_j^T), u_j = e^{-G_j} beta_j^2,
+// so that one product of the iteration for all tokens (columns) is
 //
 //   y = H_0 d + K^T mask(u o (K d))          A d = e^{G_t} y + lambda_t d
 //
-// three products of matrices with the raw, exact bfloat16 keys. Factors that are not exact (H_0, d, the
-// middle one) are split in two, high + low, of which three products are kept; the iteration carries its
-// residual along (r -= A d, x += d), so that late steps, whose d is small, need the high parts alone.
+// three products of matrices with the raw, exact bfloat16 keys. Factors that are not exact (H_0, d,
+// the middle one) are split in two, high + low, of which three products are kept; the iteration
+// carries its residual along (r -= A d, x += d), so that late steps, whose d is small, need the
+// high parts alone.
 //
-// Fragments lie in shared memory in the order in which a warp's lanes read them: 16 bytes a lane of a
-// left factor, 8 of a right one, no bank twice. Warp w has rows 32 (w % 4) .. of y and columns
-// 32 (w / 4) .. ; of the middle factor rows 16 (w % 4) .. and the same columns.
+// Fragments lie in shared memory in the order in which a warp's lanes read them: 16 bytes a lane of
+// a left factor, 8 of a right one, no bank twice. Warp w has rows 32 (w % 4) .. of y and columns 32
+// (w / 4) .. ; of the middle factor rows 16 (w % 4) .. and the same columns.
 #pragma once
 
 #include <cmath>
@@ -42,10 +43,10 @@ struct alignas(8) Right {
 };
 
 struct ChunkShared {
-  Left main[2][ChunkLayout::kMain];  // H_0, or U^T: high, low
-  Left rows[ChunkLayout::kKeys];     // K: tokens x dims
-  Left columns[ChunkLayout::kKeys];  // K^T: dims x tokens
-  Left values[ChunkLayout::kKeys];   // V^T
+  Left main[2][ChunkLayout::kMain];       // H_0, or U^T: high, low
+  Left rows[ChunkLayout::kKeys];          // K: tokens x dims
+  Left columns[ChunkLayout::kKeys];       // K^T: dims x tokens
+  Left values[ChunkLayout::kKeys];        // V^T
   Right right[2][ChunkLayout::kRight];    // d
   Right middle[2][ChunkLayout::kMiddle];  // mask(u o (K d))
   float gain[2][ChunkLayout::kTokens];    // step w of this iteration and the next
@@ -119,7 +120,7 @@ struct ChunkProducts {
         KALMANET_UNROLL
         for (int n = 0; n < 4; ++n) {
           group.each([&](int, Registers& r) {
-            const float(&v)[4] = of(r)[m][n];
+            const float (&v)[4] = of(r)[m][n];
             r.t[0] = pack_bfloat16(v[0], v[1]);
             r.t[1] = pack_bfloat16(v[2], v[3]);
             if (part == 1) {
@@ -168,12 +169,12 @@ struct ChunkProducts {
       });
       KALMANET_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const auto s = [n](Registers& r) -> float(&)[4] { return r.s[n]; };
-        const auto rows = [](Registers& r) -> uint32_t(&)[4] { return r.a[0][0]; };
+        const auto s = [n](Registers& r) -> float (&)[4] { return r.s[n]; };
+        const auto rows = [](Registers& r) -> uint32_t (&)[4] { return r.a[0][0]; };
         if (split) {
-          group.multiply_add(s, rows, [n](Registers& r) -> uint32_t(&)[2] { return r.b[1][n]; });
+          group.multiply_add(s, rows, [n](Registers& r) -> uint32_t (&)[2] { return r.b[1][n]; });
         }
-        group.multiply_add(s, rows, [n](Registers& r) -> uint32_t(&)[2] { return r.b[0][n]; });
+        group.multiply_add(s, rows, [n](Registers& r) -> uint32_t (&)[2] { return r.b[0][n]; });
       }
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
@@ -222,14 +223,14 @@ struct ChunkProducts {
     for (int m = 0; m < 2; ++m) {
       KALMANET_UNROLL
       for (int n = 0; n < 4; ++n) {
-        const auto y = [m, n](Registers& r) -> float(&)[4] { return r.y[m][n]; };
-        const auto a = [m](Registers& r) -> uint32_t(&)[4] { return r.a[0][m]; };
-        const auto b = [n](Registers& r) -> uint32_t(&)[2] { return r.b[0][n]; };
+        const auto y = [m, n](Registers& r) -> float (&)[4] { return r.y[m][n]; };
+        const auto a = [m](Registers& r) -> uint32_t (&)[4] { return r.a[0][m]; };
+        const auto b = [n](Registers& r) -> uint32_t (&)[2] { return r.b[0][n]; };
         if (low_left) {
-          group.multiply_add(y, [m](Registers& r) -> uint32_t(&)[4] { return r.a[1][m]; }, b);
+          group.multiply_add(y, [m](Registers& r) -> uint32_t (&)[4] { return r.a[1][m]; }, b);
         }
         if (low_right) {
-          group.multiply_add(y, a, [n](Registers& r) -> uint32_t(&)[2] { return r.b[1][n]; });
+          group.multiply_add(y, a, [n](Registers& r) -> uint32_t (&)[2] { return r.b[1][n]; });
         }
         group.multiply_add(y, a, b);
       }

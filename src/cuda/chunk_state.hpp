@@ -1,5 +1,6 @@
-// What the matrix-unit kernel does around its products: tensors into fragments, decays, and the states,
-// which lie in scratch memory in the order of a warp's sums: warp w has rows 16 w .. of H and of U^T.
+// What the matrix-unit kernel does around its products: tensors into fragments, decays, and the
+// states, which lie in scratch memory in the order of a warp's sums: warp w has rows 16 w .. of H
+// and of U^T.
 #pragma once
 
 #include <cstring>
@@ -33,9 +34,9 @@ struct ChunkState : ChunkProducts<Group> {
 
   // `u`: U^T, else H. `zero`: an empty state instead of the piece's own.
   KALMANET_KERNEL void load_state(bool u, bool zero) {
-    const StateView<float> from = piece.first ? state_view<float>(u ? job.u0 : job.h0,
-                                                                  piece.sequence, head)
-                                              : slot_view<float>(job, piece.slot, head, u);
+    const StateView<float> from = piece.first
+                                      ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
+                                      : slot_view<float>(job, piece.slot, head, u);
     const bool empty = zero || from.data == nullptr;
     float* const to = states + (u ? 128 * 128 : 0);
     group.each([&](int thread, Registers&) {
@@ -133,8 +134,7 @@ struct ChunkState : ChunkProducts<Group> {
       group.transpose([](Registers& r) -> uint32_t& { return r.t[3]; });
       group.each([&](int thread, Registers& r) {
         const int tile = thread / 32 * 4 + i;
-        columns[(tile % 8 * 4 + tile / 8) * 32 + thread % 32] = {
-            {r.t[0], r.t[2], r.t[1], r.t[3]}};
+        columns[(tile % 8 * 4 + tile / 8) * 32 + thread % 32] = {{r.t[0], r.t[2], r.t[1], r.t[3]}};
       });
     }
   }
@@ -230,10 +230,10 @@ struct ChunkState : ChunkProducts<Group> {
             const Left right = shared.columns[((half * 4 + tile / 2) * 4 + k) * 32 + thread % 32];
             r.b[0][0][0] = right.part[tile % 2], r.b[0][0][1] = right.part[tile % 2 + 2];
           });
-          const auto y = [tile](Registers& r) -> float(&)[4] { return r.y[tile / 4][tile % 4]; };
-          const auto b = [](Registers& r) -> uint32_t(&)[2] { return r.b[0][0]; };
-          group.multiply_add(y, [](Registers& r) -> uint32_t(&)[4] { return r.a[1][0]; }, b);
-          group.multiply_add(y, [](Registers& r) -> uint32_t(&)[4] { return r.a[0][0]; }, b);
+          const auto y = [tile](Registers& r) -> float (&)[4] { return r.y[tile / 4][tile % 4]; };
+          const auto b = [](Registers& r) -> uint32_t (&)[2] { return r.b[0][0]; };
+          group.multiply_add(y, [](Registers& r) -> uint32_t (&)[4] { return r.a[1][0]; }, b);
+          group.multiply_add(y, [](Registers& r) -> uint32_t (&)[4] { return r.a[0][0]; }, b);
         }
       }
       group.each([&](int thread, Registers& r) {

@@ -1,11 +1,11 @@
 // How a kernel's body is written once and run twice: by the threads of a block on the GPU, and by a
 // loop on the CPU, where the tests run the very same index arithmetic against the oracle.
 //
-// A body is a template over a group. group.each(f) runs f(thread, registers) for every thread of the
-// block; what a thread keeps from one each() to the next lies in its registers, a plain struct that
-// the compiler takes apart. group.barrier() separates what one thread writes to shared memory from
-// what another reads. On the CPU the threads of an each() run one after the other, in either order:
-// a result that depends on the order is a missing barrier.
+// A body is a template over a group. group.each(f) runs f(thread, registers) for every thread of
+// the block; what a thread keeps from one each() to the next lies in its registers, a plain struct
+// that the compiler takes apart. group.barrier() separates what one thread writes to shared memory
+// from what another reads. On the CPU the threads of an each() run one after the other, in either
+// order: a result that depends on the order is a missing barrier.
 #pragma once
 
 #include <cmath>
@@ -60,8 +60,8 @@ class DeviceGroup {
     f(static_cast<int>(threadIdx.x), registers_);
   }
   __device__ __forceinline__ void barrier() { __syncthreads(); }
-  // In each thread, the sum of member(registers) over its kLanes neighbours (a power of two, aligned):
-  // the same bits in all of them.
+  // In each thread, the sum of member(registers) over its kLanes neighbours (a power of two,
+  // aligned): the same bits in all of them.
   template <int kLanes, class Member>
   __device__ __forceinline__ void sum_lanes(Member&& member) {
     auto& value = member(registers_);
@@ -159,8 +159,8 @@ class HostGroup {
       }
       for (size_t lane = 0; lane < 32; ++lane) {
         const size_t row = lane / 4, column = lane % 4 * 2;
-        member(registers_[warp + lane]) =
-            m[column][row] | static_cast<uint32_t>(m[column + 1][row]) << 16;
+        member(registers_[warp + lane]) = m[column][row] | static_cast<uint32_t>(m[column + 1][row])
+                                                               << 16;
       }
     }
   }
@@ -210,7 +210,8 @@ KALMANET_KERNEL void load4(const float* p, float (&out)[4]) {
 }
 KALMANET_KERNEL void load4(const double* p, double (&out)[4]) {
 #ifdef __CUDACC__
-  const double2 a = reinterpret_cast<const double2*>(p)[0], b = reinterpret_cast<const double2*>(p)[1];
+  const double2 a = reinterpret_cast<const double2*>(p)[0],
+                b = reinterpret_cast<const double2*>(p)[1];
   out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y;
 #else
   for (int i = 0; i < 4; ++i) out[i] = p[i];

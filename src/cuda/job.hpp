@@ -46,8 +46,8 @@ struct GkaJob {
   // Whether what registers have no room for of H is in shared memory, which is as large as the chip
   // makes it; and scratch for what is not (token_body.hpp), bytes a block.
   bool spill_is_shared = false;
-  // The matrix-unit kernel (chunk_body.hpp): its states, of each block; and whether a piece was left
-  // over to the token kernel, [piece][H]. Null in a token kernel that does every piece.
+  // The matrix-unit kernel (chunk_body.hpp): its states, of each block; and whether a piece was
+  // left over to the token kernel, [piece][H]. Null in a token kernel that does every piece.
   void* chunk_scratch = nullptr;
   int32_t* left_over = nullptr;
   bool split = true;  // bfloat16 products split in three, as long as it shows in the result

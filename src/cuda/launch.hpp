@@ -12,9 +12,9 @@ namespace kalmanet::cuda {
 using Stream = void*;
 
 struct DeviceInfo {
-  int count = 0;         // GPUs
-  std::string problem;   // why there is none
-  std::string current;   // "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 multiprocessors"
+  int count = 0;           // GPUs
+  std::string problem;     // why there is none
+  std::string current;     // "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 multiprocessors"
   int64_t max_shared = 0;  // bytes a block
 };
 const DeviceInfo& device_info();  // of the calling thread's device

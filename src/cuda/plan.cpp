@@ -64,8 +64,8 @@ std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole) {
   for (const core::Sequence& sequence : problem.sequences) {
     int64_t begin = sequence.begin;
     do {
-      const int64_t end = whole || sequence.end - begin <= kSegmentTokens ? sequence.end
-                                                                         : begin + kSegmentTokens;
+      const int64_t end =
+          whole || sequence.end - begin <= kSegmentTokens ? sequence.end : begin + kSegmentTokens;
       pieces.push_back({sequence.row, begin, end, static_cast<int32_t>(sequence.index),
                         begin == sequence.begin, end == sequence.end,
                         static_cast<int32_t>(pieces.size()), 1});

@@ -1,7 +1,8 @@
 // The states before each piece of a sequence that is cut into several: what each piece adds to them
 // on its own, all pieces at once, then one sum along the sequence.
 //
-//   H after piece i = (decay of H over i) H before it + sum_j e^{G_end - G_j} k_j k_j^T ,  U likewise
+//   H after piece i = (decay of H over i) H before it + sum_j e^{G_end - G_j} k_j k_j^T ,  U
+//   likewise
 #pragma once
 
 #include "cuda/group.hpp"
@@ -10,8 +11,8 @@
 
 namespace kalmanet::cuda {
 
-// A block makes one tile of kTile x kTile of [K, K + V]: H's columns, then U's. Each thread has 4 x 4
-// of it, 16 apart.
+// A block makes one tile of kTile x kTile of [K, K + V]: H's columns, then U's. Each thread has 4 x
+// 4 of it, 16 apart.
 struct SegmentLayout {
   static constexpr int kTile = 64;
   static constexpr int kTokens = 16;  // on their way at a time
@@ -82,8 +83,9 @@ KALMANET_KERNEL void run_segment(Group& group, SegmentShared<S>& shared, const G
           if (column < K) {
             right = key(column);
           } else if (column < K + V) {
-            right = beta * load_element<S>(job.v, offset_of(job.v, piece.row, t, head / job.v_group) +
-                                                      (column - K) * job.v.stride[3]);
+            right =
+                beta * load_element<S>(job.v, offset_of(job.v, piece.row, t, head / job.v_group) +
+                                                  (column - K) * job.v.stride[3]);
           }
         }
         shared.left[j][c] = left;

@@ -210,16 +210,16 @@ struct TokenBody {
     group.barrier();
   }
 
-  // o = scale U^T m in A's precision, into shared.o. kUpdate: U <- decay source + beta2 k v^T on the way;
-  // else source is U itself. Returns |U|_F^2.
+  // o = scale U^T m in A's precision, into shared.o. kUpdate: U <- decay source + beta2 k v^T on
+  // the way; else source is U itself. Returns |U|_F^2.
   template <class A, bool kUpdate>
   KALMANET_KERNEL double read_out(const StateView<S> source, S decay, S beta2) {
     const int K = static_cast<int>(job.K), V = static_cast<int>(job.V);
     int groups = 1;  // of four columns, a power of two of them
     while (groups * 4 < V) groups *= 2;
     const int row_step = Layout::kThreads / groups;
-    const bool vectors = V % 4 == 0 && u.whole_pieces() &&
-                         (source.data == nullptr || source.whole_pieces());
+    const bool vectors =
+        V % 4 == 0 && u.whole_pieces() && (source.data == nullptr || source.whole_pieces());
     group.each([&](int thread, Registers& r) {
       const int c = thread % groups * 4;
       A sum[4] = {};
@@ -296,8 +296,7 @@ struct TokenBody {
     double x2, o2;
     solver.sum_block(&x2, &o2);
     const double weight = alpha * job.scale, limit = largest_amplification(job.o.dtype);
-    return o2 > 0.0 &&
-           weight * weight * x2 * u2 > limit * limit * static_cast<double>(job.K) * o2;
+    return o2 > 0.0 && weight * weight * x2 * u2 > limit * limit * static_cast<double>(job.K) * o2;
   }
 
   // U into the second-level cache while x is solved for.
@@ -368,8 +367,7 @@ struct TokenBody {
       group.each([&](int thread, Registers&) {
         if (thread != 0) return;
         const double r = system.f == 0.0 || q2 == 0.0 ? 0.0 : sqrt(r2 / q2);
-        store_element(job.residual, offset_of(job.residual, piece.row, t, head),
-                      static_cast<S>(r));
+        store_element(job.residual, offset_of(job.residual, piece.row, t, head), static_cast<S>(r));
       });
     }
     group.barrier();  // the next token's numbers come into the same memory
@@ -416,8 +414,8 @@ KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob&
   using L = TokenLayout<S, KP>;
   auto& shared = *reinterpret_cast<TokenShared<S, KP>*>(shared_memory);
   char* in_shared = shared_memory + (sizeof(TokenShared<S, KP>) + 31) / 32 * 32;
-  char* in_scratch = static_cast<char*>(job.scratch) +
-                     (piece_index * job.H + head) * job.scratch_bytes;
+  char* in_scratch =
+      static_cast<char*>(job.scratch) + (piece_index * job.H + head) * job.scratch_bytes;
   const Piece piece = piece_of(job, piece_index);
   if (job.left_over != nullptr && piece.always == 0 &&
       job.left_over[piece_index * job.H + head] == 0) {

@@ -56,8 +56,7 @@ int64_t plan_tokens(GkaJob& job, bool float64, bool rows, int64_t max_shared) {
   with_variant(float64, job.K, [&]<class S, int KP>(S, std::integral_constant<int, KP>) {
     job.spill_is_shared = TokenLayout<S, KP>::kSpilled > 0 &&
                           token_shared_bytes<S, KP>(job.direct, true) <= max_shared;
-    job.scratch_bytes =
-        token_scratch_bytes<S, KP>(job.K, job.V, job.direct, job.spill_is_shared);
+    job.scratch_bytes = token_scratch_bytes<S, KP>(job.K, job.V, job.direct, job.spill_is_shared);
     // One piece a sequence and a place for every final state: U needs no other.
     const bool u_has_place = rows && job.u_final.data != nullptr;
     const bool rest = TokenLayout<S, KP>::kSpilled > 0 || job.direct;

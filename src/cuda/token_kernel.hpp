@@ -16,9 +16,9 @@
 
 namespace kalmanet::cuda {
 
-// Who holds what, for K padded to KP: a thread has 2 rows of H, of each KP / 4 columns, in pieces of
-// 4 that the 4 threads of a row take in turn (so that their reads of x, 16 bytes each, meet no bank
-// twice). Element e = (piece * 2 + row) * 4 + column.
+// Who holds what, for K padded to KP: a thread has 2 rows of H, of each KP / 4 columns, in pieces
+// of 4 that the 4 threads of a row take in turn (so that their reads of x, 16 bytes each, meet no
+// bank twice). Element e = (piece * 2 + row) * 4 + column.
 template <class S, int KP>
 struct TokenLayout {
   static constexpr int kThreads = 2 * KP;

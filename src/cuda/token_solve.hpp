@@ -121,8 +121,8 @@ struct TokenSolver : TokenState<Group, S, KP> {
     double* const y = c + at(KP, 0);
     this->for_each([&](Registers& r, int thread, int e, int row, int column) {
       if (column <= row && row < K) {
-        c[at(row, column)] = static_cast<double>(this->get(r, thread, e)) +
-                             (row == column ? system.lambda : 0.0);
+        c[at(row, column)] =
+            static_cast<double>(this->get(r, thread, e)) + (row == column ? system.lambda : 0.0);
       }
     });
     group.each([&](int thread, Registers&) {
@@ -168,7 +168,7 @@ struct TokenSolver : TokenState<Group, S, KP> {
     });
     group.barrier();
     this->template multiply<double>(this->shared.x64[0],
-                                    [](Registers& r) -> double(&)[2] { return r.product64; });
+                                    [](Registers& r) -> double (&)[2] { return r.product64; });
     group.each([&](int thread, Registers& r) {
       r.sum = r.sum2 = 0.0;
       if (thread % 4 != 0) return;

@@ -37,8 +37,7 @@ struct Emulation {
 template <class S, int KP>
 void emulate_tokens(GkaJob job, const Emulation& how) {
   job.spill_is_shared = how.spill_is_shared && TokenLayout<S, KP>::kSpilled > 0;
-  job.scratch_bytes =
-      token_scratch_bytes<S, KP>(job.K, job.V, job.direct, job.spill_is_shared);
+  job.scratch_bytes = token_scratch_bytes<S, KP>(job.K, job.V, job.direct, job.spill_is_shared);
   Poisoned scratch(job.scratch_bytes * job.num_pieces * job.H);
   job.scratch = scratch.data();
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
@@ -89,7 +88,7 @@ inline void emulate_chunk_blocks(const GkaJob& job, bool outputs, const Emulatio
 // The matrix-unit kernels, and the token kernel for what they leave over.
 // (returns how much that is, of all pieces and heads).
 inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs,
-                           const Emulation& how) {
+                             const Emulation& how) {
   const std::vector<Piece> pieces = chunk_pieces_of(problem);
   GkaJob job = job_of(problem, outputs);
   job.pieces = pieces.data();

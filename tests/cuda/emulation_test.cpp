@@ -1,12 +1,13 @@
-// The bodies of the CUDA kernels, run by the CPU with the GPU's index arithmetic, against the float64
-// oracle; and in the other order of a block's threads, bit for bit, which a missing barrier would
-// change.
+// The bodies of the CUDA kernels, run by the CPU with the GPU's index arithmetic, against the
+// float64 oracle; and in the other order of a block's threads, bit for bit, which a missing barrier
+// would change.
+#include "cuda/emulation.hpp"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "cuda/emulation.hpp"
 #include "cuda/gka_cases.hpp"
 #include "support/expect.hpp"
 
@@ -37,9 +38,14 @@ void check(const CaseSpec& spec, const GkaOptions& options, bool whole = false) 
 TEST(CudaEmulation, MatchesTheOracleOverShapes) {
   int turn = 0;
   for (Solver solver : {Solver::chebyshev, Solver::direct}) {
-    for (const auto& [T, K, V] : std::vector<std::array<int64_t, 3>>{
-             {1, 1, 1}, {2, 5, 3}, {17, 64, 64}, {9, 60, 33}, {5, 128, 128}, {4, 100, 20},
-             {3, 256, 200}, {3, 131, 256}}) {
+    for (const auto& [T, K, V] : std::vector<std::array<int64_t, 3>>{{1, 1, 1},
+                                                                     {2, 5, 3},
+                                                                     {17, 64, 64},
+                                                                     {9, 60, 33},
+                                                                     {5, 128, 128},
+                                                                     {4, 100, 20},
+                                                                     {3, 256, 200},
+                                                                     {3, 131, 256}}) {
       GkaOptions options;
       options.solver = solver;
       CaseSpec spec = small_case(turn++);

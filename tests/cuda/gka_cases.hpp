@@ -47,8 +47,8 @@ void expect_oracle(const Case<T, G>& c, GkaOptions options, const Where& where) 
   const double computed = float64 ? 1e-9 : (options.solver == Solver::direct ? 2e-5 : 1e-5);
   const double state =
       (float64 ? 0x1p-53 : 0x1p-24) * (16 + std::sqrt(static_cast<double>(c.spec.T)));
-  EXPECT_TRUE(within(where, "o", c.o.view(), d.o.view(),
-                     computed + (kIsHalf<T> ? 2 * kRoundoff<T> : 0)));
+  EXPECT_TRUE(
+      within(where, "o", c.o.view(), d.o.view(), computed + (kIsHalf<T> ? 2 * kRoundoff<T> : 0)));
   EXPECT_TRUE(within(where, "x", c.x.view(), d.x.view(),
                      5 * computed + (kIsHalf<G> ? 2 * kRoundoff<G> : 0)));
   EXPECT_TRUE(within(where, "h_final", c.h_final.view(), d.h_final.view(), state));

@@ -39,8 +39,7 @@ template <class T, class G = T>
 void check(const CaseSpec& spec, const GkaOptions& options, bool step = false) {
   Case<T, G> c(spec), again(spec);
   const Where where{step ? "gka_step" : "gka_forward", "cuda",
-                    describe(spec) + ", " + name(options.solver) + ", " +
-                        name(DTypeOf<T>::value)};
+                    describe(spec) + ", " + name(options.solver) + ", " + name(DTypeOf<T>::value)};
   EXPECT_EQ(run(c, options, step).backend, Backend::cuda);
   run(again, options, step);
   for_each_output(c, again, [&](const char* tensor, ConstView a, ConstView b) {
