@@ -25,7 +25,7 @@ foreach(_kind shared static)
   target_link_libraries(kalmanet_${_kind} PRIVATE Threads::Threads $<BUILD_INTERFACE:kalmanet_options>)
   if(KALMANET_WITH_CUDA)
     add_dependencies(kalmanet_${_kind} kalmanet_cuda)
-    # the static runtime, which itself looks for the driver at run time
+    # The static runtime, which itself looks for the driver at run time
     target_link_libraries(kalmanet_${_kind} PRIVATE ${KALMANET_CUDART} dl rt)
   endif()
   # (The target `kalmanet` is the command, in apps/.)
