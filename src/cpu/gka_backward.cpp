@@ -170,11 +170,13 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
   problem.executor->run(tasks, [&](int64_t task) {
     const auto& sequence = *units[static_cast<size_t>(task * group)].sequence;
+    // First what the solves leased too: so it is the same memory. All heads of a task are one
+    // sequence's.
+    ScratchLease<S> lease(lease_floats(b, segments[static_cast<size_t>(task * group)]));
     const SharedGradients shared(problem, b.grads, sequence);
     for (int64_t u = task * group; u < (task + 1) * group; ++u) {
       const auto i = static_cast<size_t>(u);
       const Segments& s = segments[i];
-      ScratchLease<S> lease(lease_floats(b, s));
       const StateBuffers<S> carry = state_at(lease.data(), b.K());
       b.load_carry(units[i], carry);
       const auto first = static_cast<size_t>(first_state[i] / b.floats());

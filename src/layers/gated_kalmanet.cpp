@@ -112,19 +112,24 @@ void validate(const GatedKalmaNetOptions& o) {
   }
 }
 
-// A module with one parameter, so that it is named "<module>.weight" in the checkpoint.
+// A module with one parameter, or with a bias [sizes[0]] two, so that they are named
+// "<module>.weight" and "<module>.bias" in the checkpoint. Unlike torch::nn::Linear it draws no
+// random number when it is made.
 class WeightImpl : public torch::nn::Module {
  public:
-  explicit WeightImpl(at::IntArrayRef sizes) {
+  explicit WeightImpl(at::IntArrayRef sizes, bool with_bias = false) {
     weight = register_parameter("weight", at::empty(sizes));
+    if (with_bias) bias = register_parameter("bias", at::empty(sizes[0]));
   }
-  Tensor weight;
+  Tensor weight, bias;
 };
 
 // rows [R,in] -> [R,out]. On rows rather than [B,T,in]: fewer operators run for the same product.
+Tensor linear(const Tensor& weight, const Tensor& bias, const Tensor& rows) {
+  return bias.defined() ? at::addmm(bias, rows, weight.t()) : at::mm(rows, weight.t());
+}
 Tensor linear(const torch::nn::LinearImpl& layer, const Tensor& rows) {
-  return layer.bias.defined() ? at::addmm(layer.bias, rows, layer.weight.t())
-                              : at::mm(rows, layer.weight.t());
+  return linear(layer.weight, layer.bias, rows);
 }
 
 // The number of tokens of the longest sequence; 0 where cu_seqlens is not valid (the operators
@@ -189,7 +194,12 @@ GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : opti
   if (o.use_v_conv) v_conv_ = weight("v_conv1d", {o.v_heads() * V, 1, o.conv_size});
   if (o.use_beta_gate) b_proj_ = project("b_proj", H, true);
   if (o.use_alpha_connection && !o.fixed_alpha) alpha_proj_ = project("alpha_proj", H, true);
-  if (o.learned_ridge) ridge_proj_ = project("ridge_proj", H, true);
+  if (o.learned_ridge) {
+    const auto ridge =
+        register_module("ridge_proj", std::make_shared<WeightImpl>(at::IntArrayRef{H, D}, true));
+    ridge_weight_ = ridge->weight;
+    ridge_bias_ = ridge->bias;
+  }
   if (o.use_forgetting_gate) {
     a_proj_ = project("a_proj", H, false);
     A_log_ = register_parameter("A_log", at::empty({H}));
@@ -204,8 +214,8 @@ GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : opti
 
 void GatedKalmaNetImpl::reset_parameters() {
   const at::NoGradGuard no_grad;
-  for (auto* layer : {&q_proj_, &k_proj_, &v_proj_, &a_proj_, &b_proj_, &alpha_proj_, &ridge_proj_,
-                      &g_proj_, &o_proj_}) {
+  for (auto* layer :
+       {&q_proj_, &k_proj_, &v_proj_, &a_proj_, &b_proj_, &alpha_proj_, &g_proj_, &o_proj_}) {
     if (*layer) (*layer)->reset_parameters();
   }
   // A depthwise filter of W taps has fan in W.
@@ -214,7 +224,12 @@ void GatedKalmaNetImpl::reset_parameters() {
     if (weight->defined()) weight->uniform_(-bound, bound);
   }
   o_norm_.fill_(1);
-  if (ridge_proj_) ridge_proj_->bias.fill_(std::log(kInitialLearnedRidge));
+  // A constant to begin with, and no draw taken from the generator: at the same seed a layer with a
+  // learned ridge starts as the one with a fixed ridge does, and the input decides once it helps.
+  if (options_.learned_ridge) {
+    ridge_weight_.zero_();
+    ridge_bias_.fill_(std::log(kInitialLearnedRidge));
+  }
   if (A_log_.defined()) {
     // A of exactly 0 would be a logarithm of minus infinity.
     A_log_.uniform_(0, 16).clamp_min_(1e-6).log_();
@@ -284,6 +299,10 @@ Tensor GatedKalmaNetImpl::fused_step(const Tensor& rows, int64_t B, int64_t T, G
   const auto logit = [&](const torch::nn::Linear& layer) {
     return layer ? OptionalTensor(heads(layer, {B, T, H})) : std::nullopt;
   };
+  OptionalTensor ridge;
+  if (o.learned_ridge) {
+    ridge = linear(ridge_weight_, ridge_bias_, rows).to(q.scalar_type()).view({B, T, H});
+  }
   // Weights are taken as they are: the operator reads 16 bits, or float32 beside them.
   LayerStepParts parts;
   parts.conv_q_weight = q_conv_;
@@ -307,10 +326,10 @@ Tensor GatedKalmaNetImpl::fused_step(const Tensor& rows, int64_t B, int64_t T, G
   parts.min_ridge = kMinLearnedRidge;
   parts.max_ridge = kMaxLearnedRidge;
   parts.norm_eps = o.norm_eps;
-  return layer_step(
-      q, heads(k_proj_, {B, T, o.k_heads(), K}), heads(v_proj_, {B, T, o.v_heads(), V}),
-      o.use_gate ? OptionalTensor(heads(g_proj_, {B, T, H, V})) : std::nullopt, logit(b_proj_),
-      logit(alpha_proj_), logit(a_proj_), logit(ridge_proj_), parts, op);
+  return layer_step(q, heads(k_proj_, {B, T, o.k_heads(), K}),
+                    heads(v_proj_, {B, T, o.v_heads(), V}),
+                    o.use_gate ? OptionalTensor(heads(g_proj_, {B, T, H, V})) : std::nullopt,
+                    logit(b_proj_), logit(alpha_proj_), logit(a_proj_), ridge, parts, op);
 }
 
 Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seqlens,
@@ -394,8 +413,9 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     if (o.use_forgetting_gate_kk) gk = g;
   }
   if (o.learned_ridge) {
-    ridge = per_head(at::exp(
-        at::clamp(project(ridge_proj_), std::log(kMinLearnedRidge), std::log(kMaxLearnedRidge))));
+    const Tensor log_ridge = linear(ridge_weight_, ridge_bias_, rows).to(type);
+    ridge = per_head(
+        at::exp(at::clamp(log_ridge, std::log(kMinLearnedRidge), std::log(kMaxLearnedRidge))));
   }
 
   Tensor out;
@@ -416,7 +436,7 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   if (o.use_gate) gate = project(g_proj_).view({B, T, H, V});
   out = gated_rms_norm(out, gate, o_norm_.to(type), o.norm_eps);
   out = out.view({B * T, H * V}).to(weight_type);
-  return linear(*o_proj_, out).view({B, T, o.hidden_size});
+  return linear(o_proj_->weight, o_proj_->bias, out).view({B, T, o.hidden_size});
 }
 
 }  // namespace kalmanet::layers

@@ -92,7 +92,8 @@ class GatedKalmaNetImpl : public torch::nn::Module {
   GkaLayerState empty_state(int64_t num_sequences) const;
 
   // Draws every parameter anew (linear layers uniform in +-1/sqrt(fan in); A ~ U(0,16); dt
-  // log-uniform in [0.001, 0.1]; ridge_proj.bias ln 0.01).
+  // log-uniform in [0.001, 0.1]), except ridge_proj: weight 0 and bias ln 0.01, so that every token
+  // starts at the ridge ratio 0.01 and the other parameters are those of a fixed ridge's layer.
   void reset_parameters();
 
   // Names, within this module, of the parameters that take no weight decay: A_log, dt_bias,
@@ -110,7 +111,8 @@ class GatedKalmaNetImpl : public torch::nn::Module {
   GatedKalmaNetOptions options_;
   torch::nn::Linear q_proj_{nullptr}, k_proj_{nullptr}, v_proj_{nullptr}, g_proj_{nullptr},
       o_proj_{nullptr};
-  torch::nn::Linear a_proj_{nullptr}, b_proj_{nullptr}, alpha_proj_{nullptr}, ridge_proj_{nullptr};
+  torch::nn::Linear a_proj_{nullptr}, b_proj_{nullptr}, alpha_proj_{nullptr};
+  at::Tensor ridge_weight_, ridge_bias_;  // ridge_proj's; undefined without learned_ridge
   at::Tensor A_log_, dt_bias_;
   at::Tensor q_conv_, k_conv_, v_conv_;  // the `.weight`s of q_conv1d, k_conv1d, v_conv1d
   at::Tensor o_norm_;

@@ -180,12 +180,13 @@ void HybridLanguageModelImpl::initialise_weights() {
   for (const auto& item : named_parameters()) {
     const std::string& name = item.key();
     Tensor parameter = item.value();
+    if (name.find("ridge_proj.") != std::string::npos) continue;  // a constant, by its layer
     if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) {
       parameter.normal_(0, residual_std);
     } else if (name.ends_with("_proj.weight") || name == "lm_head.weight" ||
                name == "model.embed_tokens.weight") {
       parameter.normal_(0, std);
-    } else if (name.ends_with("_proj.bias") && !name.ends_with("ridge_proj.bias")) {
+    } else if (name.ends_with("_proj.bias")) {
       parameter.zero_();
     }
   }

@@ -65,7 +65,7 @@ class HybridLanguageModelImpl : public torch::nn::Module {
   // New weights (all drawn from torch's default generator, so torch::manual_seed decides them):
   // linear and embedding weights normal(0, initializer_range); those that write into the residual
   // stream (o_proj, down_proj) divided by sqrt(2 * num_hidden_layers), as in GPT-2; biases 0, norms
-  // 1; the GKA layer's convolutions, A_log, dt_bias and ridge bias as that layer makes them.
+  // 1; the GKA layer's convolutions, A_log, dt_bias and ridge_proj as that layer makes them.
   // Throws Error if the config is not valid.
   explicit HybridLanguageModelImpl(const ModelConfig& config);
 

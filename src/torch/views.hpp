@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -50,6 +51,7 @@ Backend backend_of(const std::string& text);        // "auto", "cpu", "reference
 
 }  // namespace kalmanet::torch_ops
 
+// (TORCH_ERROR_CODE_CHECK, not its STABLE_ twin: that came with 2.13.)
 template <>
 struct torch::stable::detail::ToImpl<kalmanet::torch_ops::Text> {
   static kalmanet::torch_ops::Text call(StableIValue value, uint64_t /*extension_build_version*/,
@@ -57,10 +59,10 @@ struct torch::stable::detail::ToImpl<kalmanet::torch_ops::Text> {
     const auto handle = torch::stable::detail::to<StringHandle>(value);  // ours to delete
     size_t length = 0;
     const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
     kalmanet::torch_ops::Text text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
     return text;
   }
 };

@@ -206,7 +206,8 @@ TEST(GatedKalmaNet, InitialisationAndDecayGroups) {
   GatedKalmaNetOptions o = small_options();
   o.num_heads = 64;
   o.learned_ridge = true;
-  GatedKalmaNet layer = make_layer(o);
+  torch::manual_seed(kSeed);
+  GatedKalmaNet layer(o);
   auto p = layer->named_parameters();
   const Tensor A = p["A_log"].exp(), dt = at::softplus(p["dt_bias"]);
   EXPECT_GT(A.min().item<double>(), 0);
@@ -216,7 +217,15 @@ TEST(GatedKalmaNet, InitialisationAndDecayGroups) {
   EXPECT_LE(dt.max().item<double>(), 1.01e-1);
   EXPECT_NEAR(dt.log().mean().item<double>(), std::log(0.01), 0.7);
   EXPECT_NEAR(p["ridge_proj.bias"].mean().item<double>(), std::log(0.01), 1e-6);
+  EXPECT_EQ(p["ridge_proj.weight"].abs().max().item<double>(), 0);
   EXPECT_LE(p["q_conv1d.weight"].abs().max().item<double>(), 0.5);
+  // A learned ridge takes no draw: everything else is what the same seed gives a fixed ridge.
+  o.learned_ridge = false;
+  torch::manual_seed(kSeed);
+  GatedKalmaNet fixed(o);
+  for (const auto& item : fixed->named_parameters()) {
+    EXPECT_TRUE(item.value().equal(p[item.key()])) << item.key();
+  }
   EXPECT_THAT(layer->no_weight_decay(),
               testing::UnorderedElementsAre("A_log", "dt_bias", "o_norm.weight", "b_proj.bias",
                                             "alpha_proj.bias", "ridge_proj.bias"));

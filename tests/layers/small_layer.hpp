@@ -24,15 +24,17 @@ inline GatedKalmaNetOptions small_options() {
   return o;
 }
 
-// Makes the layer from a fixed seed; its norm weight is moved off 1 so that it matters. One thread:
-// on tensors this small a second one only waits.
+// Makes the layer from a fixed seed; its norm weight is moved off 1, and a learned ridge's weight
+// off 0, so that they matter. One thread: on tensors this small a second one only waits.
 inline GatedKalmaNet make_layer(const GatedKalmaNetOptions& options,
                                 at::ScalarType type = at::kFloat) {
   at::set_num_threads(1);
   torch::manual_seed(kSeed);
   GatedKalmaNet layer(options);
   const at::NoGradGuard no_grad;
-  layer->named_parameters()["o_norm.weight"].uniform_(0.5, 1.5);
+  auto parameters = layer->named_parameters();
+  parameters["o_norm.weight"].uniform_(0.5, 1.5);
+  if (options.learned_ridge) parameters["ridge_proj.weight"].uniform_(-0.3, 0.3);
   layer->to(type);
   return layer;
 }

@@ -170,11 +170,19 @@ TEST(Model, InitialWeights) {
   const double residual = 0.02 / std::sqrt(8.0);
   EXPECT_NEAR(spread("model.layers.0.gka.o_proj.weight"), residual, 0.001);
   EXPECT_NEAR(spread("model.layers.1.mlp.down_proj.weight"), residual, 0.001);
-  // From the same seed the same weights.
-  torch::manual_seed(3);
-  HybridLanguageModel again(config);
-  for (const auto& item : model->named_parameters()) {
-    EXPECT_TRUE(at::equal(item.value(), again->named_parameters()[item.key()])) << item.key();
+  // From the same seed the same weights, with a learned ridge too: that starts as a constant.
+  for (const bool learned : {false, true}) {
+    config.gka.learned_ridge = learned;
+    torch::manual_seed(3);
+    HybridLanguageModel again(config);
+    const auto weights = again->named_parameters();
+    for (const auto& item : model->named_parameters()) {
+      EXPECT_TRUE(at::equal(item.value(), weights[item.key()])) << item.key() << ", " << learned;
+    }
+    if (!learned) continue;
+    EXPECT_EQ(weights["model.layers.0.gka.ridge_proj.weight"].abs().max().item<double>(), 0);
+    EXPECT_NEAR(weights["model.layers.2.gka.ridge_proj.bias"].min().item<double>(), std::log(0.01),
+                1e-6);
   }
 }
 

@@ -57,16 +57,23 @@ TEST(Recall, TheVariantsDifferInTheMemoryAlone) {
   RecallModel gka(options, "gka");
   torch::manual_seed(1);
   RecallModel linear(options, "linear");
-  const auto a = gka->named_parameters(), b = linear->named_parameters();
+  torch::manual_seed(1);
+  RecallModel learned(options, "learned");
+  const auto a = gka->named_parameters(), b = linear->named_parameters(),
+             c = learned->named_parameters();
   ASSERT_EQ(a.size(), b.size());
+  ASSERT_EQ(a.size() + 4, c.size());  // ridge_proj's weight and bias, in two layers
   for (const auto& item : a) {
     ASSERT_TRUE(item.value().equal(b[item.key()])) << item.key();
+    ASSERT_TRUE(item.value().equal(c[item.key()])) << item.key();
   }
   const torch::NoGradGuard no_grad;
   const at::Tensor x = gka->forward(batch.tokens, batch.asked),
                    y = linear->forward(batch.tokens, batch.asked);
   ASSERT_EQ(x.sizes(), (std::vector<int64_t>{2, 32, 1024}));
   EXPECT_GT((x - y).abs().max().item<double>(), 1e-4);
+  const at::Tensor z = learned->forward(batch.tokens, batch.asked);  // ridge 0.01, not 0.02
+  EXPECT_GT((x - z).abs().max().item<double>(), 1e-4);
   EXPECT_THROW(RecallModel(options, "softmax"), Error);
 }
 
@@ -80,20 +87,22 @@ TEST(Recall, BadOptionsAreNamed) {
 }
 
 TEST(Recall, LearnsASmallTask) {
-  RecallOptions options;
-  options.vocab_size = 32;
-  options.pairs = 6;
-  options.steps = 250;
-  options.lr = 1e-2;
-  options.eval_every = 50;
-  options.final_batches = 8;
-  int64_t calls = 0;
-  const RecallRun run = run_recall(options, "gka", [&](int64_t, double) { ++calls; });
-  EXPECT_EQ(calls, options.steps);
-  ASSERT_EQ(run.curve.size(), 5u);
-  EXPECT_LT(run.curve.back().loss, run.curve.front().loss);
-  // Chance is 1/16; a model that only knows which values were shown reaches 1/6.
-  EXPECT_GT(run.accuracy, 0.95) << "after " << options.steps << " steps, seed " << options.seed;
+  for (const std::string variant : {"gka", "learned"}) {
+    RecallOptions options;
+    options.vocab_size = 32;
+    options.pairs = 6;
+    options.steps = 250;
+    options.eval_every = 50;
+    options.final_batches = 8;
+    int64_t calls = 0;
+    const RecallRun run = run_recall(options, variant, [&](int64_t, double) { ++calls; });
+    EXPECT_EQ(calls, options.steps);
+    ASSERT_EQ(run.curve.size(), 5u);
+    EXPECT_LT(run.curve.back().loss, run.curve.front().loss);
+    // Chance is 1/16; a model that only knows which values were shown reaches 1/6.
+    EXPECT_GT(run.accuracy, 0.95) << variant << " after " << options.steps << " steps, seed "
+                                  << options.seed;
+  }
 }
 
 }  // namespace
