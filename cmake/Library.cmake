@@ -5,7 +5,15 @@ include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
 set(_rooms core reference cpu api)
+if(KALMANET_WITH_CUDA)
+  list(APPEND _rooms cuda)
+endif()
 list(TRANSFORM _rooms REPLACE "(.+)" "$<TARGET_OBJECTS:kalmanet_\\1>" OUTPUT_VARIABLE _objects)
+if(KALMANET_WITH_CUDA)  # the ones that nvcc made are files to CMake
+  get_property(_cuda_objects GLOBAL PROPERTY KALMANET_CUDA_OBJECTS)
+  set_source_files_properties(${_cuda_objects} PROPERTIES EXTERNAL_OBJECT TRUE GENERATED TRUE)
+  list(APPEND _objects ${_cuda_objects})
+endif()
 set(_exports ${PROJECT_SOURCE_DIR}/src/api/exports.map)
 
 foreach(_kind shared static)
@@ -15,6 +23,11 @@ foreach(_kind shared static)
     $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
     $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
   target_link_libraries(kalmanet_${_kind} PRIVATE Threads::Threads $<BUILD_INTERFACE:kalmanet_options>)
+  if(KALMANET_WITH_CUDA)
+    add_dependencies(kalmanet_${_kind} kalmanet_cuda)
+    # The static runtime, which itself looks for the driver at run time
+    target_link_libraries(kalmanet_${_kind} PRIVATE ${KALMANET_CUDART} dl rt)
+  endif()
   # (The target `kalmanet` is the command, in apps/.)
   set_target_properties(kalmanet_${_kind} PROPERTIES OUTPUT_NAME kalmanet LINKER_LANGUAGE CXX)
 endforeach()
@@ -47,6 +60,10 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/kalmanet-config-version.c
 install(FILES ${PROJECT_BINARY_DIR}/kalmanet-config.cmake
   ${PROJECT_BINARY_DIR}/kalmanet-config-version.cmake DESTINATION ${_package})
 
+set(KALMANET_PC_CUDA "")
+if(KALMANET_WITH_CUDA)
+  set(KALMANET_PC_CUDA "${KALMANET_CUDART} -ldl -lrt ")
+endif()
 # The way from kalmanet.pc to the prefix, so that an installed tree can be moved.
 file(RELATIVE_PATH _to_prefix /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 string(REGEX REPLACE "/$" "" KALMANET_PC_PREFIX "\${pcfiledir}/${_to_prefix}")

@@ -9,8 +9,9 @@
 namespace kalmanet {
 
 // `automatic` takes the fastest backend that computes the problem and never `reference`, which is
-// the float64 oracle (slow; always selectable by name).
-enum class Backend { automatic, cpu, reference };
+// the float64 oracle (slow; always selectable by name), nor `cuda`, whose tensors lie in the
+// memory of a GPU: only the caller knows that they do.
+enum class Backend { automatic, cpu, reference, cuda };
 KALMANET_API const char* name(Backend backend) noexcept;
 
 // What the CPU backend's kernels are compiled for; `baseline` runs on every processor.

@@ -96,6 +96,9 @@ struct GkaOptions {
   int64_t chunk_size = 0;  // 0: the backend's choice; else 1..256. Never changes the meaning
   Backend backend = Backend::automatic;
   Executor* executor = nullptr;  // null: default_executor()
+  // Backend::cuda: a cudaStream_t of the device that holds the tensors (null: the default stream).
+  // The work is put on it and the call returns; the caller synchronises.
+  void* stream = nullptr;
 };
 
 // Gradients of the loss with respect to the outputs. d_o is required.

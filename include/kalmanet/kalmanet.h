@@ -101,7 +101,8 @@ enum { /* kalmanet_gka_options.backend */
        KALMANET_BACKEND_AUTOMATIC =
            0, /* the fastest that computes the problem; never the reference */
        KALMANET_BACKEND_CPU = 1,
-       KALMANET_BACKEND_REFERENCE = 2 /* the float64 oracle: slow */
+       KALMANET_BACKEND_REFERENCE = 2, /* the float64 oracle: slow */
+       KALMANET_BACKEND_CUDA = 3       /* an NVIDIA GPU, whose memory the tensors are in */
 };
 KALMANET_API const char* kalmanet_backend_name(int32_t backend); /* "cpu", ... */
 

@@ -27,7 +27,8 @@ static_assert(same(KALMANET_ARITHMETIC_STANDARD, Arithmetic::standard) &&
               same(KALMANET_ARITHMETIC_BFLOAT16, Arithmetic::bfloat16));
 static_assert(same(KALMANET_BACKEND_AUTOMATIC, Backend::automatic) &&
               same(KALMANET_BACKEND_CPU, Backend::cpu) &&
-              same(KALMANET_BACKEND_REFERENCE, Backend::reference));
+              same(KALMANET_BACKEND_REFERENCE, Backend::reference) &&
+              same(KALMANET_BACKEND_CUDA, Backend::cuda));
 static_assert(same(KALMANET_ISA_BASELINE, InstructionSet::baseline) &&
               same(KALMANET_ISA_AVX2, InstructionSet::avx2) &&
               same(KALMANET_ISA_AVX512, InstructionSet::avx512));

@@ -49,6 +49,8 @@ const char* name(Backend backend) noexcept {
       return "cpu";
     case Backend::reference:
       return "reference";
+    case Backend::cuda:
+      return "cuda";
   }
   return "unknown backend";
 }

@@ -34,7 +34,8 @@ bool known(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::standard || arithmetic == Arithmetic::bfloat16;
 }
 bool known(Backend backend) {
-  return backend == Backend::automatic || backend == Backend::cpu || backend == Backend::reference;
+  return backend == Backend::automatic || backend == Backend::cpu ||
+         backend == Backend::reference || backend == Backend::cuda;
 }
 
 void check_options(const GkaOptions& options) {
@@ -79,7 +80,7 @@ void check_options(const GkaOptions& options) {
   }
   if (!known(options.backend)) {
     bad("backend", text("unknown value ", static_cast<int>(options.backend),
-                        "; must be automatic, cpu or reference"));
+                        "; must be automatic, cpu, reference or cuda"));
   }
 }
 
@@ -109,6 +110,8 @@ double element(const ConstView& view, int64_t b, int64_t t, int64_t h) {
 double smallest_ridge_ratio(const GkaProblem& p) {
   const ConstView& a = p.inputs.ridge_ratio;
   if (!a.defined()) return p.options.ridge_ratio;
+  // Memory of a GPU is not looked at from here: its kernels answer NaN where a_t is not positive.
+  if (p.options.backend == Backend::cuda) return INFINITY;
   double smallest = INFINITY;
   for (int64_t b = 0; b < p.B; ++b) {
     for (int64_t t = 0; t < p.T; ++t) {

@@ -116,6 +116,26 @@ TEST(ChoiceOfBackend, EverySolverRunsOnBoth) {
   }
 }
 
+// A build or a machine without CUDA refuses it by name and says why; it is never chosen by itself.
+TEST(ChoiceOfBackend, CudaByNameOnlyAndNeverInSilence) {
+  const BackendInfo cuda = backends().back();
+  ASSERT_EQ(cuda.backend, Backend::cuda);
+  if (cuda.available) GTEST_SKIP() << "there is a GPU here: " << cuda.detail;
+  Case<float> c(small());
+  GkaOptions options;
+  options.backend = Backend::cuda;
+  for (Operation operation : kOperations) {
+    try {
+      run(operation, c, options);
+      ADD_FAILURE() << "computed without a GPU";
+    } catch (const Error& e) {
+      EXPECT_EQ(static_cast<int>(e.code()), static_cast<int>(ErrorCode::unsupported)) << e.what();
+      EXPECT_EQ(e.argument(), "backend");
+    }
+    expect_nothing_written(c);
+  }
+}
+
 // Every dtype is computed by both, and they agree.
 TEST(ChoiceOfBackend, EveryDtypeIsComputedByBoth) {
   testing::for_each_dtype([]<class T>(T) {
@@ -142,11 +162,13 @@ TEST(ChoiceOfBackend, EveryDtypeIsComputedByBoth) {
 
 TEST(Backends, AreListedWithTheInstructionSetInUse) {
   const std::vector<BackendInfo> list = backends();
-  ASSERT_EQ(list.size(), 2u);
+  ASSERT_EQ(list.size(), 3u);
   EXPECT_EQ(list[0].backend, Backend::cpu);
   EXPECT_TRUE(list[0].available);
   EXPECT_EQ(list[1].backend, Backend::reference);
   EXPECT_TRUE(list[1].available);
+  EXPECT_EQ(list[2].backend, Backend::cuda);  // available or not, and then why not
+  EXPECT_FALSE(list[2].detail.empty());
   for (InstructionSet isa : available_instruction_sets()) {
     set_instruction_set(isa);
     EXPECT_EQ(instruction_set(), isa);

@@ -115,6 +115,10 @@ class Tensor {
   }
 
   bool defined() const { return !memory_.empty(); }
+  // All memory, gaps included, and where in it element 0 lies: for copies elsewhere.
+  std::vector<T>& memory() { return memory_; }
+  const std::vector<T>& memory() const { return memory_; }
+  int64_t origin() const { return origin_; }
   // Absent if it was never given a shape.
   View view() {
     View v = view_;

@@ -1,0 +1,283 @@
+// The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a
+// median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
+// case.
+//
+//   gka_cuda [step] [forward]        (default: both)
+//
+// Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
+// about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
+// finite and, at a short length, equal to the float64 oracle's.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kalmanet/kalmanet.hpp"
+
+namespace {
+
+using namespace kalmanet;
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+uint16_t to_bfloat16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+double from_bfloat16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Memory of the GPU, and what it was filled with.
+struct Device {
+  void* data = nullptr;
+  explicit Device(size_t bytes) { check(cudaMalloc(&data, bytes), "cudaMalloc"); }
+  template <class T>
+  explicit Device(const std::vector<T>& from) : Device(from.size() * sizeof(T)) {
+    check(cudaMemcpy(data, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
+  }
+  ~Device() { cudaFree(data); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+};
+
+struct Problem {
+  int64_t B, T, H, K;
+  std::vector<uint16_t> q, k, v;
+  std::vector<float> g;
+
+  Problem(int64_t b, int64_t t, int64_t h, int64_t dim) : B(b), T(t), H(h), K(dim) {
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<float> uniform;
+    const auto vectors = [&](std::vector<uint16_t>& to, bool unit) {
+      std::vector<float> y(static_cast<size_t>(K));
+      for (int64_t i = 0; i < B * T * H; ++i) {
+        float sum = 0;
+        for (float& e : y) e = normal(random), sum += e * e;
+        for (float e : y) to.push_back(to_bfloat16(unit ? e / std::sqrt(sum) : e));
+      }
+    };
+    vectors(q, true), vectors(k, true), vectors(v, false);
+    for (int64_t i = 0; i < B * T * H; ++i) g.push_back(-std::exp(uniform(random) * 4 - 6));
+  }
+};
+
+double median_ms(const std::function<void()>& run, cudaStream_t stream, int times) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "event"), check(cudaEventCreate(&end), "event");
+  for (int i = 0; i < 3; ++i) run();
+  std::vector<float> all;
+  for (int i = 0; i < times; ++i) {
+    check(cudaEventRecord(begin, stream), "record");
+    run();
+    check(cudaEventRecord(end, stream), "record");
+    check(cudaEventSynchronize(end), "a kernel");
+    float ms;
+    check(cudaEventElapsedTime(&ms, begin, end), "elapsed");
+    all.push_back(ms);
+  }
+  std::nth_element(all.begin(), all.begin() + times / 2, all.end());
+  return all[static_cast<size_t>(times / 2)];
+}
+
+// Twin problems on the two sides: the oracle's answer in float64 for the first `tokens` tokens.
+double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool step) {
+  Problem small(1, tokens, 2, p.K);
+  const int64_t n = tokens * 2 * p.K;
+  std::vector<double> q, k, v, g, o(static_cast<size_t>(n));
+  for (uint16_t e : small.q) q.push_back(from_bfloat16(e));
+  for (uint16_t e : small.k) k.push_back(from_bfloat16(e));
+  for (uint16_t e : small.v) v.push_back(from_bfloat16(e));
+  for (float e : small.g) g.push_back(e);
+  GkaInputs in;
+  const auto dims = [&](auto* data) { return dense(data, {1, tokens, 2, p.K}); };
+  const double *cq = q.data(), *ck = k.data(), *cv = v.data(), *cg = g.data();
+  in.q = dims(cq), in.k = dims(ck), in.v = dims(cv);
+  in.g = in.gk = dense(cg, {1, tokens, 2});
+  GkaOutputs out;
+  out.o = dims(o.data());
+  GkaOptions options = with;
+  options.backend = Backend::reference;
+  options.arithmetic = Arithmetic::standard;
+  gka_forward(in, out, options);
+
+  Device dq(small.q), dk(small.k), dv(small.v), dg(small.g), dout(static_cast<size_t>(n) * 2);
+  const auto on_gpu = [&](const Device& d) {
+    return dense(static_cast<const void*>(d.data), DType::bfloat16, {1, tokens, 2, p.K});
+  };
+  in.q = on_gpu(dq), in.k = on_gpu(dk), in.v = on_gpu(dv);
+  in.g = in.gk = dense(static_cast<const float*>(dg.data), {1, tokens, 2});
+  out.o = dense(dout.data, DType::bfloat16, {1, tokens, 2, p.K});
+  if (step) {
+    gka_step(in, out, with);
+  } else {
+    gka_forward(in, out, with);
+  }
+  std::vector<uint16_t> got(static_cast<size_t>(n));
+  check(cudaMemcpy(got.data(), dout.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double e = from_bfloat16(got[i]) - o[i];
+    difference += e * e, norm += o[i] * o[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+double copy_rate() {
+  const size_t bytes = size_t{1} << 31;
+  Device a(bytes), b(bytes);
+  const double ms = median_ms(
+      [&] { check(cudaMemcpyAsync(b.data, a.data, bytes, cudaMemcpyDeviceToDevice), "copy"); },
+      nullptr, 9);
+  return 2.0 * static_cast<double>(bytes) / ms * 1e-9;
+}
+
+void report(const char* what, const Problem& p, const GkaOptions& options, double ms, double error,
+            const std::string& more) {
+  std::printf(
+      "{\"op\": \"%s\", \"solver\": \"%s\", \"arithmetic\": \"%s\", \"B\": %ld, \"T\": %ld, "
+      "\"H\": %ld, \"K\": %ld, \"ms\": %.4f, \"error\": %.2e%s}\n",
+      what, name(options.solver), name(options.arithmetic), static_cast<long>(p.B),
+      static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), ms, error,
+      more.c_str());
+  std::fflush(stdout);
+}
+
+void time_step(const Problem& p, GkaOptions options, double copy) {
+  // The states of one memory of about 100 keys, for every sequence and head.
+  const size_t dim = static_cast<size_t>(p.K), one = dim * dim;
+  const size_t states = static_cast<size_t>(p.B * p.H) * one;
+  const Problem past(1, 300, 1, p.K);
+  std::vector<float> h(one), u(one);
+  for (size_t t = 0; t < 300; ++t) {
+    for (size_t i = 0; i < dim; ++i) {
+      const float key = static_cast<float>(from_bfloat16(past.k[t * dim + i]));
+      for (size_t j = 0; j < dim; ++j) {
+        float &to_h = h[i * dim + j], &to_u = u[i * dim + j];
+        to_h = 0.99f * to_h + key * static_cast<float>(from_bfloat16(past.k[t * dim + j]));
+        to_u = 0.99f * to_u + key * static_cast<float>(from_bfloat16(past.v[t * dim + j]));
+      }
+    }
+  }
+  h.reserve(states), u.reserve(states);
+  while (h.size() < states) {
+    h.insert(h.end(), h.begin(), h.begin() + static_cast<std::ptrdiff_t>(one));
+    u.insert(u.end(), u.begin(), u.begin() + static_cast<std::ptrdiff_t>(one));
+  }
+  // Read from one place and written to another: a state updated over and over with the same few
+  // tokens would become one that no sequence has.
+  Device q(p.q), k(p.k), v(p.v), g(p.g), h0(h), u0(u), o(p.v.size() * 2);
+  Device h1(states * 4), u1(states * 4);
+  const auto view = [&](const Device& d) {
+    return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
+  };
+  GkaInputs in;
+  in.q = view(q), in.k = view(k), in.v = view(v);
+  in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
+  GkaOutputs out;
+  out.o = view(o);
+  out.h_final = dense(static_cast<float*>(h1.data), {p.B, p.H, p.K, p.K});
+  out.u_final = dense(static_cast<float*>(u1.data), {p.B, p.H, p.K, p.K});
+  in.h0 = dense(static_cast<float*>(h0.data), {p.B, p.H, p.K, p.K});
+  in.u0 = dense(static_cast<float*>(u0.data), {p.B, p.H, p.K, p.K});
+  const double error = error_of(p, 20, options, true);
+  cudaStream_t stream;
+  check(cudaStreamCreate(&stream), "stream");
+  options.stream = stream;
+  gka_step(in, out, options);
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  const int steps = 10;  // a graph: what one launch costs is divided by them
+  for (int i = 0; i < steps; ++i) gka_step(in, out, options);
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&replay, graph, 0), "instantiate");
+  const double ms =
+      median_ms([&] { check(cudaGraphLaunch(replay, stream), "graph"); }, stream, 21) / steps;
+  const double bytes = 4.0 * 4.0 * static_cast<double>(states);  // both states, read and written
+  char more[128];
+  std::snprintf(more, sizeof more, ", \"of_copy_rate\": %.3f", bytes / ms * 1e-9 / copy);
+  report("step", p, options, ms, error, more);
+  cudaGraphExecDestroy(replay), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
+}
+
+void time_forward(const Problem& p, GkaOptions options, int times) {
+  Device q(p.q), k(p.k), v(p.v), g(p.g), o(p.v.size() * 2);
+  const auto view = [&](const Device& d) {
+    return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
+  };
+  GkaInputs in;
+  in.q = view(q), in.k = view(k), in.v = view(v);
+  in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
+  GkaOutputs out;
+  out.o = view(o);
+  const double error = error_of(p, 600, options, false);
+  const double ms = median_ms([&] { gka_forward(in, out, options); }, nullptr, times);
+  std::vector<uint16_t> got(p.v.size());
+  check(cudaMemcpy(got.data(), o.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");
+  for (uint16_t e : got) {
+    if (!std::isfinite(from_bfloat16(e))) {
+      std::fprintf(stderr, "an output is not finite\n");
+      std::exit(1);
+    }
+  }
+  report("forward", p, options, ms, error, "");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto asked = [&](const char* what) {
+    if (argc < 2) return true;
+    return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, what); });
+  };
+  for (const BackendInfo& info : backends()) {
+    if (info.backend != Backend::cuda) continue;
+    std::printf("{\"device\": \"%s\"}\n", info.detail.c_str());
+    if (!info.available) return 1;
+  }
+  const double copy = copy_rate();
+  std::printf("{\"copy_TBps\": %.3f}\n", copy);
+  GkaOptions options;
+  options.backend = Backend::cuda;
+  GkaOptions direct = options;
+  direct.solver = Solver::direct;
+  if (asked("step")) {
+    for (int64_t batch : {1, 16, 128}) {
+      Problem p(batch, 1, 32, 128);
+      time_step(p, options, copy);
+      time_step(p, direct, copy);
+    }
+    Problem four(128, 4, 32, 128);
+    time_step(four, options, copy);
+  }
+  GkaOptions bf16 = options;
+  bf16.arithmetic = Arithmetic::bfloat16;
+  if (asked("forward")) {
+    for (const auto& [B, T, H] :
+         {std::array<int64_t, 3>{1, 2048, 32}, {1, 8192, 32}, {1, 8192, 8}, {8, 2048, 32}}) {
+      Problem p(B, T, H, 128);
+      time_forward(p, options, 9);
+      time_forward(p, bf16, 9);
+    }
+  }
+  return 0;
+}

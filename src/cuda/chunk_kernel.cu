@@ -1,0 +1,47 @@
+// The matrix-unit kernels, compiled and launched.
+#include "cuda/check.hpp"
+#include "cuda/chunk_body.hpp"
+#include "cuda/launch.hpp"
+
+namespace kalmanet::cuda {
+namespace {
+
+template <bool kOutputs>
+__global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
+    gka_chunks(const __grid_constant__ GkaJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<ChunkRegisters> group;
+  run_chunks(group, *reinterpret_cast<ChunkShared*>(shared_memory), job, blockIdx.x, blockIdx.y,
+             kOutputs);
+}
+
+__global__ void __launch_bounds__(256) gka_sums(const __grid_constant__ GkaJob job) {
+  const int64_t e = static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x;
+  if (e < job.K * (job.K + job.V)) run_segment_sums<float>(job, blockIdx.x, blockIdx.y, e);
+}
+
+}  // namespace
+
+int64_t chunk_shared_bytes() {
+  return static_cast<int64_t>(sizeof(ChunkShared));
+}
+
+void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const int shared = static_cast<int>(chunk_shared_bytes());
+  const dim3 grid(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H));
+  for (const auto kernel : {gka_chunks<false>, gka_chunks<true>}) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "cudaFuncSetAttribute");
+  }
+  if (segmented) {
+    gka_chunks<false><<<grid, ChunkLayout::kThreads, shared, s>>>(job);
+    const int64_t elements = job.K * (job.K + job.V);
+    gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 255) / 256)), 256, 0, s>>>(
+        job);
+  }
+  gka_chunks<true><<<grid, ChunkLayout::kThreads, shared, s>>>(job);
+  check(cudaGetLastError(), "launch of gka_chunks");
+}
+
+}  // namespace kalmanet::cuda

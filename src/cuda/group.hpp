@@ -1,0 +1,236 @@
+// How a kernel's body is written once and run twice: by the threads of a block on the GPU, and by a
+// loop on the CPU, where the tests run the very same index arithmetic against the oracle.
+//
+// A body is a template over a group. group.each(f) runs f(thread, registers) for every thread of
+// the block; what a thread keeps from one each() to the next lies in its registers, a plain struct
+// that the compiler takes apart. group.barrier() separates what one thread writes to shared memory
+// from what another reads. On the CPU the threads of an each() run one after the other, in either
+// order: a result that depends on the order is a missing barrier.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define KALMANET_KERNEL __device__ __forceinline__
+#define KALMANET_BOTH __host__ __device__
+#define KALMANET_UNROLL _Pragma("unroll")
+#else
+#include "core/half.hpp"
+#define KALMANET_KERNEL inline
+#define KALMANET_BOTH
+#define KALMANET_UNROLL
+#endif
+
+namespace kalmanet::cuda {
+
+// Two bfloat16 in one register, `low` in the lower half; rounded to the nearest, ties to even.
+KALMANET_KERNEL uint32_t pack_bfloat16(float low, float high) {
+#ifdef __CUDACC__
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+#else
+  return core::to_bfloat16(low) | static_cast<uint32_t>(core::to_bfloat16(high)) << 16;
+#endif
+}
+KALMANET_KERNEL float low_bfloat16(uint32_t both) {
+#ifdef __CUDACC__
+  return __uint_as_float(both << 16);
+#else
+  return core::from_bfloat16(static_cast<uint16_t>(both));
+#endif
+}
+KALMANET_KERNEL float high_bfloat16(uint32_t both) {
+#ifdef __CUDACC__
+  return __uint_as_float(both & 0xffff0000u);
+#else
+  return core::from_bfloat16(static_cast<uint16_t>(both >> 16));
+#endif
+}
+
+#ifdef __CUDACC__
+template <class Registers>
+class DeviceGroup {
+ public:
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) {
+    f(static_cast<int>(threadIdx.x), registers_);
+  }
+  __device__ __forceinline__ void barrier() { __syncthreads(); }
+  // In each thread, the sum of member(registers) over its kLanes neighbours (a power of two,
+  // aligned): the same bits in all of them.
+  template <int kLanes, class Member>
+  __device__ __forceinline__ void sum_lanes(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = 1; mask < kLanes; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
+  // The same over the eight lanes with the same lane % 4.
+  template <class Member>
+  __device__ __forceinline__ void sum_rows(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = 4; mask < 32; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
+  // c[4] += a[4] b[2], a warp's m16n8k16 product of bfloat16 with float32 sums.
+  template <class C, class A, class B>
+  __device__ __forceinline__ void multiply_add(C&& c_of, A&& a_of, B&& b_of) {
+    auto& c = c_of(registers_);
+    const auto& a = a_of(registers_);
+    const auto& b = b_of(registers_);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+  // Of the 8 x 8 of 16 bits that a warp holds in a register, two a lane by rows: its transpose.
+  template <class Member>
+  __device__ __forceinline__ void transpose(Member&& member) {
+    uint32_t& value = member(registers_);
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(value));
+  }
+
+ private:
+  Registers registers_;
+};
+#endif
+
+template <class Registers>
+class HostGroup {
+ public:
+  HostGroup(int threads, bool backwards)
+      : registers_(static_cast<size_t>(threads)), backwards_(backwards) {}
+  template <class F>
+  void each(F&& f) {
+    const int n = static_cast<int>(registers_.size());
+    for (int i = 0; i < n; ++i) {
+      const int thread = backwards_ ? n - 1 - i : i;
+      f(thread, registers_[static_cast<size_t>(thread)]);
+    }
+  }
+  void barrier() {}
+  template <class Member>
+  void sum_rows(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t mask = 4; mask < 32; mask *= 2) {
+      for (size_t i = 0; i < old.size(); ++i) old[i] = member(registers_[i]);
+      for (size_t i = 0; i < old.size(); ++i) member(registers_[i]) = old[i] + old[i ^ mask];
+    }
+  }
+  template <class C, class A, class B>
+  void multiply_add(C&& c_of, A&& a_of, B&& b_of) {
+    for (size_t warp = 0; warp < registers_.size(); warp += 32) {
+      float a[16][16], b[16][8];
+      for (size_t lane = 0; lane < 32; ++lane) {
+        Registers& r = registers_[warp + lane];
+        const size_t row = lane / 4, column = lane % 4 * 2;
+        for (size_t i = 0; i < 4; ++i) {
+          float* const to = &a[row + i % 2 * 8][column + i / 2 * 8];
+          to[0] = low_bfloat16(a_of(r)[i]), to[1] = high_bfloat16(a_of(r)[i]);
+        }
+        for (size_t i = 0; i < 2; ++i) {
+          b[column + i * 8][row] = low_bfloat16(b_of(r)[i]);
+          b[column + i * 8 + 1][row] = high_bfloat16(b_of(r)[i]);
+        }
+      }
+      for (size_t lane = 0; lane < 32; ++lane) {
+        auto& c = c_of(registers_[warp + lane]);
+        for (size_t i = 0; i < 4; ++i) {
+          const size_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+          float sum = c[i];
+          for (size_t k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+          c[i] = sum;
+        }
+      }
+    }
+  }
+  template <class Member>
+  void transpose(Member&& member) {
+    for (size_t warp = 0; warp < registers_.size(); warp += 32) {
+      uint16_t m[8][8];
+      for (size_t lane = 0; lane < 32; ++lane) {
+        const uint32_t both = member(registers_[warp + lane]);
+        m[lane / 4][lane % 4 * 2] = static_cast<uint16_t>(both);
+        m[lane / 4][lane % 4 * 2 + 1] = static_cast<uint16_t>(both >> 16);
+      }
+      for (size_t lane = 0; lane < 32; ++lane) {
+        const size_t row = lane / 4, column = lane % 4 * 2;
+        member(registers_[warp + lane]) = m[column][row] | static_cast<uint32_t>(m[column + 1][row])
+                                                               << 16;
+      }
+    }
+  }
+  template <int kLanes, class Member>
+  void sum_lanes(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (int mask = 1; mask < kLanes; mask *= 2) {
+      for (size_t i = 0; i < old.size(); ++i) old[i] = member(registers_[i]);
+      for (size_t i = 0; i < old.size(); ++i) {
+        member(registers_[i]) = old[i] + old[i ^ static_cast<size_t>(mask)];
+      }
+    }
+  }
+
+ private:
+  std::vector<Registers> registers_;
+  bool backwards_;
+};
+
+// a / b; float32 to two units in the last place, without the branches of an exact division.
+KALMANET_KERNEL float divide(float a, float b) {
+#ifdef __CUDACC__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+KALMANET_KERNEL double divide(double a, double b) {
+  return a / b;
+}
+
+KALMANET_KERNEL void prefetch([[maybe_unused]] const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// Four neighbours in 16-byte aligned memory (32 of float64).
+KALMANET_KERNEL void load4(const float* p, float (&out)[4]) {
+#ifdef __CUDACC__
+  const float4 v = *reinterpret_cast<const float4*>(p);
+  out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+#else
+  for (int i = 0; i < 4; ++i) out[i] = p[i];
+#endif
+}
+KALMANET_KERNEL void load4(const double* p, double (&out)[4]) {
+#ifdef __CUDACC__
+  const double2 a = reinterpret_cast<const double2*>(p)[0],
+                b = reinterpret_cast<const double2*>(p)[1];
+  out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y;
+#else
+  for (int i = 0; i < 4; ++i) out[i] = p[i];
+#endif
+}
+KALMANET_KERNEL void store4(float* p, const float (&in)[4]) {
+#ifdef __CUDACC__
+  *reinterpret_cast<float4*>(p) = make_float4(in[0], in[1], in[2], in[3]);
+#else
+  for (int i = 0; i < 4; ++i) p[i] = in[i];
+#endif
+}
+KALMANET_KERNEL void store4(double* p, const double (&in)[4]) {
+#ifdef __CUDACC__
+  reinterpret_cast<double2*>(p)[0] = make_double2(in[0], in[1]);
+  reinterpret_cast<double2*>(p)[1] = make_double2(in[2], in[3]);
+#else
+  for (int i = 0; i < 4; ++i) p[i] = in[i];
+#endif
+}
+
+}  // namespace kalmanet::cuda

@@ -1,0 +1,114 @@
+// What the kernels are told: plain structs, passed by value. Made by launch plans on the host
+// (plan.cpp) from a validated problem; all pointers are the GPU's.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/group.hpp"
+#include "kalmanet/gka.hpp"
+
+namespace kalmanet::cuda {
+
+// A view of up to four dimensions; per-token numbers have three. Strides count elements.
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride[4] = {};
+};
+
+// A stretch of a sequence that one block works through, once a head: its tokens [begin, end) in
+// batch row `row`. A sequence is cut at multiples of kSegmentTokens from its own start, whatever
+// else is in the batch: so no answer depends on a neighbour.
+inline constexpr int64_t kSegmentTokens = 512;
+struct Piece {
+  int64_t row, begin, end;
+  int32_t sequence;
+  int32_t first, last;  // of its sequence
+  int32_t slot;         // its states' place in the workspace: those before its first token
+  int32_t always = 1;   // the token kernel does it whether it was left over or not
+};
+
+struct GkaJob {
+  int64_t H = 0, K = 0, V = 0;
+  int64_t q_group = 1, k_group = 1, v_group = 1;
+  Array q, k, v, g, gk, alpha, beta, ridge, h0, u0;
+  Array o, x, residual, h_final, u_final;
+  double scale = 1, ridge_ratio = 0.02, tolerance = 1e-5;
+  int num_iter = 30;    // 0: from a_t and the tolerance
+  bool direct = false;  // a Cholesky factorisation a token
+  // Pieces, one a block (in x; heads are y). Null: piece i is the whole of batch row i.
+  const Piece* pieces = nullptr;
+  int64_t num_pieces = 0, T = 0;
+  // States before each piece but a sequence's first, [slot][H][K (K + V)], H's then U's; and each
+  // piece's own decays [slot][H][2], of H and U. In the states' dtype; decays in float64.
+  void* states = nullptr;
+  double* decays = nullptr;
+  // Whether what registers have no room for of H is in shared memory, which is as large as the chip
+  // makes it; and scratch for what is not (token_body.hpp), bytes a block.
+  bool spill_is_shared = false;
+  // The matrix-unit kernel (chunk_body.hpp): its states, of each block; and whether a piece was
+  // left over to the token kernel, [piece][H]. Null in a token kernel that does every piece.
+  void* chunk_scratch = nullptr;
+  int32_t* left_over = nullptr;
+  bool split = true;  // bfloat16 products split in three, as long as it shows in the result
+  void* scratch = nullptr;
+  int64_t scratch_bytes = 0;
+};
+
+KALMANET_KERNEL Piece piece_of(const GkaJob& job, int64_t i) {
+  if (job.pieces != nullptr) return job.pieces[i];
+  return {i, 0, job.T, static_cast<int32_t>(i), 1, 1, 0};
+}
+
+KALMANET_KERNEL float half_to_float(DType dtype, const void* data, int64_t at) {
+  const uint16_t bits = static_cast<const uint16_t*>(data)[at];
+#ifdef __CUDACC__
+  return dtype == DType::bfloat16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                                  : __half2float(__ushort_as_half(bits));
+#else
+  return dtype == DType::bfloat16 ? core::from_bfloat16(bits) : core::from_float16(bits);
+#endif
+}
+
+// Element `at`: float64 where S is, else of one of the other dtypes.
+template <class S>
+KALMANET_KERNEL S load_element(const Array& a, int64_t at) {
+  if constexpr (sizeof(S) == 8) {
+    return static_cast<const double*>(a.data)[at];
+  } else {
+    if (a.dtype == DType::float32) return static_cast<const float*>(a.data)[at];
+    return half_to_float(a.dtype, a.data, at);
+  }
+}
+
+// Rounded to the nearest, ties to even.
+template <class S>
+KALMANET_KERNEL void store_element(const Array& a, int64_t at, S value) {
+  if constexpr (sizeof(S) == 8) {
+    static_cast<double*>(a.data)[at] = value;
+  } else if (a.dtype == DType::float32) {
+    static_cast<float*>(a.data)[at] = value;
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(a.data) + at;
+#ifdef __CUDACC__
+    *to = a.dtype == DType::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                     : __half_as_ushort(__float2half_rn(value));
+#else
+    *to = a.dtype == DType::bfloat16 ? core::to_bfloat16(value) : core::to_float16(value);
+#endif
+  }
+}
+
+// Where element [row, token, head, 0] of [B,T,heads,width] or [row, token, head] of [B,T,H] lies.
+KALMANET_KERNEL int64_t offset_of(const Array& a, int64_t row, int64_t token, int64_t head) {
+  return row * a.stride[0] + token * a.stride[1] + head * a.stride[2];
+}
+
+// A per-token number, or `absent`.
+template <class S>
+KALMANET_KERNEL S scalar_at(const Array& a, int64_t row, int64_t t, int64_t head, double absent) {
+  if (a.data == nullptr) return static_cast<S>(absent);
+  return load_element<S>(a, offset_of(a, row, t, head));
+}
+
+}  // namespace kalmanet::cuda

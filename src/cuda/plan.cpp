@@ -1,0 +1,124 @@
+// From a validated problem to a kernel's job.
+#include "cuda/plan.hpp"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/chunk_body.hpp"
+
+namespace kalmanet::cuda {
+namespace {
+
+Array array_of(const ConstView& view) {
+  Array a;
+  a.data = const_cast<void*>(view.data);  // of an output, or never written
+  a.dtype = view.dtype;
+  for (int d = 0; d < view.rank; ++d) a.stride[d] = view.stride[d];
+  return a;
+}
+
+// Pairs of elements can be read and written as 4 bytes.
+bool in_pairs(const ConstView& view) {
+  return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 2 == 0 &&
+         view.stride[1] % 2 == 0 && view.stride[2] % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
+}
+
+}  // namespace
+
+bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  const GkaInputs& in = problem.inputs;
+  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
+         problem.options.solver == Solver::chebyshev && !outputs.x.defined() &&
+         !outputs.residual.defined() && in_pairs(in.q) && in_pairs(in.k) && in_pairs(in.v) &&
+         in_pairs(outputs.o);
+}
+
+std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem) {
+  std::vector<Piece> pieces = pieces_of(problem, false);
+  for (Piece& piece : pieces) piece.always = 0;
+  if (problem.inputs.h0.defined()) return pieces;
+  const size_t count = pieces.size();
+  for (size_t i = 0; i < count; ++i) {
+    Piece piece = pieces[i];
+    if (piece.first == 0 || piece.begin == piece.end) continue;
+    piece.end = std::min(piece.end, piece.begin + kExactTokens);
+    piece.last = 0;
+    piece.slot = -1;
+    piece.always = 1;
+    pieces.push_back(piece);
+  }
+  return pieces;
+}
+
+int64_t num_chunk_pieces(const std::vector<Piece>& pieces) {
+  return std::count_if(pieces.begin(), pieces.end(), [](const Piece& p) { return p.slot >= 0; });
+}
+
+int64_t chunk_scratch_bytes() {
+  return 2 * ChunkLayout::kDim * ChunkLayout::kDim * static_cast<int64_t>(sizeof(float));
+}
+
+std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole) {
+  std::vector<Piece> pieces;
+  for (const core::Sequence& sequence : problem.sequences) {
+    int64_t begin = sequence.begin;
+    do {
+      const int64_t end =
+          whole || sequence.end - begin <= kSegmentTokens ? sequence.end : begin + kSegmentTokens;
+      pieces.push_back({sequence.row, begin, end, static_cast<int32_t>(sequence.index),
+                        begin == sequence.begin, end == sequence.end,
+                        static_cast<int32_t>(pieces.size()), 1});
+      begin = end;
+    } while (begin < sequence.end);
+  }
+  return pieces;
+}
+
+bool are_rows(const core::GkaProblem& problem, const std::vector<Piece>& pieces) {
+  return problem.inputs.cu_seqlens.empty() && pieces.size() == problem.sequences.size();
+}
+
+GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  const GkaInputs& in = problem.inputs;
+  GkaJob job;
+  job.H = problem.H;
+  job.K = problem.K;
+  job.V = problem.V;
+  job.T = problem.T;
+  job.q_group = problem.q_group;
+  job.k_group = problem.k_group;
+  job.v_group = problem.v_group;
+  job.q = array_of(in.q);
+  job.k = array_of(in.k);
+  job.v = array_of(in.v);
+  job.g = array_of(in.g);
+  job.gk = array_of(in.gk);
+  job.alpha = array_of(in.alpha);
+  job.beta = array_of(in.beta);
+  job.ridge = array_of(in.ridge_ratio);
+  job.h0 = array_of(in.h0);
+  job.u0 = array_of(in.u0);
+  job.o = array_of(outputs.o);
+  job.x = array_of(outputs.x);
+  job.residual = array_of(outputs.residual);
+  job.h_final = array_of(outputs.h_final);
+  job.u_final = array_of(outputs.u_final);
+  job.scale = problem.scale;
+  job.ridge_ratio = problem.options.ridge_ratio;
+  job.tolerance = problem.options.tolerance;
+  job.num_iter = problem.options.num_iter;
+  job.direct = problem.options.solver == Solver::direct;
+  return job;
+}
+
+int64_t states_bytes(const core::GkaProblem& problem, int64_t num_pieces) {
+  return num_pieces * problem.H * problem.K * (problem.K + problem.V) *
+         size_of(core::state_dtype(problem));
+}
+
+int64_t decays_bytes(const core::GkaProblem& problem, int64_t num_pieces) {
+  return num_pieces * problem.H * 2 * static_cast<int64_t>(sizeof(double));
+}
+
+}  // namespace kalmanet::cuda

@@ -1,0 +1,35 @@
+// From a validated problem to a kernel's job: pieces, strides, the workspace.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/problem.hpp"
+#include "cuda/job.hpp"
+
+namespace kalmanet::cuda {
+
+// The problem's sequences in pieces of kSegmentTokens (an empty sequence is one empty piece). Slots
+// number them; a sequence's pieces follow one another.
+std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole);
+
+// Whether pieces_of is what GkaJob::pieces == nullptr stands for.
+bool are_rows(const core::GkaProblem& problem, const std::vector<Piece>& pieces);
+
+// Whether the matrix-unit kernels compute the problem, as far as its tensors say.
+bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs);
+
+// For them: pieces_of (not `always`: the token kernel does what is left over), then for the token
+// kernel alone the first tokens of sequences that start from nothing, whose slots are -1.
+std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem);
+int64_t num_chunk_pieces(const std::vector<Piece>& pieces);
+int64_t chunk_scratch_bytes();  // a block
+
+// All but pieces and workspace.
+GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
+
+// Bytes of GkaJob::states and ::decays.
+int64_t states_bytes(const core::GkaProblem& problem, int64_t num_pieces);
+int64_t decays_bytes(const core::GkaProblem& problem, int64_t num_pieces);
+
+}  // namespace kalmanet::cuda

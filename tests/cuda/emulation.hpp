@@ -1,0 +1,140 @@
+// The CUDA kernels' bodies run by the CPU: the same source, the same index arithmetic, block after
+// block and thread after thread (cuda/group.hpp).
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "core/problem.hpp"
+#include "cuda/chunk_body.hpp"
+#include "cuda/plan.hpp"
+#include "cuda/segment_body.hpp"
+#include "cuda/token_body.hpp"
+
+namespace kalmanet::cuda {
+
+// Memory as a block finds it: full of NaN, at a 128-byte boundary.
+class Poisoned {
+ public:
+  explicit Poisoned(int64_t bytes) : words_(static_cast<size_t>(bytes / 8 + 17), kNaN) {}
+  char* data() {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(words_.data());
+    return reinterpret_cast<char*>((at + 127) / 128 * 128);
+  }
+
+ private:
+  static constexpr uint64_t kNaN = 0x7ff800007ff80000;  // as float64 and as two float32
+  std::vector<uint64_t> words_;
+};
+
+struct Emulation {
+  bool backwards = false;        // the order in which a block's threads run
+  bool spill_is_shared = false;  // as on a chip with room for it
+};
+
+template <class S, int KP>
+void emulate_tokens(GkaJob job, const Emulation& how) {
+  job.spill_is_shared = how.spill_is_shared && TokenLayout<S, KP>::kSpilled > 0;
+  job.scratch_bytes = token_scratch_bytes<S, KP>(job.K, job.V, job.direct, job.spill_is_shared);
+  Poisoned scratch(job.scratch_bytes * job.num_pieces * job.H);
+  job.scratch = scratch.data();
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      Poisoned shared(token_shared_bytes<S, KP>(job.direct, job.spill_is_shared));
+      HostGroup<TokenRegisters<S, KP>> group(TokenLayout<S, KP>::kThreads, how.backwards);
+      run_tokens<S, KP>(group, shared.data(), job, piece, head);
+    }
+  }
+}
+
+template <class S>
+void emulate_segment_sums(const GkaJob& job) {
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      for (int64_t e = 0; e < job.K * (job.K + job.V); ++e) {
+        run_segment_sums<S>(job, piece, head, e);
+      }
+    }
+  }
+}
+
+template <class S>
+void emulate_segments(const GkaJob& job, const Emulation& how) {
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      for (int64_t tile = 0; tile < SegmentLayout::tiles(job.K, job.V); ++tile) {
+        Poisoned shared(sizeof(SegmentShared<S>));
+        HostGroup<SegmentRegisters<S>> group(SegmentLayout::kThreads, how.backwards);
+        run_segment<S>(group, *reinterpret_cast<SegmentShared<S>*>(shared.data()), job, piece, head,
+                       tile);
+      }
+    }
+  }
+  emulate_segment_sums<S>(job);
+}
+
+inline void emulate_chunk_blocks(const GkaJob& job, bool outputs, const Emulation& how) {
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      Poisoned shared(sizeof(ChunkShared));
+      HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+      run_chunks(group, *reinterpret_cast<ChunkShared*>(shared.data()), job, piece, head, outputs);
+    }
+  }
+}
+
+// The matrix-unit kernels, and the token kernel for what they leave over.
+// (returns how much that is, of all pieces and heads).
+inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                             const Emulation& how) {
+  const std::vector<Piece> pieces = chunk_pieces_of(problem);
+  GkaJob job = job_of(problem, outputs);
+  job.pieces = pieces.data();
+  job.num_pieces = num_chunk_pieces(pieces);
+  Poisoned states(states_bytes(problem, job.num_pieces));
+  Poisoned decays(decays_bytes(problem, job.num_pieces));
+  Poisoned scratch(job.num_pieces * job.H * chunk_scratch_bytes());
+  std::vector<int32_t> left_over(static_cast<size_t>(job.num_pieces * job.H), -1);
+  job.states = states.data();
+  job.decays = reinterpret_cast<double*>(decays.data());
+  job.chunk_scratch = scratch.data();
+  job.left_over = left_over.data();
+  if (job.num_pieces > problem.N) {
+    emulate_chunk_blocks(job, false, how);
+    emulate_segment_sums<float>(job);
+  }
+  emulate_chunk_blocks(job, true, how);
+  job.num_pieces = static_cast<int64_t>(pieces.size());
+  emulate_tokens<float, 128>(job, how);
+  double sum = 0;
+  for (int32_t e : left_over) sum += e;
+  return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
+}
+
+// What the backend does, without a GPU.
+inline void emulate(const core::GkaProblem& problem, const GkaOutputs& outputs, bool whole,
+                    const Emulation& how) {
+  const std::vector<Piece> pieces = pieces_of(problem, whole);
+  GkaJob job = job_of(problem, outputs);
+  job.num_pieces = static_cast<int64_t>(pieces.size());
+  if (!are_rows(problem, pieces)) job.pieces = pieces.data();
+  Poisoned states(states_bytes(problem, job.num_pieces));
+  Poisoned decays(decays_bytes(problem, job.num_pieces));
+  job.states = states.data();
+  job.decays = reinterpret_cast<double*>(decays.data());
+  const auto run = [&]<class S>(S) {
+    if (pieces.size() > problem.sequences.size()) emulate_segments<S>(job, how);
+    if (problem.K <= 64) return emulate_tokens<S, 64>(job, how);
+    if (problem.K <= 128) return emulate_tokens<S, 128>(job, how);
+    return emulate_tokens<S, 256>(job, how);
+  };
+  if (problem.dtype == DType::float64) {
+    run(double());
+  } else {
+    run(float());
+  }
+}
+
+}  // namespace kalmanet::cuda
