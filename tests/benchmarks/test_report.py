@@ -113,9 +113,51 @@ def speed():
     return {"threads": 2, "results": runs}
 
 
-def results(rounds=7, group=16):
+def state_runs():
+    fields = {"us": 5.0, "share": 0.8, "one_us": 7.0, "one_share": 0.9}
+    case = {f"{what}:{f}": v for what in STATES for f, v in fields.items()}
+    case |= {"one_copy_gbytes": 36.0}
+    return [
+        case
+        | {"name": f"decode_states/K:128/H:{heads}/iterations:21", "state_mbytes": 0.13 * heads}
+        for heads in (64, 256, 512, 1024)
+    ]
+
+
+STATES = ("update", "chebyshev30", "direct")
+
+
+def stack():
+    names = ["chebyshev(30)", "direct"]
+    names += [f"attention {d}{m}" for d in ("float32", "bfloat16") for m in ("", ", math")]
     return {
-        "kernels": kernels(),
+        "layers": 24,
+        "heads": 16,
+        "dim": 128,
+        "cache": 8192,
+        "threads": 2,
+        "torch": "2.13.0+cpu",
+        "peers": {name: {"ms": 3.0, "one_ms": 6.0} for name in names},
+    }
+
+
+def layer_decode():
+    fields = {"fused_us": 4.0, "separate_us": 4.2, "products_us": 3.0, "separate_over_fused": 1.05}
+    found = {
+        f"{name}:{f}": v
+        for name in ("float32", "bfloat16", "float32, alpha 0")
+        for f, v in fields.items()
+    }
+    return found | {f"prefill {s}:around_share": 0.008 for s in ("chebyshev", "direct")}
+
+
+def results(rounds=7, group=16):
+    measured = kernels()
+    measured["benchmarks"] = measured["benchmarks"] + state_runs()
+    return {
+        "kernels": measured,
+        "decode_stack": stack(),
+        "layer_decode": layer_decode(),
         "eager": eager(rounds, group),
         "layer": layer(),
         "speed": speed(),

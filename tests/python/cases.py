@@ -1,6 +1,10 @@
 """Random problems and the measure of errors."""
 
+from pathlib import Path
+
 import torch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SEED = 20261123
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import kalmanet
 import pytest
 import torch
-from cases import SEED
-from conftest import ROOT
+from cases import ROOT, SEED
 
 pytest.importorskip("transformers", reason="the extra `models` is not installed")
 

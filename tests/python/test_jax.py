@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cases import problem
-from conftest import ROOT
+from cases import ROOT, problem
 from kalmanet.ops import chunk_gka as torch_gka
 
 jax = pytest.importorskip("jax", reason="the extra `jax` is not installed")
