@@ -266,13 +266,22 @@ void store_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
   if (job.dk.data != nullptr) store_lanes<Vec>(work.out_k, beta, job.dk, c.t0, c.n, c.K);
   if (job.dv.data != nullptr) store_lanes<Vec>(work.out_v, beta, job.dv, c.t0, c.n, c.V);
   if (job.dbeta.data != nullptr) {
-    // With the keys and values as they came: dividing by beta would fail where it is zero.
+    // The lanes hold beta k and beta v. Where beta is all but zero, k and v are read again: as they
+    // came.
+    constexpr double kSmallestBeta = 0x1p-20;
+    bool divide = true;
+    for (int64_t t = 0; t < c.n; ++t) divide = divide && std::abs(beta[t]) >= kSmallestBeta;
+    if (!divide) {
+      load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
+      load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
+    }
     double dk_k[kLanes], dv_v[kLanes];
-    load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
-    load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
     lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, dk_k);
     lanes_dot<Vec>(work.out_v, b.v_lanes, c.V, dv_v);
-    for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dbeta, c.t0 + t, dk_k[t] + dv_v[t]);
+    for (int64_t t = 0; t < c.n; ++t) {
+      const double own = divide ? static_cast<double>(beta[t]) : 1.0;
+      set_value<S>(job.dbeta, c.t0 + t, (dk_k[t] + dv_v[t]) / own);
+    }
   }
   if (job.dq.data != nullptr) {
     using Reg = typename Vec::Reg;

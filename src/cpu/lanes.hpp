@@ -286,6 +286,19 @@ double squared_norm(const S* m, int64_t ld, int64_t rows, int64_t cols) {
   });
 }
 
+// The same of a symmetric matrix [ld][ld] with rows < K: blocks of kLanes above the diagonal count
+// twice, those below are not read.
+template <class Vec, class S>
+double symmetric_squared_norm(const S* m, int64_t ld, int64_t K) {
+  double diagonal = 0.0, above = 0.0;
+  for (int64_t c = 0; c < K; c += kLanes) {
+    const int64_t rows = K - c < kLanes ? K - c : kLanes, next = c + kLanes;
+    diagonal += squared_norm<Vec>(m + c * ld + c, ld, rows, kLanes);
+    if (next < ld) above += squared_norm<Vec>(m + c * ld + next, ld, rows, ld - next);
+  }
+  return diagonal + 2.0 * above;
+}
+
 // <M, N> of two row-major [rows, cols] blocks with the same stride, cols a multiple of kLanes.
 template <class Vec, class S>
 double frobenius_dot(const S* m, const S* n, int64_t ld, int64_t rows, int64_t cols) {
