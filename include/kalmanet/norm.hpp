@@ -1,8 +1,8 @@
 // Gated RMS norm of each head's output: y = weight * o / sqrt(mean(o^2) + eps) * silu(gate).
 #pragma once
 
-#include "kalmanet/executor.hpp"
 #include "kalmanet/export.hpp"
+#include "kalmanet/placement.hpp"
 #include "kalmanet/tensor.hpp"
 
 namespace kalmanet {
@@ -18,9 +18,9 @@ struct NormInputs {
 };
 
 KALMANET_API void gated_rms_norm_forward(const NormInputs& inputs, View y,
-                                         Executor* executor = nullptr);
+                                         const Placement& where = {});
 // d_o, d_gate [R,V], d_weight [V]: each optional.
 KALMANET_API void gated_rms_norm_backward(const NormInputs& inputs, ConstView dy, View d_o,
-                                          View d_gate, View d_weight, Executor* executor = nullptr);
+                                          View d_gate, View d_weight, const Placement& where = {});
 
 }  // namespace kalmanet

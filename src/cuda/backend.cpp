@@ -7,27 +7,15 @@
 
 #include "core/half.hpp"
 #include "core/text.hpp"
+#include "cuda/choose_solver.hpp"
 #include "cuda/chunk_kernel.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/plan.hpp"
+#include "cuda/workspace.hpp"
 #include "kalmanet/error.hpp"
 
 namespace kalmanet::cuda {
 namespace {
-
-// Stream-ordered memory that is given back, also where a launch throws.
-class Workspace {
- public:
-  Workspace(int64_t bytes, Stream stream) : data_(allocate(bytes, stream)), stream_(stream) {}
-  ~Workspace() { release(data_, stream_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* data() const noexcept { return data_; }
-
- private:
-  void* data_;
-  Stream stream_;
-};
 
 GkaReport report_of(const core::GkaProblem& problem) {
   GkaReport report;
@@ -129,15 +117,15 @@ class CudaBackend final : public core::GkaBackend {
   std::string describe() const override {
     const DeviceInfo& device = device_info();
     if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", device.problem);
-    return core::text("forward and step; chebyshev, direct; ", device.count,
+    return core::text("forward and step; chebyshev, direct, auto; ", device.count,
                       device.count == 1 ? " GPU: " : " GPUs; current: ", device.current);
   }
 
   std::string refuses(const core::GkaProblem& problem) const override {
     const GkaOptions& options = problem.options;
-    if (options.solver == Solver::cg || options.solver == Solver::automatic) {
-      return core::text("solver ", name(options.solver),
-                        " is not available on the cuda backend; pass solver chebyshev or direct");
+    if (options.solver == Solver::cg) {
+      return "solver cg is not available on the cuda backend; pass solver chebyshev, direct or "
+             "automatic";
     }
     // A grid's second dimension counts heads.
     if (problem.H > 65535) {
@@ -147,10 +135,10 @@ class CudaBackend final : public core::GkaBackend {
   }
 
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return run(problem, outputs, false);
+    return with_solver(problem, [&](const auto& p) { return run(p, outputs, false); });
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return run(problem, outputs, true);
+    return with_solver(problem, [&](const auto& p) { return run(p, outputs, true); });
   }
   GkaReport backward(const core::GkaProblem&, const ConstView&, const GkaOutputGrads&,
                      const GkaInputGrads&) const override {

@@ -1,7 +1,7 @@
-// The causal convolution and the gated RMS norm on the CPU: tensors to views, kalmanet called.
+// The causal convolution and the gated RMS norm: tensors to views, kalmanet called.
 #include <tuple>
 
-#include "torch/executor.hpp"
+#include "torch/place.hpp"
 #include "torch/views.hpp"
 
 namespace kalmanet::torch_ops {
@@ -29,10 +29,11 @@ Conv read(const Tensor& x, const Tensor& weight, const OptionalTensor& state,
   return conv;
 }
 
-std::tuple<Tensor, Tensor> causal_conv_forward_cpu(const Tensor& x, const Tensor& weight,
-                                                   const OptionalTensor& state,
-                                                   const OptionalTensor& cu_seqlens, bool silu,
-                                                   bool want_final_state) {
+std::tuple<Tensor, Tensor> causal_conv_forward_op(const Tensor& x, const Tensor& weight,
+                                                  const OptionalTensor& state,
+                                                  const OptionalTensor& cu_seqlens, bool silu,
+                                                  bool want_final_state) {
+  const Place place({"x", x}, {{"weight", weight}, {"state", state}});
   Conv conv = read(x, weight, state, cu_seqlens);
   conv.inputs.cu_seqlens = conv.cu_seqlens;
   Tensor y = new_tensor(x, {x.size(0), x.size(1), conv.D}, const_view(x, "x").dtype);
@@ -41,13 +42,16 @@ std::tuple<Tensor, Tensor> causal_conv_forward_cpu(const Tensor& x, const Tensor
                            : no_tensor(x);
   causal_conv_forward(conv.inputs, mutable_view(y, "y"),
                       want_final_state ? mutable_view(final_state, "final_state") : View{}, silu,
-                      &torch_executor());
+                      place.placement());
   return {y, final_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_op(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const OptionalTensor& state,
     const OptionalTensor& cu_seqlens, const OptionalTensor& d_final_state, bool silu) {
+  const Place place(
+      {"x", x},
+      {{"dy", dy}, {"weight", weight}, {"state", state}, {"d_final_state", d_final_state}});
   Conv conv = read(x, weight, state, cu_seqlens);
   conv.inputs.cu_seqlens = conv.cu_seqlens;
   Tensor dx = new_tensor(x, {x.size(0), x.size(1), conv.D}, const_view(x, "x").dtype);
@@ -57,16 +61,17 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv_backward_cpu(
   causal_conv_backward(conv.inputs, const_view(dy, "dy"),
                        const_view(d_final_state, "d_final_state"), mutable_view(dx, "dx"),
                        mutable_view(dweight, "dweight"),
-                       state ? mutable_view(dstate, "dstate") : View{}, silu, &torch_executor());
+                       state ? mutable_view(dstate, "dstate") : View{}, silu, place.placement());
   return {dx, dweight, dstate};
 }
 
-Tensor causal_conv_step_cpu(const Tensor& x, const Tensor& weight, const Tensor& state, bool silu) {
+Tensor causal_conv_step_op(const Tensor& x, const Tensor& weight, const Tensor& state, bool silu) {
+  const Place place({"x", x}, {{"weight", weight}, {"state", state}});
   require_rank(x, 2, "x", "[N,D]");
   require_rank(weight, 2, "weight", "[D,W]");
   Tensor y = new_tensor(x, {x.size(0), x.size(1)}, const_view(x, "x").dtype);
   causal_conv_step(const_view(x, "x"), const_view(weight, "weight"), mutable_view(state, "state"),
-                   mutable_view(y, "y"), silu, &torch_executor());
+                   mutable_view(y, "y"), silu, place.placement());
   return y;
 }
 
@@ -80,34 +85,40 @@ NormInputs read(const Tensor& o, const OptionalTensor& gate, const Tensor& weigh
   return inputs;
 }
 
-Tensor gated_rms_norm_forward_cpu(const Tensor& o, const OptionalTensor& gate, const Tensor& weight,
-                                  double eps) {
+Tensor gated_rms_norm_forward_op(const Tensor& o, const OptionalTensor& gate, const Tensor& weight,
+                                 double eps) {
+  const Place place({"o", o}, {{"gate", gate}, {"weight", weight}});
   const NormInputs inputs = read(o, gate, weight, eps);
   Tensor y = new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype);
-  gated_rms_norm_forward(inputs, mutable_view(y, "y"), &torch_executor());
+  gated_rms_norm_forward(inputs, mutable_view(y, "y"), place.placement());
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_cpu(const Tensor& dy, const Tensor& o,
-                                                               const OptionalTensor& gate,
-                                                               const Tensor& weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_op(const Tensor& dy, const Tensor& o,
+                                                              const OptionalTensor& gate,
+                                                              const Tensor& weight, double eps) {
+  const Place place({"o", o}, {{"dy", dy}, {"gate", gate}, {"weight", weight}});
   const NormInputs inputs = read(o, gate, weight, eps);
   Tensor d_o = new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype);
   Tensor d_gate = gate ? new_tensor(o, {o.size(0), o.size(1)}, inputs.o.dtype) : no_tensor(o);
   Tensor d_weight = new_tensor(o, {o.size(1)}, inputs.weight.dtype);
   gated_rms_norm_backward(inputs, const_view(dy, "dy"), mutable_view(d_o, "d_o"),
                           gate ? mutable_view(d_gate, "d_gate") : View{},
-                          mutable_view(d_weight, "d_weight"), &torch_executor());
+                          mutable_view(d_weight, "d_weight"), place.placement());
   return {d_o, d_gate, d_weight};
 }
 
 }  // namespace
 }  // namespace kalmanet::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(kalmanet, CPU, m) {
-  m.impl("causal_conv_forward", TORCH_BOX(&kalmanet::torch_ops::causal_conv_forward_cpu));
-  m.impl("causal_conv_backward", TORCH_BOX(&kalmanet::torch_ops::causal_conv_backward_cpu));
-  m.impl("causal_conv_step", TORCH_BOX(&kalmanet::torch_ops::causal_conv_step_cpu));
-  m.impl("gated_rms_norm_forward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_forward_cpu));
-  m.impl("gated_rms_norm_backward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_backward_cpu));
-}
+#define KN_REGISTER(device)                                                                       \
+  STABLE_TORCH_LIBRARY_IMPL(kalmanet, device, m) {                                                \
+    m.impl("causal_conv_forward", TORCH_BOX(&kalmanet::torch_ops::causal_conv_forward_op));       \
+    m.impl("causal_conv_backward", TORCH_BOX(&kalmanet::torch_ops::causal_conv_backward_op));     \
+    m.impl("causal_conv_step", TORCH_BOX(&kalmanet::torch_ops::causal_conv_step_op));             \
+    m.impl("gated_rms_norm_forward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_forward_op)); \
+    m.impl("gated_rms_norm_backward",                                                             \
+           TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_backward_op));                          \
+  }
+KN_REGISTER(CPU)
+KN_REGISTER(CUDA)
