@@ -48,7 +48,8 @@ static_assert(same(kOptionsInit.solver, kDefaults.solver) &&
               kOptionsInit.tolerance == kDefaults.tolerance && !kDefaults.scale &&
               kOptionsInit.scale == 0 && kOptionsInit.bp_lambda == kDefaults.bp_lambda &&
               kOptionsInit.chunk_size == kDefaults.chunk_size &&
-              same(kOptionsInit.arithmetic, kDefaults.arithmetic) && !kOptionsInit.executor);
+              same(kOptionsInit.arithmetic, kDefaults.arithmetic) && !kOptionsInit.executor &&
+              !kOptionsInit.stream && !kDefaults.stream);
 static_assert(kalmanet_gka_shape KALMANET_GKA_SHAPE_INIT.saved_x == GkaShape{}.saved_x);
 
 template <class V, class Data>
@@ -114,7 +115,8 @@ kalmanet_gka_options read_options(const kalmanet_gka_options* options) {
   return read_struct<S>("options", options, kOptionsInit,
                         {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, ridge_ratio),
                          offsetof(S, tolerance), offsetof(S, scale), offsetof(S, bp_lambda),
-                         offsetof(S, chunk_size), offsetof(S, executor), offsetof(S, arithmetic)});
+                         offsetof(S, chunk_size), offsetof(S, executor), offsetof(S, arithmetic),
+                         offsetof(S, stream)});
 }
 
 kalmanet_executor_callbacks read_callbacks(const kalmanet_executor_callbacks* callbacks) {
@@ -134,6 +136,7 @@ GkaOptions options_of(const kalmanet_gka_options& from) {
   if (from.scale != 0) options.scale = from.scale;
   options.bp_lambda = from.bp_lambda != 0;
   options.chunk_size = from.chunk_size;
+  options.stream = from.stream;
   return options;
 }
 
