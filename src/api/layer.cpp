@@ -1,4 +1,4 @@
-// Public entry points of the causal convolution, the gated RMS norm and the fused decode step.
+// Public entry points of the causal convolution, the norms and the fused decode step.
 #include "core/validate_layer.hpp"
 #include "core/validate_layer_step.hpp"
 #include "cpu/conv.hpp"
@@ -46,6 +46,16 @@ void gated_rms_norm_backward(const NormInputs& inputs, ConstView dy, View d_o, V
                              View d_weight, Executor* executor) {
   core::validate_norm_backward(inputs, dy, d_o, d_gate, d_weight);
   cpu::gated_rms_norm_backward(inputs, dy, d_o, d_gate, d_weight, resolve(executor));
+}
+
+void unit_norm_forward(const UnitNormInputs& inputs, View y, Executor* executor) {
+  core::validate_unit_norm_forward(inputs, y);
+  cpu::unit_norm_forward(inputs, y, resolve(executor));
+}
+
+void unit_norm_backward(const UnitNormInputs& inputs, ConstView dy, View dx, Executor* executor) {
+  core::validate_unit_norm_backward(inputs, dy, dx);
+  cpu::unit_norm_backward(inputs, dy, dx, resolve(executor));
 }
 
 GkaReport layer_step(const LayerStepInputs& inputs, const LayerStepStates& states, View o,

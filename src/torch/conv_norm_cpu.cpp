@@ -1,4 +1,4 @@
-// The causal convolution and the gated RMS norm on the CPU: tensors to views, kalmanet called.
+// The causal convolution and the norms on the CPU: tensors to views, kalmanet called.
 #include <tuple>
 
 #include "torch/executor.hpp"
@@ -101,6 +101,29 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_cpu(const Tensor& dy,
   return {d_o, d_gate, d_weight};
 }
 
+UnitNormInputs read(const Tensor& x, const Text& kind, double eps) {
+  UnitNormInputs inputs;
+  require_rank(x, 2, "x", "[R,K]");
+  inputs.x = const_view(x, "x");
+  inputs.kind = qk_norm_of(kind, "kind");
+  inputs.eps = eps;
+  return inputs;
+}
+
+Tensor unit_norm_forward_cpu(const Tensor& x, const Text& kind, double eps) {
+  const UnitNormInputs inputs = read(x, kind, eps);
+  Tensor y = new_tensor(x, {x.size(0), x.size(1)}, inputs.x.dtype);
+  unit_norm_forward(inputs, mutable_view(y, "y"), &torch_executor());
+  return y;
+}
+
+Tensor unit_norm_backward_cpu(const Tensor& dy, const Tensor& x, const Text& kind, double eps) {
+  const UnitNormInputs inputs = read(x, kind, eps);
+  Tensor dx = new_tensor(x, {x.size(0), x.size(1)}, inputs.x.dtype);
+  unit_norm_backward(inputs, const_view(dy, "dy"), mutable_view(dx, "dx"), &torch_executor());
+  return dx;
+}
+
 }  // namespace
 }  // namespace kalmanet::torch_ops
 
@@ -110,4 +133,6 @@ STABLE_TORCH_LIBRARY_IMPL(kalmanet, CPU, m) {
   m.impl("causal_conv_step", TORCH_BOX(&kalmanet::torch_ops::causal_conv_step_cpu));
   m.impl("gated_rms_norm_forward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_forward_cpu));
   m.impl("gated_rms_norm_backward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_backward_cpu));
+  m.impl("unit_norm_forward", TORCH_BOX(&kalmanet::torch_ops::unit_norm_forward_cpu));
+  m.impl("unit_norm_backward", TORCH_BOX(&kalmanet::torch_ops::unit_norm_backward_cpu));
 }
