@@ -46,26 +46,13 @@ class _LowRank(nn.Module):
         return self.linearB(F.silu(self.linearA(x)))
 
 
-class _UnitHeads(torch.autograd.Function):
-    """t / (|t| + eps) over the last dimension: half the passes of what autograd would write.
-
-    With n = |t|, s = n + eps:  dt = dy / s - t (t . dy) / (n s^2).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-        inverse = (norm + eps).reciprocal()
-        ctx.save_for_backward(t, norm, inverse)
-        return t * inverse
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        t, norm, inverse = ctx.saved_tensors
-        along = torch.linalg.vecdot(t, dy).unsqueeze(-1) * inverse.square()
-        # A row of zeros has no direction: its norm counts as a constant.
-        along = torch.where(norm > 0, along / norm, 0.0)
-        return torch.addcmul(dy * inverse, t, along, value=-1), None
+def _unit_heads(t: Tensor, kind: str) -> Tensor:
+    """t / (|t| + 1e-6) over the last dimension, or with "fla" t / sqrt(|t|^2 + 1e-6)."""
+    if t.device.type in ("cpu", "meta"):
+        return _ops.unit_norm_forward(t.flatten(0, -2), kind=kind).view(t.shape)
+    if kind == "fla":
+        return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6)
+    return t / (torch.linalg.vector_norm(t, dim=-1, keepdim=True) + 1e-6)
 
 
 class GatedKalmaNet(nn.Module):
@@ -359,10 +346,7 @@ class GatedKalmaNet(nn.Module):
             return _ops.causal_conv_forward(t, weight, before, cu_seqlens, want_final_state=keep)
 
         def normalise(t: Tensor, heads: int) -> Tensor:
-            t = t.unflatten(-1, (heads, K))
-            if o.qk_norm == "official":
-                return cast(Tensor, _UnitHeads.apply(t, 1e-6))
-            return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6)
+            return _unit_heads(t.unflatten(-1, (heads, K)), o.qk_norm)
 
         conv_q, conv_k, conv_v = (None, None, None) if last is None else last.conv
         q, conv_q = convolve(project(self.q_proj), self.q_conv1d.weight, conv_q)

@@ -113,11 +113,11 @@ View view(const kalmanet_tensor* tensor) {
 kalmanet_gka_options read_options(const kalmanet_gka_options* options) {
   if (options == nullptr) return kOptionsInit;
   using S = kalmanet_gka_options;
-  return read_struct<S>("options", options, kOptionsInit,
-                        {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, ridge_ratio),
-                         offsetof(S, tolerance), offsetof(S, scale), offsetof(S, bp_lambda),
-                         offsetof(S, chunk_size), offsetof(S, executor), offsetof(S, arithmetic),
-                         offsetof(S, stream)});
+  return read_struct<S>(
+      "options", options, kOptionsInit,
+      {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, ridge_ratio),
+       offsetof(S, tolerance), offsetof(S, scale), offsetof(S, bp_lambda), offsetof(S, chunk_size),
+       offsetof(S, executor), offsetof(S, arithmetic), offsetof(S, stream)});
 }
 
 kalmanet_executor_callbacks read_callbacks(const kalmanet_executor_callbacks* callbacks) {

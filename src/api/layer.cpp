@@ -1,4 +1,4 @@
-// Public entry points of the causal convolution, the gated RMS norm and the fused decode step.
+// Public entry points of the causal convolution, the norms and the fused decode step.
 #include "api/backends.hpp"
 #include "core/check.hpp"
 #include "core/text.hpp"
@@ -98,6 +98,21 @@ void gated_rms_norm_backward(const NormInputs& inputs, ConstView dy, View d_o, V
         cpu::gated_rms_norm_backward(inputs, dy, d_o, d_gate, d_weight, executor);
       },
       KN_ON_GPU(gated_rms_norm_backward(inputs, dy, d_o, d_gate, d_weight, stream)));
+}
+
+void unit_norm_forward(const UnitNormInputs& inputs, View y, const Placement& where) {
+  core::validate_unit_norm_forward(inputs, y);
+  run(
+      where, [&](Executor& executor) { cpu::unit_norm_forward(inputs, y, executor); },
+      KN_ON_GPU(unit_norm_forward(inputs, y, stream)));
+}
+
+void unit_norm_backward(const UnitNormInputs& inputs, ConstView dy, View dx,
+                        const Placement& where) {
+  core::validate_unit_norm_backward(inputs, dy, dx);
+  run(
+      where, [&](Executor& executor) { cpu::unit_norm_backward(inputs, dy, dx, executor); },
+      KN_ON_GPU(unit_norm_backward(inputs, dy, dx, stream)));
 }
 
 GkaReport layer_step(const LayerStepInputs& inputs, const LayerStepStates& states, View o,

@@ -126,4 +126,20 @@ void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, cons
   sum_into(d_weight, 1, job.parts, count, job.V, stream);
 }
 
+void unit_norm_forward(const UnitNormInputs& inputs, const View& y, void* stream) {
+  require_gpu();
+  NormJob job = norm_job(inputs);
+  job.y = array_of(y);
+  launch_norm(job, false, inputs.x.dtype == DType::float64, stream);
+}
+
+void unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy, const View& dx,
+                        void* stream) {
+  require_gpu();
+  NormJob job = norm_job(inputs);
+  job.dy = array_of(dy);
+  job.d_o = array_of(dx);
+  launch_norm(job, true, inputs.x.dtype == DType::float64, stream);
+}
+
 }  // namespace kalmanet::cuda

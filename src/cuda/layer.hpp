@@ -23,4 +23,8 @@ void gated_rms_norm_forward(const NormInputs& inputs, const View& y, void* strea
 void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, const View& d_o,
                              const View& d_gate, const View& d_weight, void* stream);
 
+void unit_norm_forward(const UnitNormInputs& inputs, const View& y, void* stream);
+void unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy, const View& dx,
+                        void* stream);
+
 }  // namespace kalmanet::cuda

@@ -30,6 +30,9 @@ struct ConvJob {
   bool silu = true;
 };
 
+// Of unit_norm: o is its x, d_o its dx; there is neither gate nor weight.
+enum class UnitNorm : int { none, official, fla };
+
 struct NormJob {
   int64_t R = 0, V = 0;
   Array o, gate, weight;      // [R,V], [R,V], [V]
@@ -38,6 +41,7 @@ struct NormJob {
   double* inverse = nullptr;  // backward: 1 / sqrt(mean(o^2) + eps) of each row; or null
   double* parts = nullptr;    // backward: of the weight gradient, [group of rows][V]; or null
   double eps = 1e-6;
+  UnitNorm unit = UnitNorm::none;
 };
 
 // Parts of a sum that are added into one by one thread, in their order.

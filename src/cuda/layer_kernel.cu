@@ -26,7 +26,9 @@ __global__ void __launch_bounds__(kThreads) conv(const __grid_constant__ ConvJob
 template <class S, bool kBackward>
 __global__ void __launch_bounds__(kNormThreads) norm(const __grid_constant__ NormJob job) {
   DeviceGroup<NormRegisters<S>> group;
-  if constexpr (kBackward) {
+  if (job.unit != UnitNorm::none) {
+    run_unit_norm<S>(group, job, blockIdx.x);
+  } else if constexpr (kBackward) {
     run_norm_backward<S>(group, job, blockIdx.x);
   } else {
     run_norm<S>(group, job, blockIdx.x);

@@ -57,4 +57,14 @@ NormJob norm_job(const NormInputs& inputs) {
   return job;
 }
 
+NormJob norm_job(const UnitNormInputs& inputs) {
+  NormJob job;
+  job.R = inputs.x.size[0];
+  job.V = inputs.x.size[1];
+  job.o = array_of(inputs.x);
+  job.eps = inputs.eps;
+  job.unit = inputs.kind == QkNorm::fla ? UnitNorm::fla : UnitNorm::official;
+  return job;
+}
+
 }  // namespace kalmanet::cuda

@@ -18,6 +18,7 @@ std::vector<ConvSpan> spans_of(const std::vector<core::Sequence>& sequences, int
 ConvJob conv_job(const ConvInputs& inputs, const std::vector<core::Sequence>& sequences,
                  int64_t tokens, bool silu, std::vector<ConvSpan>& spans);
 NormJob norm_job(const NormInputs& inputs);
+NormJob norm_job(const UnitNormInputs& inputs);
 
 Array array_of(const ConstView& view);
 

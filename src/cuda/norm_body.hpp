@@ -1,4 +1,5 @@
-// The gated RMS norm: one warp a row. With r = 1 / sqrt(mean(o^2) + eps), n = o r, s = silu(gate):
+// The norms: one warp a row. The gated RMS norm, with r = 1 / sqrt(mean(o^2) + eps), n = o r, s =
+// silu(gate):
 //
 //   y = w n s        d_gate = dy w n silu'(gate)        d_weight = sum over rows of dy n s
 //   d_o = r (e - n mean(e n)),  e = dy w s
@@ -93,6 +94,34 @@ KALMANET_KERNEL void run_norm_backward(Group& group, const NormJob& job, int64_t
     if (job.d_o.data != nullptr) set<S>(job.d_o, row, c, d_o);
     if (job.d_gate.data != nullptr) set<S>(job.d_gate, row, c, d_gate);
     if (c == 0 && job.inverse != nullptr) job.inverse[row] = static_cast<double>(r.inverse);
+  });
+}
+
+// y = x / s, s = |x| + eps or sqrt(|x|^2 + eps);
+// dx = dy / s - x (x . dy) / (|x| s^2), or / s^3. A row of zeros has no direction: dx = dy / s.
+template <class S, class Group>
+KALMANET_KERNEL void run_unit_norm(Group& group, const NormJob& job, int64_t block) {
+  const bool fla = job.unit == UnitNorm::fla, backward = job.dy.data != nullptr;
+  group.each([](int, NormRegisters<S>& r) { r.square = r.along = S(0); });
+  for_columns<S>(group, job, block, [&](int64_t row, int64_t c, NormRegisters<S>& r) {
+    const S value = element<S>(job.o, row, c);
+    r.square += value * value;
+    if (backward) r.along += value * element<S>(job.dy, row, c);
+  });
+  group.template sum_lanes<32>([](NormRegisters<S>& r) -> S& { return r.square; });
+  group.template sum_lanes<32>([](NormRegisters<S>& r) -> S& { return r.along; });
+  group.each([&](int, NormRegisters<S>& r) {
+    const S norm = sqrt(r.square), eps = static_cast<S>(job.eps);
+    r.inverse = S(1) / (fla ? sqrt(r.square + eps) : norm + eps);
+    r.along *= r.inverse * r.inverse * (fla ? r.inverse : norm > S(0) ? S(1) / norm : S(0));
+  });
+  for_columns<S>(group, job, block, [&](int64_t row, int64_t c, NormRegisters<S>& r) {
+    const S x = element<S>(job.o, row, c);
+    if (backward) {
+      set<S>(job.d_o, row, c, element<S>(job.dy, row, c) * r.inverse - x * r.along);
+    } else {
+      set<S>(job.y, row, c, x * r.inverse);
+    }
   });
 }
 

@@ -394,10 +394,7 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     if (state != nullptr) state->*slot = std::move(result.final_state);
     return result.y;
   };
-  const auto normalise = [&](const Tensor& by_head) {
-    if (o.qk_norm == "official") return unit_heads(by_head, 1e-6);
-    return by_head * at::rsqrt(by_head.square().sum(-1, true) + 1e-6);
-  };
+  const auto normalise = [&](const Tensor& by_head) { return unit_heads(by_head, o.qk_norm); };
   Tensor q = normalise(
       convolve(project(q_proj_), q_conv_, &GkaLayerState::conv_q).view({B, T, o.num_heads, K}));
   Tensor k =

@@ -1,4 +1,4 @@
-// The causal convolution and the gated RMS norm: tensors to views, kalmanet called.
+// The causal convolution and the norms: tensors to views, kalmanet called.
 #include <tuple>
 
 #include "torch/place.hpp"
@@ -108,6 +108,31 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_op(const Tensor& dy, 
   return {d_o, d_gate, d_weight};
 }
 
+UnitNormInputs read(const Tensor& x, const Text& kind, double eps) {
+  UnitNormInputs inputs;
+  require_rank(x, 2, "x", "[R,K]");
+  inputs.x = const_view(x, "x");
+  inputs.kind = qk_norm_of(kind, "kind");
+  inputs.eps = eps;
+  return inputs;
+}
+
+Tensor unit_norm_forward_op(const Tensor& x, const Text& kind, double eps) {
+  const Place place({"x", x}, {});
+  const UnitNormInputs inputs = read(x, kind, eps);
+  Tensor y = new_tensor(x, {x.size(0), x.size(1)}, inputs.x.dtype);
+  unit_norm_forward(inputs, mutable_view(y, "y"), place.placement());
+  return y;
+}
+
+Tensor unit_norm_backward_op(const Tensor& dy, const Tensor& x, const Text& kind, double eps) {
+  const Place place({"x", x}, {{"dy", dy}});
+  const UnitNormInputs inputs = read(x, kind, eps);
+  Tensor dx = new_tensor(x, {x.size(0), x.size(1)}, inputs.x.dtype);
+  unit_norm_backward(inputs, const_view(dy, "dy"), mutable_view(dx, "dx"), place.placement());
+  return dx;
+}
+
 }  // namespace
 }  // namespace kalmanet::torch_ops
 
@@ -119,6 +144,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_rms_norm_backward_op(const Tensor& dy, 
     m.impl("gated_rms_norm_forward", TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_forward_op)); \
     m.impl("gated_rms_norm_backward",                                                             \
            TORCH_BOX(&kalmanet::torch_ops::gated_rms_norm_backward_op));                          \
+    m.impl("unit_norm_forward", TORCH_BOX(&kalmanet::torch_ops::unit_norm_forward_op));           \
+    m.impl("unit_norm_backward", TORCH_BOX(&kalmanet::torch_ops::unit_norm_backward_op));         \
   }
 KN_REGISTER(CPU)
 KN_REGISTER(CUDA)

@@ -15,13 +15,6 @@ View mutable_view(const OptionalTensor& tensor, const char* name) {
   return tensor ? torch_ops::mutable_view(*tensor, name) : View{};
 }
 
-QkNorm qk_norm_of(const std::string& text) {
-  if (text == "official") return QkNorm::official;
-  if (text == "fla") return QkNorm::fla;
-  throw Error(ErrorCode::invalid_argument, "qk_norm",
-              "is \"" + text + "\"; allowed are \"official\" and \"fla\"");
-}
-
 std::tuple<Tensor, Tensor> layer_step_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
     const Tensor& conv_q, const Tensor& conv_k, const OptionalTensor& conv_v,
@@ -82,7 +75,7 @@ std::tuple<Tensor, Tensor> layer_step_op(
   options.gka.backend = place.backend("auto");
   options.decay_h = decay_h;
   options.fixed_alpha = fixed_alpha;
-  options.qk_norm = qk_norm_of(qk_norm);
+  options.qk_norm = qk_norm_of(qk_norm, "qk_norm");
   options.min_ridge = min_ridge;
   options.max_ridge = max_ridge;
   options.norm_eps = norm_eps;

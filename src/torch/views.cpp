@@ -182,4 +182,11 @@ Backend backend_of(const std::string& text) {
               "is \"" + text + "\"; allowed are \"auto\", \"cpu\", \"reference\" and \"cuda\"");
 }
 
+QkNorm qk_norm_of(const std::string& text, const char* name) {
+  if (text == "official") return QkNorm::official;
+  if (text == "fla") return QkNorm::fla;
+  throw Error(ErrorCode::invalid_argument, name,
+              "is \"" + text + "\"; allowed are \"official\" and \"fla\"");
+}
+
 }  // namespace kalmanet::torch_ops

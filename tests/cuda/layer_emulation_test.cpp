@@ -272,5 +272,62 @@ TEST(CudaLayerEmulation, GatedNormOverShapes) {
   }
 }
 
+template <class T>
+void check_unit_norm(int64_t R, int64_t K, QkNorm kind, Layout layout, uint64_t seed) {
+  using S = Computed<T>;
+  const NormCase c{R, K, false, layout};
+  NormTensors<T> t(c, seed), other(c, seed);
+  NormTensors<double> twin({R, K, false, Layout::dense}, seed);
+  twin.take(t);
+  for (NormTensors<T>* one : {&t, &other}) {
+    // A row of zeros, which has no direction.
+    for (int64_t c0 = 0; c0 < K; ++c0) one->o.at(R - 1, c0) = T(0.0f);
+    const UnitNormInputs inputs{.x = one->o.view(), .kind = kind};
+    cuda::NormJob forward = cuda::norm_job(inputs), backward = forward;
+    forward.y = cuda::array_of(one->y.view());
+    backward.dy = cuda::array_of(one->dy.view()), backward.d_o = cuda::array_of(one->d_o.view());
+    const bool backwards = one == &other;
+    cuda::HostGroup<cuda::NormRegisters<S>> group(cuda::kNormThreads, backwards);
+    for_threads((R + cuda::kNormRows - 1) / cuda::kNormRows, backwards, [&](int64_t block) {
+      cuda::run_unit_norm<S>(group, forward, block);
+      cuda::run_unit_norm<S>(group, backward, block);
+    });
+  }
+  for (int64_t c0 = 0; c0 < K; ++c0) twin.o.at(R - 1, c0) = 0;
+  const UnitNormInputs inputs{.x = twin.o.view(), .kind = kind};
+  cpu::unit_norm_forward(inputs, twin.y.view(), default_executor());
+  cpu::unit_norm_backward(inputs, twin.dy.view(), twin.d_o.view(), default_executor());
+  const std::string where =
+      "emulated CUDA unit_norm R=" + std::to_string(R) + " K=" + std::to_string(K) +
+      " fla=" + std::to_string(kind == QkNorm::fla) + " layout=" + name(layout) +
+      " seed=" + std::to_string(seed) + " " + name(DTypeOf<T>::value);
+  expect_same_bits("y", t.y, other.y, where);
+  expect_same_bits("dx", t.d_o, other.d_o, where);
+  expect_close("y", t.y, twin.y.values(), kBound<T>, where);
+  // dx is what is left of dy / s without its part along x: all but nothing where K is 1.
+  std::vector<double> terms;
+  for (int64_t r = 0; r < R; ++r) {
+    double sum = 0;
+    for (int64_t c0 = 0; c0 < K; ++c0) sum += twin.o.at(r, c0) * twin.o.at(r, c0);
+    const double s = kind == QkNorm::fla ? std::sqrt(sum + 1e-6) : std::sqrt(sum) + 1e-6;
+    for (int64_t c0 = 0; c0 < K; ++c0) terms.push_back(twin.dy.at(r, c0) / s);
+  }
+  expect_close("dx", t.d_o, twin.d_o.values(), 2 * kBound<T>, where, terms);
+}
+
+TEST(CudaLayerEmulation, UnitNormOverShapes) {
+  uint64_t seed = 1;
+  for (int64_t R : {1, 2, 8, 9, 65}) {
+    for (int64_t K : {1, 5, 32, 33, 128, 256}) {
+      for (const Layout layout : {Layout::dense, Layout::transposed, Layout::mirrored}) {
+        const QkNorm kind = ++seed % 2 == 0 ? QkNorm::official : QkNorm::fla;
+        check_unit_norm<float>(R, K, kind, layout, seed);
+        check_unit_norm<double>(R, K, kind, layout, seed);
+        check_unit_norm<BFloat16>(R, K, kind, layout, seed);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kalmanet::testing

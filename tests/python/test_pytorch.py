@@ -29,6 +29,7 @@ def operator_calls(dtype, gradients):
         "gka_forward": (first, {"save_x": True}),
         "causal_conv_forward": ([x, weight, state], {"want_final_state": True}),
         "gated_rms_norm_forward": ([o, gate, norm], {}),
+        "unit_norm_forward": ([o], {"kind": "fla"}),
     }
     if gradients:
         return {n: ([t.clone().requires_grad_() for t in a], kw) for n, (a, kw) in forward.items()}
@@ -37,6 +38,7 @@ def operator_calls(dtype, gradients):
         "gka_backward": ([d_o, *first, None, None, h0, u0], {}),
         "causal_conv_backward": ([x, x, weight, state, None, state], {}),
         "gated_rms_norm_backward": ([o, o, gate, norm], {}),
+        "unit_norm_backward": ([o, gate], {}),
         "gka_step": ([*first[:3], h0.clone(), u0.clone(), *first[3:8]], {}),
         "layer_step": (
             [
