@@ -48,11 +48,19 @@ class _LowRank(nn.Module):
 
 def _unit_heads(t: Tensor, kind: str) -> Tensor:
     """t / (|t| + 1e-6) over the last dimension, or with "fla" t / sqrt(|t|^2 + 1e-6)."""
-    if t.device.type in ("cpu", "meta"):
+    if t.device.type in ("cpu", "cuda", "meta"):
         return _ops.unit_norm_forward(t.flatten(0, -2), kind=kind).view(t.shape)
     if kind == "fla":
         return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6)
     return t / (torch.linalg.vector_norm(t, dim=-1, keepdim=True) + 1e-6)
+
+
+def _projected(layer: GatedKalmaNet, x: Tensor) -> torch.dtype:
+    """The dtype that a projection of x has: autocast's, or that of the weights."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return layer.q_proj.weight.dtype
 
 
 class GatedKalmaNet(nn.Module):
@@ -362,6 +370,10 @@ class GatedKalmaNet(nn.Module):
             k = normalise(k, o.num_k_heads)
             v = v.unflatten(-1, (o.num_v_heads, V))
 
+        if x.is_cuda and (given := _projected(self, x)) != fine:
+            # The GPU's matrix units take 16 bits as the projections gave them.
+            q, k, v = q.to(given), k.to(given), v.to(given)
+
         g = gk = alpha = beta = None
         ridge: float | Tensor = o.ridge_ratio
         num_iter, solver, arithmetic = o.num_iter, o.solver, o.arithmetic
@@ -407,7 +419,7 @@ class GatedKalmaNet(nn.Module):
             )  # fmt: skip
             if keep:
                 state = LayerState(h, u, (conv_q, conv_k, conv_v))
-        gate = project(self.g_proj).reshape(-1, V) if o.use_gate else None
+        gate = self.g_proj(x).to(out.dtype).reshape(-1, V) if o.use_gate else None
         out = _ops.gated_rms_norm_forward(
             out.reshape(-1, V), gate, self.o_norm.weight.to(fine), eps=o.norm_eps
         )

@@ -17,7 +17,7 @@ class TorchOnDevice:
     everywhere, also from a CPU generator."""
 
     FACTORIES = frozenset(
-        "arange empty eye full ones rand randint randn tensor zeros".split()
+        ["arange", "empty", "eye", "full", "ones", "rand", "randint", "randn", "tensor", "zeros"]
     )  # fmt: skip
 
     def __getattr__(self, name):

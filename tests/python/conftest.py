@@ -1,6 +1,6 @@
 """What the tests of the Python package share: which library it loads, and the device they run on.
 
-`pytest tests/python --device cuda` runs them on the GPU; without one all of them are skipped, saying
+`pytest tests/python --device cuda` runs them on the GPU; without one all are skipped, saying
 so. Tests of what only the CPU has carry the marker `cpu_only`.
 """
 
@@ -28,6 +28,16 @@ if os.environ.get("KALMANET_TEST_INSTALLED") != "1":
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+
+
+# Files about what only the CPU has.
+CPU_ONLY = {
+    "test_both_ways.py": "folders are the same on every device",
+    "test_distributed.py": "gloo",
+    "test_doctor_and_compat.py": "it asks for the CPU's instruction sets",
+    "test_examples.py": "programs for any machine",
+    "test_jax.py": "XLA's functions of the CPU",
+}
 
 
 def pytest_addoption(parser):
@@ -58,8 +68,9 @@ def pytest_collection_modifyitems(config, items):
     here = [i for i in items if Path(i.path).parent == Path(__file__).parent]
     reason = missing() if here else None
     for item in here:
-        only = item.get_closest_marker("cpu_only")
-        why = reason or (only and f"the CPU alone: {only.args[0]}")
+        marker = item.get_closest_marker("cpu_only")
+        only = CPU_ONLY.get(Path(item.path).name) or (marker and marker.args[0])
+        why = reason or (only and f"the CPU alone: {only}")
         if why:
             item.add_marker(pytest.mark.skip(reason=why))
 

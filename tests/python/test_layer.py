@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from cases import SEED, relative
+from cases import DEVICE, SEED, relative
 from kalmanet import GatedKalmaNet, State
 from plain import layer as plain_layer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,7 +36,7 @@ SETTINGS = {
 
 def make(settings, dtype=torch.float64):
     torch.manual_seed(SEED)
-    layer = GatedKalmaNet(**SMALL | settings)
+    layer = GatedKalmaNet(**SMALL | settings, device=DEVICE)
     with torch.no_grad():  # nothing stays at a special value
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -99,10 +99,10 @@ def test_parameter_names_are_the_checkpoint_s():
 
 def test_the_expansion_starts_as_a_repeat():
     torch.manual_seed(1)
-    repeat = GatedKalmaNet(**SMALL, num_kv_heads=2).double()
+    repeat = GatedKalmaNet(**SMALL, num_kv_heads=2, device=DEVICE).double()
     for residual in (False, True):
         expanded = GatedKalmaNet(
-            **SMALL, num_kv_heads=2, kv_proj_rank=3, kv_learnable_residual=residual
+            **SMALL, num_kv_heads=2, kv_proj_rank=3, kv_learnable_residual=residual, device=DEVICE
         ).double()
         expanded.load_state_dict(repeat.state_dict(), strict=False)
         assert relative(expanded(tokens())[0], repeat(tokens())[0]) <= 1e-12
@@ -234,7 +234,7 @@ def test_sixteen_bits_and_autocast(dtype, bound):
     layer = make({}, torch.float32)
     x = tokens(dtype=torch.float32)
     want = layer(x)[0]
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         got, _, state = layer(x, use_cache=True)
     assert got.dtype == dtype and relative(got, want) <= bound
     assert state[0]["recurrent_state"][0].dtype == torch.float32
@@ -287,7 +287,7 @@ def test_settings_that_do_not_fit(message):
 
 
 def test_calls_that_do_not_fit():
-    layer = GatedKalmaNet(**SMALL)
+    layer = GatedKalmaNet(**SMALL, device=DEVICE)
     x = tokens(dtype=torch.float32)
     cases = {
         "hidden_states: must be [B,T,hidden_size] with hidden_size 24": lambda: layer(x[..., :5]),

@@ -72,7 +72,15 @@ def test_chebyshev_is_the_published_iteration(num_iter):
     assert all(relative(a, b) <= 1e-12 for a, b in zip(state, want_state))
 
 
-@pytest.mark.parametrize("solver", ["chebyshev", "direct", "cg", "auto"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "chebyshev",
+        "direct",
+        pytest.param("cg", marks=pytest.mark.cpu_only("the solver cg")),
+        "auto",
+    ],
+)
 def test_every_solver_meets_the_exact_one(solver):
     p = problem(dtype=torch.float32)
     want, _ = naive_recurrent_gka(**widened(p))
