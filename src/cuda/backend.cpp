@@ -7,27 +7,15 @@
 
 #include "core/half.hpp"
 #include "core/text.hpp"
+#include "cuda/backward_plan.hpp"
 #include "cuda/chunk_kernel.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/plan.hpp"
+#include "cuda/workspace.hpp"
 #include "kalmanet/error.hpp"
 
 namespace kalmanet::cuda {
 namespace {
-
-// Stream-ordered memory that is given back, also where a launch throws.
-class Workspace {
- public:
-  Workspace(int64_t bytes, Stream stream) : data_(allocate(bytes, stream)), stream_(stream) {}
-  ~Workspace() { release(data_, stream_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* data() const noexcept { return data_; }
-
- private:
-  void* data_;
-  Stream stream_;
-};
 
 GkaReport report_of(const core::GkaProblem& problem) {
   GkaReport report;
@@ -129,7 +117,7 @@ class CudaBackend final : public core::GkaBackend {
   std::string describe() const override {
     const DeviceInfo& device = device_info();
     if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", device.problem);
-    return core::text("forward and step; chebyshev, direct; ", device.count,
+    return core::text("forward, backward and step; chebyshev, direct; ", device.count,
                       device.count == 1 ? " GPU: " : " GPUs; current: ", device.current);
   }
 
@@ -152,18 +140,32 @@ class CudaBackend final : public core::GkaBackend {
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return run(problem, outputs, true);
   }
-  GkaReport backward(const core::GkaProblem&, const ConstView&, const GkaOutputGrads&,
-                     const GkaInputGrads&) const override {
-    throw Error(ErrorCode::unsupported, "backend",
-                "the cuda backend has no backward yet; pass backend cpu, with tensors in the "
-                "processor's memory");
+  // x is solved for again, saved or not: what it was rounded to would show in the gradients.
+  GkaReport backward(const core::GkaProblem& problem, const ConstView&,
+                     const GkaOutputGrads& output_grads,
+                     const GkaInputGrads& grads) const override {
+    const DeviceInfo& device = device_info();
+    if (device.count == 0) {
+      throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
+    }
+    if (problem.options.arithmetic != Arithmetic::standard) {
+      throw Error(ErrorCode::unsupported, "backend",
+                  "arithmetic bfloat16 is not there yet for the cuda backend's backward; pass "
+                  "arithmetic standard");
+    }
+    run_backward(problem, output_grads, grads, device);
+    return report_of(problem);
   }
   int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
                           bool) const override {
-    if (operation == GkaOperation::backward) backward(problem, {}, {}, {});
     const DeviceInfo& device = device_info();
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
     const int64_t n = static_cast<int64_t>(pieces.size());
+    if (operation == GkaOperation::backward) {
+      BackwardJob job = backward_job_of(problem, {}, {});
+      job.in.num_pieces = n;
+      return backward_bytes(problem, job, device, true).total();
+    }
     // (As if the matrix-unit kernels computed it, which take more.)
     GkaJob job = job_of(problem, {});
     job.num_pieces = n;
