@@ -44,7 +44,6 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
   }
 
   // U <- decay source + beta2 k v^T, and dm_t of it. A thread has its rows of U as it has H's.
-  template <class A>
   KALMANET_KERNEL void advance_u(const StateView<S> source, S decay, S beta2) {
     const int K = static_cast<int>(job.K), V = static_cast<int>(job.V);
     const bool vectors =
@@ -53,7 +52,7 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int row = Layout::row(thread, i);
-        A sum = 0;
+        S sum = 0;
         if (row < K) {
           const S k = beta2 * shared.k[row];
           for (int c = thread % 4 * 4; c < V; c += 16) {
@@ -70,24 +69,82 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
             for (int j = 0; j < 4; ++j) {
               if (c + j >= V) continue;
               e[j] = decay * e[j] + k * shared.v[c + j];
-              sum += static_cast<A>(e[j]) * static_cast<A>(shared.o[c + j]);
+              sum += e[j] * shared.o[c + j];
               if (!vectors) u.data[u.at(row, c + j)] = e[j];
             }
             if (vectors) store4(u.data + u.at(row, c), e);
           }
         }
-        product_of(r, A())[i] = sum;
+        r.product[i] = sum;
       }
     });
-    group.template sum_lanes<4>([](Registers& r) -> A& { return product_of(r, A())[0]; });
-    group.template sum_lanes<4>([](Registers& r) -> A& { return product_of(r, A())[1]; });
-    const double scale = job.scale, alpha = static_cast<double>(shared.scalar[kAlpha]);
+    group.template sum_lanes<4>([](Registers& r) -> S& { return r.product[0]; });
+    group.template sum_lanes<4>([](Registers& r) -> S& { return r.product[1]; });
     group.each([&](int thread, Registers& r) {
-      const double a = scale * static_cast<double>(product_of(r, A())[0]);
-      const double b = scale * static_cast<double>(product_of(r, A())[1]);
-      Base::Solver::put_rows(thread, a, b, dm());
-      Base::Solver::put_rows(thread, alpha * a, alpha * b, right_side());
-      Base::Solver::put_rows(thread, alpha * a, alpha * b, shared.m);
+      Base::Solver::put_rows(thread, job.scale * static_cast<double>(r.product[0]),
+                             job.scale * static_cast<double>(r.product[1]), dm());
+    });
+    group.barrier();
+  }
+
+  // dm_t once more, from the keys and values themselves, in float64: an element of U is rounded,
+  // and by that U_t do_t leaves what the keys span, where a small ridge magnifies it.
+  KALMANET_KERNEL void exact_dm(int64_t t, double since_u) {
+    constexpr int kLanes = Layout::kThreads / kExactBackwardTokens;
+    const int tokens = static_cast<int>(t - piece.begin) + 1;
+    double* const decay = kept(4);  // of U, of each token so far
+    double* const weight = decay + kExactBackwardTokens;
+    const auto value = [&](int j, int64_t c) {
+      const int64_t at = offset_of(job.v, piece.row, piece.begin + j, head / job.v_group);
+      return static_cast<double>(load_element<S>(job.v, at + c * job.v.stride[3]));
+    };
+    group.each([&](int thread, Registers& r) {
+      if (thread == 0) decay[tokens - 1] = exp(static_cast<double>(shared.scalar[kGateOfU]));
+      const int j = thread / kLanes;
+      r.sum = 0.0;
+      if (j >= tokens) return;
+      for (int64_t c = thread % kLanes; c < job.V; c += kLanes) {
+        r.sum += value(j, c) * static_cast<double>(shared.o[c]);
+      }
+    });
+    group.template sum_lanes<kLanes>([](Registers& r) -> double& { return r.sum; });
+    group.barrier();
+    group.each([&](int thread, Registers& r) {
+      const int j = thread / kLanes;
+      if (thread % kLanes != 0 || j >= tokens) return;
+      const double beta = static_cast<double>(
+          scalar_at<S>(job.beta, piece.row, piece.begin + j, head, 1.0));
+      double w = beta * beta * r.sum;
+      for (int i = j + 1; i < tokens; ++i) w *= decay[i];
+      weight[j] = w;
+    });
+    group.barrier();
+    const StateView<S> start = state_view<S>(job.u0, piece.sequence, head);
+    group.each([&](int thread, Registers&) {
+      if (thread >= job.K) return;
+      double sum = 0.0;
+      for (int64_t c = 0; c < job.V && start.data != nullptr; ++c) {
+        sum += static_cast<double>(start.data[start.at(thread, c)]) *
+               static_cast<double>(shared.o[c]);
+      }
+      sum *= since_u;
+      for (int j = 0; j < tokens; ++j) {
+        const int64_t at = offset_of(job.k, piece.row, piece.begin + j, head / job.k_group);
+        sum += weight[j] *
+               static_cast<double>(load_element<S>(job.k, at + thread * job.k.stride[3]));
+      }
+      dm()[thread] = job.scale * sum;
+    });
+    group.barrier();
+  }
+
+  // alpha_t dm_t, in both precisions.
+  KALMANET_KERNEL void put_right_side() {
+    const double alpha = static_cast<double>(shared.scalar[kAlpha]);
+    group.each([&](int thread, Registers&) {
+      if (thread >= KP) return;
+      right_side()[thread] = alpha * dm()[thread];
+      shared.m[thread] = static_cast<S>(alpha * dm()[thread]);
     });
     group.barrier();
   }
@@ -178,11 +235,9 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
       system.f = this->update_h(decay, beta2);
       system.lambda = system.ridge * system.f;
       const bool exact = Base::kHasWider && from_nothing && t < piece.begin + kExactBackwardTokens;
-      if (exact) {
-        advance_u<double>(from, u_decay, beta2);
-      } else {
-        advance_u<S>(from, u_decay, beta2);
-      }
+      advance_u(from, u_decay, beta2);
+      if (exact) exact_dm(t, since_u);
+      put_right_side();
       from = u;
       int num_iter = job.num_iter;
       if (num_iter == 0) num_iter = counted_steps(system.ridge, job.tolerance);
