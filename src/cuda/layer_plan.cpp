@@ -4,14 +4,6 @@
 
 namespace kalmanet::cuda {
 
-Array array_of(const ConstView& view) {
-  Array a;
-  a.data = const_cast<void*>(view.data);  // of an output, or never written
-  a.dtype = view.dtype;
-  for (int d = 0; d < view.rank; ++d) a.stride[d] = view.stride[d];
-  return a;
-}
-
 std::vector<ConvSpan> spans_of(const std::vector<core::Sequence>& sequences, int64_t tokens) {
   std::vector<ConvSpan> spans;
   for (const core::Sequence& s : sequences) {

@@ -5,6 +5,7 @@
 
 #include "core/problem.hpp"
 #include "cuda/layer_job.hpp"
+#include "cuda/plan.hpp"
 #include "kalmanet/conv.hpp"
 #include "kalmanet/norm.hpp"
 
@@ -19,7 +20,5 @@ ConvJob conv_job(const ConvInputs& inputs, const std::vector<core::Sequence>& se
                  int64_t tokens, bool silu, std::vector<ConvSpan>& spans);
 NormJob norm_job(const NormInputs& inputs);
 NormJob norm_job(const UnitNormInputs& inputs);
-
-Array array_of(const ConstView& view);
 
 }  // namespace kalmanet::cuda

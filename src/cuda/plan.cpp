@@ -5,9 +5,17 @@
 #include <cstdint>
 
 #include "cuda/chunk_body.hpp"
-#include "cuda/layer_plan.hpp"
 
 namespace kalmanet::cuda {
+
+Array array_of(const ConstView& view) {
+  Array a;
+  a.data = const_cast<void*>(view.data);  // of an output, or never written
+  a.dtype = view.dtype;
+  for (int d = 0; d < view.rank; ++d) a.stride[d] = view.stride[d];
+  return a;
+}
+
 namespace {
 
 // Pairs of elements can be read and written as 4 bytes.

@@ -112,11 +112,9 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
  public:
   static constexpr size_t kInputs = 11;  // tensors, of which the last, cu_seqlens, has no gradient
 
-  // x spares the backward one solve. Beside 16-bit numbers on the GPU it is solved for again: what
-  // matrix units do faster than x, of float32, is written and read.
-  static bool saves_x(const Tensor& q) {
-    return !q.is_cuda() || q.scalar_type() == at::kFloat || q.scalar_type() == at::kDouble;
-  }
+  // x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward is
+  // on matrix units only where it need not write x.
+  static bool saves_x(const Tensor& q) { return !q.is_cuda(); }
 
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
                                const Tensor& v, const OptionalTensor& g, const OptionalTensor& gk,

@@ -37,12 +37,6 @@ def _records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _saves_x(q: Tensor) -> bool:
-    """x spares the backward one solve. Beside 16-bit numbers on a GPU it is solved for again: what
-    matrix units do faster than x, of float32, is written and read."""
-    return not q.is_cuda or q.dtype in (torch.float32, torch.float64)
-
-
 def _transformed() -> bool:
     """Inside torch.vmap or a compiler, where an operator that writes in place is no gain.
 
@@ -127,7 +121,9 @@ def gka(
         q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu,
         scale=scale, ridge_ratio=ratio, solver=solver, num_iter=steps, tolerance=tolerance,
         chunk_size=chunk_size, arithmetic=arithmetic,
-        save_x=_saves_x(q) and _records(q, k, v, g, gk, alpha, beta, ridge, h0, u0),
+        # x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward is
+        # on matrix units only where it need not write x.
+        save_x=not q.is_cuda and _records(q, k, v, g, gk, alpha, beta, ridge, h0, u0),
         want_residual=residual, backend=backend, bp_lambda=bp_lambda,
     )  # fmt: skip
     return o.to(out_dtype), (h, u), r.detach() if residual else None
