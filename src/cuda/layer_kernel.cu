@@ -91,7 +91,9 @@ void launch_norm_weight(const NormJob& job, bool float64, Stream stream) {
 }
 
 void launch_sum(const SumJob& job, Stream stream) {
-  const dim3 grid = grid_of((job.count + kPartsAThread - 1) / kPartsAThread, job.width);
+  // (One group of none gives zeros.)
+  const int64_t groups = job.count == 0 ? 1 : (job.count + kPartsAThread - 1) / kPartsAThread;
+  const dim3 grid = grid_of(groups, job.width);
   sum_parts<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(job);
   check(cudaGetLastError(), "launch of sum_parts");
 }

@@ -75,6 +75,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=why))
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--device", default="cpu") != "cpu" and missing():
+        terminalreporter.write_line(f"tests/python --device cuda: {missing()}", red=True)
+
+
 @pytest.fixture(autouse=True)
 def on_the_device(request, monkeypatch):
     """With --device cuda, the tensors that a test's own module makes are on the GPU. The package
