@@ -62,6 +62,7 @@ lint: build  ## formatting, order of the rooms, clang-tidy, ruff
 	@tools/check_layers
 	@tools/python_reference --check
 	@tools/check_isa
+	@tools/check_kernels
 	@tools/tidy
 
 docs: build  ## check the docs: links, commands, flags and quoted code
