@@ -12,7 +12,7 @@ namespace kalmanet::models {
 namespace {
 
 std::string refusal(const std::string& name) {
-  return testing::message_of([&] { device_named(name); });
+  return message_of([&] { device_named(name); });
 }
 
 TEST(Device, TheCpuIsAlwaysThere) {
