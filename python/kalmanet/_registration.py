@@ -129,6 +129,18 @@ def _(dy, x, *, kind="official", eps=1e-6):
     return x.new_empty(x.shape)
 
 
+# (load_state has none: the dtype and the sizes of what it gives are in its data.)
+@torch.library.register_fake("kalmanet::save_state")
+def _(h, u):
+    # A header of 128 bytes, then both states (docs/state-format.md).
+    return h.new_empty((128 + (h.numel() + u.numel()) * h.element_size(),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("kalmanet::saved_state_bytes")
+def _(buffer):
+    return buffer.new_empty((8,), dtype=torch.uint8)
+
+
 # ---- gradients ----
 
 

@@ -264,13 +264,18 @@ def test_new_weights():
     assert dt.min() >= 1e-4 and dt.max() <= 0.1001
 
 
-def test_compile_of_a_two_layer_model():
+@pytest.mark.parametrize("pattern", ["GKA-*", "GKA-GKA"])
+def test_compile_of_a_two_layer_model(pattern):
     torch._dynamo.reset()
-    model = model_of({"num_hidden_layers": 2, "hybrid_override_pattern": "GKA-*"}).train()
+    model = model_of({"num_hidden_layers": 2, "hybrid_override_pattern": pattern}).train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
-    for T in (64, 96, 128):
+    for T in range(64, 129):
         ids = tokens(2, T)
+        if T not in (64, 97, 128):
+            compiled(ids)
+            assert counter.frame_count == first, f"T = {T} was compiled anew"
+            continue
         got, want = compiled(ids).logits, model(ids).logits
         assert relative(got, want) <= 1e-5
         grads = [

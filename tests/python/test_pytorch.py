@@ -71,6 +71,28 @@ def test_opcheck(dtype, gradients):
         torch.library.opcheck(getattr(ops, name).default, tuple(args), kwargs)
 
 
+def test_opcheck_of_saved_states():
+    h, u = random(2, 3, 4, 4), random(2, 3, 4, 5)
+    data = ops.save_state(h, u)
+    torch.library.opcheck(ops.save_state.default, (h, u))
+    torch.library.opcheck(ops.saved_state_bytes.default, (data,))
+    # Dtype and sizes of what it gives are in the data: there is nothing to say without them.
+    torch.library.opcheck(
+        ops.load_state.default, (data,), test_utils=("test_schema", "test_autograd_registration")
+    )
+
+
+def test_no_operator_is_left_out():
+    named = {
+        name.removeprefix("kalmanet::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("kalmanet::")
+    }
+    about_strings = {"backend_info", "instruction_set", "set_instruction_set"}
+    states = {"save_state", "saved_state_bytes", "load_state"}
+    assert named == set(operator_calls(torch.float32, False)) | states | about_strings
+
+
 @pytest.mark.parametrize("same_gate", [False, True])
 def test_gradcheck_of_gka(same_gate):
     p = problem(B=1, T=6, H=2, K=3, V=2, states=True)
@@ -107,7 +129,7 @@ def test_gradcheck_with_few_heads_and_beta():
 
 
 def test_gradcheck_of_convolution_and_norm():
-    for name in ("causal_conv_forward", "gated_rms_norm_forward"):
+    for name in ("causal_conv_forward", "gated_rms_norm_forward", "unit_norm_forward"):
         args, kwargs = operator_calls(torch.float64, True)[name]
         assert torch.autograd.gradcheck(lambda *a: getattr(ops, name)(*a, **kwargs), args), name  # noqa: B023
 
@@ -163,12 +185,12 @@ def test_vmap_of_packed_sequences_convolution_and_norm():
     assert torch.equal(got, torch.stack([f(x, cu) for x in q]))
     with pytest.raises(ValueError, match="cu_seqlens: vmap cannot map over it"):
         torch.vmap(f)(q, cu.expand(3, 3).contiguous())
-    for name in ("causal_conv_forward", "gated_rms_norm_forward"):
+    for name in ("causal_conv_forward", "gated_rms_norm_forward", "unit_norm_forward"):
         args, kwargs = operator_calls(torch.float64, False)[name]
         op = getattr(ops, name)
-        for mapped in range(3):
+        for mapped in range(len(args)):
             batch = [torch.stack([a, 2 * a]) if i == mapped else a for i, a in enumerate(args)]
-            dims = tuple(0 if i == mapped else None for i in range(3))
+            dims = tuple(0 if i == mapped else None for i in range(len(args)))
             first = lambda *a: (lambda r: r[0] if isinstance(r, tuple) else r)(op(*a, **kwargs))  # noqa: B023, E731
             got = torch.vmap(first, in_dims=dims)(*batch)
             for i in range(2):

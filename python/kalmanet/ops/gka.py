@@ -109,7 +109,7 @@ def gka(
     _check.devices({"q": q, "k": k, "v": v, **gates, "h_kk": h0, "h_kv": u0})
 
     out_dtype = v.dtype
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = _check.common_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     same = gk is g
     g = _check.as_gate(g, dtype)
@@ -164,7 +164,7 @@ def _stepped(
     _check.devices(
         {"q": q, "k": k, "v": v, "g": g, "gk": gk, "alpha": alpha, "h_kk": h0, "h_kv": u0}
     )
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = _check.common_dtype(q, k, v)
     N, H, K, V = sizes
     fine = _check.fine(dtype)
     with torch.no_grad():
