@@ -76,13 +76,18 @@ struct Backward {
     scan_segment_states(table, problem, unit, s, chunk_size, starts, h, u, scratch);
   }
 
+  // The kernels carry D as D' + omega H: omega is 0 at first, and H the state before the sequence
+  // at last.
   void load_carry(const Unit& unit, const StateBuffers<S>& carry) const {
     const int64_t n = unit.sequence->index;
     load_state(output_grads.d_h_final, n, unit.head, K(), K(), carry.h);
     load_state(output_grads.d_u_final, n, unit.head, K(), V(), carry.u);
   }
-  void store_carry(const Unit& unit, const StateBuffers<S>& carry) const {
-    const int64_t n = unit.sequence->index;
+  void store_carry(const Unit& unit, const StateBuffers<S>& carry, double omega, const S* h) const {
+    const int64_t n = unit.sequence->index, floats = padded(K()) * padded(K());
+    for (int64_t i = 0; grads.d_h0.defined() && i < floats; ++i) {
+      carry.h[i] = static_cast<S>(carry.h[i] + omega * h[i]);
+    }
     store_state(carry.h, grads.d_h0, n, unit.head, K(), K());
     store_state(carry.u, grads.d_u0, n, unit.head, K(), V());
   }
@@ -97,8 +102,10 @@ int64_t lease_floats(const Backward<S>& b, const Segments& s) {
 }
 
 template <class S>
-void assign_lease(const Backward<S>& b, const Segments& s, S* lease, GkaBackwardJob<S>& job) {
+void assign_lease(const Backward<S>& b, const Segments& s, S* lease, double* omega,
+                  GkaBackwardJob<S>& job) {
   job.carry = state_at(lease, b.K());
+  job.carry_weight = omega;
   job.chunk_states = lease + b.floats();
   job.scratch = lease + b.floats() + b.chunk_state_floats(s);
 }
@@ -114,16 +121,17 @@ void backward_head(const Backward<S>& b, const Unit& unit, const SharedGradients
   S* const starts = whole.data();
   S* const lease = starts + start_floats;
   b.scan_starts(unit, s, starts, true, true, lease);
+  double omega = 0;
   b.load_carry(unit, state_at(lease, b.K()));
   for (int64_t i = s.count - 1; i >= 0; --i) {
     GkaBackwardJob<S> job = b.job_of(unit, s, i, b.start_of(unit, s, i, starts));
-    assign_lease(b, s, lease, job);
+    assign_lease(b, s, lease, &omega, job);
     shared.redirect(job);
     job.count = &count;
     b.table.gka_backward(job);
   }
   shared.finish(unit.head);
-  b.store_carry(unit, state_at(lease, b.K()));
+  b.store_carry(unit, state_at(lease, b.K()), omega, starts);
 }
 
 // Three passes: states before all segments, all segments' solves, then the gradients in order.
@@ -164,13 +172,13 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
   });
   counts.resize(pieces.size());
   const auto run_piece = [&](size_t p, typename GkaBackwardJob<S>::Phase phase, S* lease,
-                             const SharedGradients* shared) {
+                             double* omega, const SharedGradients* shared) {
     const Piece& piece = pieces[p];
     const Unit& unit = units[piece.unit];
     const Segments& s = segments[piece.unit];
     S* const start = b.start_of(unit, s, piece.segment, starts + first_state[piece.unit]);
     GkaBackwardJob<S> job = b.job_of(unit, s, piece.segment, start);
-    assign_lease(b, s, lease, job);
+    assign_lease(b, s, lease, omega, job);
     job.phase = phase;
     job.z_rows = solution_rows(z, unit);
     if (!b.saved_x.defined()) job.x_rows = solution_rows(x, unit);
@@ -181,7 +189,7 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
     const auto at = static_cast<size_t>(p);
     ScratchLease<S> lease(lease_floats(b, segments[pieces[at].unit]));
-    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data(), nullptr);
+    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data(), nullptr, nullptr);
   });
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
   problem.executor->run(tasks, [&](int64_t task) {
@@ -194,14 +202,15 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
       const auto i = static_cast<size_t>(u);
       const Segments& s = segments[i];
       const StateBuffers<S> carry = state_at(lease.data(), b.K());
+      double omega = 0;
       b.load_carry(units[i], carry);
       const auto first = static_cast<size_t>(first_piece[i]);
       for (int64_t j = s.count - 1; j >= 0; --j) {
         run_piece(first + static_cast<size_t>(j), GkaBackwardJob<S>::gradients_only, lease.data(),
-                  &shared);
+                  &omega, &shared);
       }
       shared.finish(units[i].head);
-      b.store_carry(units[i], carry);
+      b.store_carry(units[i], carry, omega, starts + first_state[i]);
     }
   });
 }
@@ -215,7 +224,7 @@ void pass_carry_through(const Backward<S>& b) {
     const StateBuffers<S> carry = state_at(lease.data(), b.K());
     for (int64_t head = 0; head < b.problem.H; ++head) {
       b.load_carry({&sequence, head}, carry);
-      b.store_carry({&sequence, head}, carry);
+      b.store_carry({&sequence, head}, carry, 0.0, carry.h);
     }
   }
 }

@@ -141,7 +141,10 @@ struct GkaBackwardJob {
   bool h_is_zero = false;     // start.h is all zeros
   StateBuffers<S> start;      // states before `begin` (read only)
   S* chunk_states = nullptr;  // room for the states before each chunk of the segment
-  StateBuffers<S> carry;   // D and E: gradients of the states after `end`, in; before `begin`, out
+  // D' and E, and omega (gka_backward.hpp): gradients of the states after `end`, in; before
+  // `begin`, out.
+  StateBuffers<S> carry;
+  double* carry_weight = nullptr;
   Rows saved_x;            // x of the forward; absent: solved for again
   OutRows z_rows, x_rows;  // between the phases: z, and x where saved_x is absent
   Rows d_o;
