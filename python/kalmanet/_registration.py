@@ -119,6 +119,28 @@ def _(dy, o, gate, weight, *, eps=1e-6):
     return o.new_empty(o.shape), d_gate, weight.new_empty(weight.shape)
 
 
+@torch.library.register_fake("kalmanet::unit_norm_forward")
+def _(x, *, kind="official", eps=1e-6):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("kalmanet::unit_norm_backward")
+def _(dy, x, *, kind="official", eps=1e-6):
+    return x.new_empty(x.shape)
+
+
+# (load_state has none: the dtype and the sizes of what it gives are in its data.)
+@torch.library.register_fake("kalmanet::save_state")
+def _(h, u):
+    # A header of 128 bytes, then both states (docs/state-format.md).
+    return h.new_empty((128 + (h.numel() + u.numel()) * h.element_size(),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("kalmanet::saved_state_bytes")
+def _(buffer):
+    return buffer.new_empty((8,), dtype=torch.uint8)
+
+
 # ---- gradients ----
 
 
@@ -185,6 +207,21 @@ torch.library.register_autograd(
 )
 
 
+def _unit_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _unit_gradient(ctx, dy):
+    (x,) = ctx.saved_tensors
+    return _ops.unit_norm_backward(dy, x, **ctx.options)
+
+
+torch.library.register_autograd(
+    "kalmanet::unit_norm_forward", _unit_gradient, setup_context=_unit_setup
+)
+
+
 def _first_derivatives_only(name: str) -> None:
     def setup(ctx, inputs, keyword_only_inputs, output) -> None:
         pass
@@ -199,7 +236,12 @@ def _first_derivatives_only(name: str) -> None:
     torch.library.register_autograd(f"kalmanet::{name}", refuse, setup_context=setup)
 
 
-for _name in ("gka_backward", "causal_conv_backward", "gated_rms_norm_backward"):
+for _name in (
+    "gka_backward",
+    "causal_conv_backward",
+    "gated_rms_norm_backward",
+    "unit_norm_backward",
+):
     _first_derivatives_only(_name)
 
 
@@ -278,3 +320,5 @@ _register_batched("causal_conv_forward", 4, 3, frozenset({1}))
 _register_batched("causal_conv_backward", 6, 4, frozenset({2}))
 _register_batched("gated_rms_norm_forward", 3, None, frozenset({2}))
 _register_batched("gated_rms_norm_backward", 4, None, frozenset({3}))
+_register_batched("unit_norm_forward", 1, None, frozenset())
+_register_batched("unit_norm_backward", 2, None, frozenset())

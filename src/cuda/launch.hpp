@@ -16,6 +16,7 @@ struct DeviceInfo {
   std::string problem;     // why there is none
   std::string current;     // "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 multiprocessors"
   int64_t max_shared = 0;  // bytes a block
+  int multiprocessors = 0;
 };
 const DeviceInfo& device_info();  // of the calling thread's device
 

@@ -7,7 +7,6 @@
 #include "cuda/chunk_body.hpp"
 
 namespace kalmanet::cuda {
-namespace {
 
 Array array_of(const ConstView& view) {
   Array a;
@@ -16,6 +15,8 @@ Array array_of(const ConstView& view) {
   for (int d = 0; d < view.rank; ++d) a.stride[d] = view.stride[d];
   return a;
 }
+
+namespace {
 
 // Pairs of elements can be read and written as 4 bytes.
 bool in_pairs(const ConstView& view) {

@@ -25,6 +25,8 @@ std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem);
 int64_t num_chunk_pieces(const std::vector<Piece>& pieces);
 int64_t chunk_scratch_bytes();  // a block
 
+Array array_of(const ConstView& view);
+
 // All but pieces and workspace.
 GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
 

@@ -55,6 +55,11 @@ void refuse_double_backward(const char* what) {
               "create_graph");
 }
 
+// The CPU's kernels read float32 fastest; the GPU's take 16 bits as they are, on matrix units.
+Tensor for_gka(const Tensor& tensor) {
+  return tensor.is_cuda() ? tensor : widened(tensor);
+}
+
 // Tells autograd that `state` was written to: a graph that saved it then refuses to run backward
 // instead of using the new values.
 void mark_written(const Tensor& state) {
@@ -107,17 +112,22 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
  public:
   static constexpr size_t kInputs = 11;  // tensors, of which the last, cu_seqlens, has no gradient
 
+  // x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward is
+  // on matrix units only where it need not write x.
+  static bool saves_x(const Tensor& q) { return !q.is_cuda(); }
+
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
                                const Tensor& v, const OptionalTensor& g, const OptionalTensor& gk,
                                const OptionalTensor& alpha, const OptionalTensor& beta,
                                const OptionalTensor& ridge, const OptionalTensor& h0,
                                const OptionalTensor& u0, const OptionalTensor& cu_seqlens,
                                const GkaOpOptions& options) {
-    auto [o, h, u, x] = forward_op(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options,
-                                   /*save_x=*/true);
+    auto [o, h, u, x] =
+        forward_op(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options, saves_x(q));
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({q, k, v, value(g), value(gk), value(alpha), value(beta), value(ridge),
-                            value(h0), value(u0), value(cu_seqlens), x});
+                            value(h0), value(u0), value(cu_seqlens), saves_x(q) ? x : Tensor()});
+    ctx->saved_data["heads"] = o.size(2);
     ctx->saved_data["options"] =
         c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
     return {o, h, u};
@@ -133,9 +143,11 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
         c10::static_intrusive_pointer_cast<SavedOptions>(ctx->saved_data["options"].toCapsule());
     const GkaOpOptions& options = holder->options;
     const Tensor &v = saved[2], &x = saved[kInputs];
-    const Tensor d_o = grads[0].defined()
-                           ? grads[0]
-                           : at::zeros({x.size(0), x.size(1), x.size(2), v.size(3)}, x.options());
+    const Tensor d_o =
+        grads[0].defined()
+            ? grads[0]
+            : at::zeros({v.size(0), v.size(1), ctx->saved_data["heads"].toInt(), v.size(3)},
+                        v.options());
     static const auto op = find_operator<GkaBackward>("kalmanet::gka_backward");
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0] = op.call(
@@ -268,7 +280,7 @@ GkaResult gka(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const 
               const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
               const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
               const OptionalTensor& cu_seqlens, const GkaOpOptions& options) {
-  const Tensor q = widened(q_in), k = widened(k_in), v = widened(v_in);
+  const Tensor q = for_gka(q_in), k = for_gka(k_in), v = for_gka(v_in);
   const OptionalTensor g32 = widened(g), gk32 = gk && g && gk->is_same(*g) ? g32 : widened(gk);
   const OptionalTensor alpha32 = widened(alpha), beta32 = widened(beta);
   const OptionalTensor ridge32 = ridge_per_token(widened(ridge), q, k, v);
@@ -292,7 +304,7 @@ Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, cons
                 const GkaOpOptions& options) {
   static const auto op = find_operator<GkaStep>("kalmanet::gka_step");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor q = widened(q_in), k = widened(k_in), v = widened(v_in);
+  const Tensor q = for_gka(q_in), k = for_gka(k_in), v = for_gka(v_in);
   auto [o, residual] =
       op.call(q, k, v, h, u, widened(g), widened(gk), widened(alpha), widened(beta),
               ridge_per_token(widened(ridge), q, k, v), cu_seqlens, options.scale,
@@ -362,7 +374,10 @@ Tensor gated_rms_norm(const Tensor& o, const OptionalTensor& gate, const Tensor&
               ", got ", gate ? gate->sizes() : at::IntArrayRef());
   if (o.scalar_type() == at::kDouble) return plain_gated_rms_norm(o, gate, weight, eps);
   TORCH_CHECK(o.dim() >= 1, "o: must have at least 1 dimension, got none");
-  const auto rows = [](const Tensor& t) { return widened(t).reshape({-1, t.size(-1)}); };
+  const auto rows = [&o](const Tensor& t) {
+    // (A gate of another dtype than o's, as under autocast, is given o's.)
+    return (t.is_cuda() ? t.to(o.scalar_type()) : widened(t)).reshape({-1, t.size(-1)});
+  };
   const Tensor o32 = rows(o), weight32 = widened(weight);
   const OptionalTensor gate32 = gate ? OptionalTensor(rows(*gate)) : std::nullopt;
   const Tensor y = records(o32, gate32, weight32) ? NormFunction::apply(o32, gate32, weight32, eps)

@@ -96,6 +96,10 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
   m.def(
       "gated_rms_norm_backward(Tensor dy, Tensor o, Tensor? gate, Tensor weight, *,"
       " float eps=1e-06) -> (Tensor d_o, Tensor d_gate, Tensor d_weight)");
+  m.def("unit_norm_forward(Tensor x, *, str kind='official', float eps=1e-06) -> Tensor");
+  m.def(
+      "unit_norm_backward(Tensor dy, Tensor x, *, str kind='official', float eps=1e-06)"
+      " -> Tensor");
   // A saved state (docs/state-format.md) as uint8 [bytes]; the bytes of the one that `buffer`
   // begins with, as the 8 bytes of an int64; and that one read: h and u.
   m.def("save_state(Tensor h, Tensor u) -> Tensor");

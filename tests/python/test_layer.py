@@ -1,10 +1,11 @@
 """GatedKalmaNet against a plain PyTorch layer, in every setting; caches, padding, packing."""
 
+import collections
 import re
 
 import pytest
 import torch
-from cases import SEED, relative
+from cases import DEVICE, SEED, relative
 from kalmanet import GatedKalmaNet, State
 from plain import layer as plain_layer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,7 +37,7 @@ SETTINGS = {
 
 def make(settings, dtype=torch.float64):
     torch.manual_seed(SEED)
-    layer = GatedKalmaNet(**SMALL | settings)
+    layer = GatedKalmaNet(**SMALL | settings, device=DEVICE)
     with torch.no_grad():  # nothing stays at a special value
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -99,10 +100,10 @@ def test_parameter_names_are_the_checkpoint_s():
 
 def test_the_expansion_starts_as_a_repeat():
     torch.manual_seed(1)
-    repeat = GatedKalmaNet(**SMALL, num_kv_heads=2).double()
+    repeat = GatedKalmaNet(**SMALL, num_kv_heads=2, device=DEVICE).double()
     for residual in (False, True):
         expanded = GatedKalmaNet(
-            **SMALL, num_kv_heads=2, kv_proj_rank=3, kv_learnable_residual=residual
+            **SMALL, num_kv_heads=2, kv_proj_rank=3, kv_learnable_residual=residual, device=DEVICE
         ).double()
         expanded.load_state_dict(repeat.state_dict(), strict=False)
         assert relative(expanded(tokens())[0], repeat(tokens())[0]) <= 1e-12
@@ -234,7 +235,7 @@ def test_sixteen_bits_and_autocast(dtype, bound):
     layer = make({}, torch.float32)
     x = tokens(dtype=torch.float32)
     want = layer(x)[0]
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         got, _, state = layer(x, use_cache=True)
     assert got.dtype == dtype and relative(got, want) <= bound
     assert state[0]["recurrent_state"][0].dtype == torch.float32
@@ -242,21 +243,96 @@ def test_sixteen_bits_and_autocast(dtype, bound):
     assert relative(half(x.to(dtype))[0], want) <= 2 * bound
 
 
-def test_compile_without_graph_break_or_recompilation():
+def same_results(layer, compiled, T):
+    """Output, and gradients of x and of every parameter."""
+    x = tokens(T=T, dtype=torch.float32)
+    named = [*layer.parameters()]
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, want = compiled(a)[0], layer(b)[0]
+    assert relative(got, want) <= 1e-6, f"T = {T}"
+    for g, w in zip(*(torch.autograd.grad(o.sum(), [t, *named]) for o, t in ((got, a), (want, b)))):
+        assert relative(g, w) <= 1e-5, f"T = {T}"
+
+
+@pytest.mark.parametrize("settings", [{"num_kv_heads": 2}, {"qk_norm": "fla", "solver": "direct"}])
+def test_compile_without_graph_break_or_recompilation(settings):
     torch._dynamo.reset()
-    layer = make({"num_kv_heads": 2}, torch.float32)
+    layer = make(settings, torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for T in (64, 80, 101, 128):
-        x = tokens(T=T, dtype=torch.float32)
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        got, want = compiled(a)[0], layer(b)[0]
-        assert relative(got, want) <= 1e-6
-        (da,), (db,) = (torch.autograd.grad(o.sum(), t) for o, t in ((got, a), (want, b)))
-        assert relative(da, db) <= 1e-5
-        if T == 64:
-            first = counter.frame_count
+    same_results(layer, compiled, 64)
+    first = counter.frame_count
+    for T in range(65, 129):
+        if T in (80, 101, 128):
+            same_results(layer, compiled, T)
+        else:
+            compiled(tokens(T=T, dtype=torch.float32).requires_grad_())
         assert counter.frame_count == first, f"T = {T} was compiled anew"
+
+
+def test_compile_through_inductor():
+    torch._dynamo.reset()
+    layer = make({}, torch.float32)
+    same_results(layer, torch.compile(layer, fullgraph=True), 20)
+
+
+def test_export_runs_at_other_lengths():
+    layer = make({}, torch.float32)
+    program = torch.export.export(
+        layer, (tokens(T=16, dtype=torch.float32),), strict=False,
+        dynamic_shapes={"hidden_states": {1: torch.export.Dim("T", min=2, max=4096)}},
+    )  # fmt: skip
+    x = tokens(T=33, dtype=torch.float32)
+    assert relative(program.module()(x)[0], layer(x)[0]) <= 1e-6
+
+
+# Tensors of B*T*D numbers are what a layer's time goes by. Each of these reads or writes some; the
+# C++ layer does the same and no more (benchmarks/python_layer.py holds the two together).
+FORWARD = {
+    "aten::mm": 5,  # q, k, v, gate and output projections
+    "kalmanet::causal_conv_forward": 3,
+    "kalmanet::unit_norm_forward": 2,
+    "kalmanet::gka_forward": 1,
+    "kalmanet::gated_rms_norm_forward": 1,
+}
+BACKWARD = {
+    "aten::mm": 5 + 3,  # to x from q, k, v, gate and three gates a head; through the output's
+    "aten::add": 6,  # of the seven gradients of x
+    "kalmanet::gated_rms_norm_backward": 1,
+    "kalmanet::gka_backward": 1,
+    "kalmanet::unit_norm_backward": 2,
+    "kalmanet::causal_conv_backward": 3,
+}
+
+
+class LargeResults(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operators that fill new tensors of at least `size` numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.counts = size, collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.counts[func._schema.name] += any(
+            t.numel() >= self.size and t.untyped_storage().data_ptr() not in inputs for t in made
+        )
+        return result
+
+
+def test_the_layer_makes_no_large_tensor_that_it_need_not():
+    layer = make({}, torch.float32)
+    B, T, D = 2, 128, 24
+    x = tokens(B, T, torch.float32).requires_grad_()
+    with LargeResults(B * T * D) as forward:
+        out = layer(x)[0]
+    assert +forward.counts == FORWARD
+    cotangent = torch.ones_like(out)
+    with LargeResults(B * T * D) as backward:
+        torch.autograd.grad(out, [x, *layer.parameters()], cotangent)
+    assert +backward.counts == BACKWARD
 
 
 ERRORS: dict[str, dict] = {
@@ -287,7 +363,7 @@ def test_settings_that_do_not_fit(message):
 
 
 def test_calls_that_do_not_fit():
-    layer = GatedKalmaNet(**SMALL)
+    layer = GatedKalmaNet(**SMALL, device=DEVICE)
     x = tokens(dtype=torch.float32)
     cases = {
         "hidden_states: must be [B,T,hidden_size] with hidden_size 24": lambda: layer(x[..., :5]),

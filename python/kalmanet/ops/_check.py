@@ -170,6 +170,13 @@ def states(
     return initial_state[0], initial_state[1]
 
 
+def common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The one that holds all three."""
+    if q.dtype == k.dtype == v.dtype:
+        return q.dtype
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
 def fine(dtype: torch.dtype) -> torch.dtype:
     """What states and sums have beside `dtype`: float64 beside float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
