@@ -39,10 +39,27 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor | None, ...]) ->
     return q.shape[0], q.shape[1], H, q.shape[3], v.shape[3]
 
 
+_SEGMENT = 512  # tokens from one kept state to the next
+
+
+def _padded(width: int) -> int:
+    return (width + 15) // 16 * 16
+
+
+def _keeps_segments(q: Tensor, chunk_size: int, backend: str) -> bool:
+    """As src/torch/gka.cpp."""
+    return (
+        not q.is_cuda
+        and backend in ("auto", "cpu")
+        and (chunk_size == 0 or chunk_size & (chunk_size - 1) == 0)
+    )
+
+
 @torch.library.register_fake("kalmanet::gka_forward")
 def _(
     q, k, v, g=None, gk=None, alpha=None, beta=None, ridge=None, h0=None, u0=None,
-    cu_seqlens=None, *, save_x=False, want_residual=False, **_options,
+    cu_seqlens=None, *, save_x=False, want_residual=False, chunk_size=0, backend="auto",
+    **_options,
 ):  # fmt: skip
     B, T, H, K, V = _sizes(q, k, v, (g, gk, alpha, beta, ridge))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -53,13 +70,16 @@ def _(
         q.new_empty((N, H, K, V), dtype=fine),
         q.new_empty((B, T, H, K), dtype=fine) if save_x else _none(q),
         q.new_empty((B, T, H), dtype=fine) if want_residual else _none(q),
+        q.new_empty((B, H, T // _SEGMENT, _padded(K) * (_padded(K) + _padded(V))), dtype=fine)
+        if save_x and _keeps_segments(q, chunk_size, backend)
+        else _none(q),
     )
 
 
 @torch.library.register_fake("kalmanet::gka_backward")
 def _(
     d_o, q, k, v, g=None, gk=None, alpha=None, beta=None, ridge=None, h0=None, u0=None,
-    cu_seqlens=None, x=None, dh=None, du=None, **_options,
+    cu_seqlens=None, x=None, segment_states=None, dh=None, du=None, **_options,
 ):  # fmt: skip
     inputs = (q, k, v, g, gk, alpha, beta, ridge, h0, u0)
     fine = _fine(q.dtype)
@@ -147,19 +167,20 @@ def _(buffer):
 def _gka_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
     x = output[3] if keyword_only_inputs["save_x"] else None
-    ctx.save_for_backward(*inputs, x)
+    segments = output[5] if output[5].dim() == 4 else None
+    ctx.save_for_backward(*inputs, x, segments)
     ctx.options = {name: keyword_only_inputs[name] for name in (*_SOLVER, "bp_lambda", "backend")}
 
 
-def _gka_gradient(ctx, d_o, dh, du, _dx, _dresidual):
-    *inputs, x = ctx.saved_tensors
+def _gka_gradient(ctx, d_o, dh, du, _dx, _dresidual, _dsegments):
+    *inputs, x, segments = ctx.saved_tensors
     if d_o is None and dh is None and du is None:
         return (None,) * len(inputs)
     q, v = inputs[0], inputs[2]
     if d_o is None:
         heads = (dh if dh is not None else du).shape[1]
         d_o = q.new_zeros((q.shape[0], q.shape[1], heads, v.shape[3]))
-    grads = _ops.gka_backward(d_o, *inputs, x, dh, du, **ctx.options)
+    grads = _ops.gka_backward(d_o, *inputs, x, segments, dh, du, **ctx.options)
     return (*(g if t is not None else None for g, t in zip(grads, inputs[:10])), None)
 
 
@@ -315,7 +336,7 @@ def _register_batched(name: str, count: int, cu_index: int | None, whole: frozen
 
 
 _register_batched("gka_forward", 11, 10, frozenset())
-_register_batched("gka_backward", 15, 11, frozenset())
+_register_batched("gka_backward", 16, 11, frozenset())
 _register_batched("causal_conv_forward", 4, 3, frozenset({1}))
 _register_batched("causal_conv_backward", 6, 4, frozenset({2}))
 _register_batched("gated_rms_norm_forward", 3, None, frozenset({2}))

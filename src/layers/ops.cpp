@@ -68,7 +68,7 @@ void mark_written(const Tensor& state) {
 
 // ---- GKA ----
 
-using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, std::string_view,
@@ -78,8 +78,9 @@ using GkaBackward =
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-        const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-        std::string_view, int64_t, double, int64_t, std::string_view, bool, std::string_view);
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
+        double, std::string_view, int64_t, double, int64_t, std::string_view, bool,
+        std::string_view);
 using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                            const Tensor&, const Tensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
@@ -88,19 +89,22 @@ using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const T
                                            std::string_view, int64_t, double, int64_t,
                                            std::string_view, bool, std::string_view);
 
-// (o, h, u, x)
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
-    const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
-    const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
-    const OptionalTensor& cu_seqlens, const GkaOpOptions& options, bool save_x) {
+struct GkaResults {
+  Tensor o, h, u, x, segment_states;
+};
+
+GkaResults forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                      const OptionalTensor& gk, const OptionalTensor& alpha,
+                      const OptionalTensor& beta, const OptionalTensor& ridge,
+                      const OptionalTensor& h0, const OptionalTensor& u0,
+                      const OptionalTensor& cu_seqlens, const GkaOpOptions& options, bool save_x) {
   static const auto op = find_operator<GkaForward>("kalmanet::gka_forward");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  auto [o, h, u, x, residual] = op.call(
+  auto [o, h, u, x, residual, segment_states] = op.call(
       q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options.scale, options.ridge_ratio,
       options.solver, options.num_iter, options.tolerance, options.chunk_size, options.arithmetic,
       save_x, /*want_residual=*/false, options.backend, options.bp_lambda);
-  return {std::move(o), std::move(h), std::move(u), std::move(x)};
+  return {std::move(o), std::move(h), std::move(u), std::move(x), std::move(segment_states)};
 }
 
 struct SavedOptions : torch::CustomClassHolder {
@@ -122,11 +126,12 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
                                const OptionalTensor& ridge, const OptionalTensor& h0,
                                const OptionalTensor& u0, const OptionalTensor& cu_seqlens,
                                const GkaOpOptions& options) {
-    auto [o, h, u, x] =
+    auto [o, h, u, x, segment_states] =
         forward_op(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options, saves_x(q));
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({q, k, v, value(g), value(gk), value(alpha), value(beta), value(ridge),
-                            value(h0), value(u0), value(cu_seqlens), saves_x(q) ? x : Tensor()});
+                            value(h0), value(u0), value(cu_seqlens), saves_x(q) ? x : Tensor(),
+                            segment_states.dim() == 4 ? segment_states : Tensor()});
     ctx->saved_data["heads"] = o.size(2);
     ctx->saved_data["options"] =
         c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
@@ -142,7 +147,7 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
     const auto holder =
         c10::static_intrusive_pointer_cast<SavedOptions>(ctx->saved_data["options"].toCapsule());
     const GkaOpOptions& options = holder->options;
-    const Tensor &v = saved[2], &x = saved[kInputs];
+    const Tensor &v = saved[2], &x = saved[kInputs], &segments = saved[kInputs + 1];
     const Tensor d_o =
         grads[0].defined()
             ? grads[0]
@@ -153,8 +158,8 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
     auto [dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0] = op.call(
         d_o, saved[0], saved[1], v, optional(saved[3]), optional(saved[4]), optional(saved[5]),
         optional(saved[6]), optional(saved[7]), optional(saved[8]), optional(saved[9]),
-        optional(saved[10]), optional(x), optional(d_h), optional(d_u), options.scale,
-        options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
+        optional(saved[10]), optional(x), optional(segments), optional(d_h), optional(d_u),
+        options.scale, options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
         options.chunk_size, options.arithmetic, options.bp_lambda, options.backend);
     variable_list all = {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
     // The operator returns empty tensors where an input was absent.

@@ -1,5 +1,7 @@
 // The GKA operators: tensors to views, results allocated on their device, kalmanet called.
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -83,7 +85,15 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
   return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
+// Whether segment states are for this call (gka.hpp).
+bool keeps_segments(const Call& call) {
+  const GkaOptions& options = call.options;
+  return (options.backend == Backend::automatic || options.backend == Backend::cpu) &&
+         (options.chunk_size == 0 ||
+          std::has_single_bit(static_cast<uint64_t>(options.chunk_size)));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
     const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
     const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
@@ -110,14 +120,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
   Tensor u = new_tensor(q, {N, H, K, V}, call.state_dtype);
   Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.fine_dtype) : no_tensor(q);
   Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.fine_dtype) : no_tensor(q);
+  const bool segments = save_x && keeps_segments(call);
+  Tensor states = segments ? new_tensor(q, {B, H, T / kSegmentTokens, gka_segment_state_size(K, V)},
+                                        call.state_dtype)
+                           : no_tensor(q);
   GkaOutputs outputs;
   outputs.o = mutable_view(o, "o");
   outputs.h_final = mutable_view(h, "h_final");
   outputs.u_final = mutable_view(u, "u_final");
   if (save_x) outputs.x = mutable_view(x, "x");
   if (want_residual) outputs.residual = mutable_view(residual, "residual");
+  if (segments) outputs.segment_states = mutable_view(states, "segment_states");
   gka_forward(call.inputs, outputs, call.options);
-  return {o, h, u, x, residual};
+  return {o, h, u, x, residual, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -125,9 +140,10 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
                 const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
                 const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& h0,
                 const OptionalTensor& u0, const OptionalTensor& cu_seqlens, const OptionalTensor& x,
-                const OptionalTensor& dh, const OptionalTensor& du, std::optional<double> scale,
-                double ridge_ratio, const Text& solver, int64_t num_iter, double tolerance,
-                int64_t chunk_size, const Text& arithmetic, bool bp_lambda, const Text& backend) {
+                const OptionalTensor& segment_states, const OptionalTensor& dh,
+                const OptionalTensor& du, std::optional<double> scale, double ridge_ratio,
+                const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+                const Text& arithmetic, bool bp_lambda, const Text& backend) {
   const Place place({"q", q}, {{"k", k},
                                {"v", v},
                                {"g", g},
@@ -139,6 +155,7 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
                                {"u0", u0},
                                {"d_o", d_o},
                                {"x", x},
+                               {"segment_states", segment_states},
                                {"dh", dh},
                                {"du", du}});
   Call call =
@@ -182,7 +199,8 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
   Tensor dridge = gate(ridge, grads.d_ridge_ratio, "dridge");
   Tensor dh0 = state(h0, K, grads.d_h0, "dh0");
   Tensor du0 = state(u0, V, grads.d_u0, "du0");
-  gka_backward(call.inputs, const_view(x, "x"), output_grads, grads, call.options);
+  const GkaSaved saved{const_view(x, "x"), const_view(segment_states, "segment_states")};
+  gka_backward(call.inputs, saved, output_grads, grads, call.options);
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }
 

@@ -35,7 +35,7 @@ def operator_calls(dtype, gradients):
         return {n: ([t.clone().requires_grad_() for t in a], kw) for n, (a, kw) in forward.items()}
     d_o = random(2, 5, 2, 3, dtype=dtype)
     backward = {
-        "gka_backward": ([d_o, *first, None, None, h0, u0], {}),
+        "gka_backward": ([d_o, *first, None, None, None, h0, u0], {}),
         "causal_conv_backward": ([x, x, weight, state, None, state], {}),
         "gated_rms_norm_backward": ([o, o, gate, norm], {}),
         "unit_norm_backward": ([o, gate], {}),
@@ -69,6 +69,27 @@ def operator_calls(dtype, gradients):
 def test_opcheck(dtype, gradients):
     for name, (args, kwargs) in operator_calls(dtype, gradients).items():
         torch.library.opcheck(getattr(ops, name).default, tuple(args), kwargs)
+
+
+@pytest.mark.parametrize("lengths", [None, [520, 0, 640]])
+def test_segment_states_in_fake_and_autograd(lengths):
+    """What the forward keeps for the backward every 512 tokens: its shape without data, and that
+    gradients are those of a call that keeps nothing."""
+    p = problem(B=1, T=1160, H=1, K=3, V=2, dtype=torch.float32)
+    cu = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0).cpu()
+    args = [p[n] for n in ("q", "k", "v", "g", "gk", "alpha")]
+    torch.library.opcheck(
+        ops.gka_forward.default,
+        (*args, None, None, None, None, cu),
+        {"save_x": True},
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    kept = [t.clone().requires_grad_() for t in args]
+    o = ops.gka_forward(*kept, cu_seqlens=cu, save_x=True)[0]
+    got = torch.autograd.grad(o.sum(), kept)
+    want = ops.gka_backward(torch.ones_like(o), *args, None, None, None, None, cu)[:6]
+    for name, a, b in zip(("q", "k", "v", "g", "gk", "alpha"), got, want, strict=True):
+        assert relative(a, b) < 1e-5, f"d{name}: {relative(a, b):.1e}"
 
 
 def test_opcheck_of_saved_states():

@@ -117,7 +117,7 @@ def gka(
     alpha, beta = _check.as_gate(alpha, dtype), _check.as_gate(beta, dtype)
     ridge = _check.as_gate(ridge, dtype)
     h0, u0 = _check.as_state(h0, dtype), _check.as_state(u0, dtype)
-    o, h, u, _x, r = _ops.gka_forward(
+    o, h, u, _x, r, _segments = _ops.gka_forward(
         q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu,
         scale=scale, ridge_ratio=ratio, solver=solver, num_iter=steps, tolerance=tolerance,
         chunk_size=chunk_size, arithmetic=arithmetic,
