@@ -35,8 +35,9 @@ def agree(name, dtype, tensors, whole=(), bound=None, **options):
     ]
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in rounded]
     there = [t.cuda() if t is not None and t.is_floating_point() else t for t in rounded]
+    copy = [t.clone() if t is not None else None for t in there]  # some are updated in place
     want, got = op(*wide, **options), op(*there, **options)
-    again = op(*[t.clone() if t is not None else None for t in there], **options)
+    again = op(*copy, **options)
     if isinstance(want, torch.Tensor):
         want, got, again = (want,), (got,), (again,)
     for i, (a, b, c) in enumerate(zip(got, want, again, strict=True)):
