@@ -184,11 +184,12 @@ TEST(LayerValidation, AcceptsEveryDtype) {
   for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
     Tensors t;
     for (DType* d :
-         {&t.conv.x.dtype, &t.conv.state.dtype, &t.y.dtype, &t.final_state.dtype, &t.dy.dtype,
-          &t.d_final_state.dtype, &t.dx.dtype, &t.dstate.dtype, &t.step_x.dtype,
-          &t.step_state.dtype, &t.step_y.dtype, &t.norm.o.dtype, &t.norm.gate.dtype,
-          &t.norm_y.dtype, &t.d_o.dtype, &t.d_gate.dtype, &t.norm_dy.dtype, &t.unit.x.dtype,
-          &t.unit_y.dtype, &t.unit_dy.dtype, &t.unit_dx.dtype}) {
+         {&t.conv.x.dtype,    &t.conv.state.dtype,    &t.y.dtype,      &t.final_state.dtype,
+          &t.dy.dtype,        &t.d_final_state.dtype, &t.dx.dtype,     &t.dstate.dtype,
+          &t.step_x.dtype,    &t.step_state.dtype,    &t.step_y.dtype, &t.norm.o.dtype,
+          &t.norm.gate.dtype, &t.norm_y.dtype,        &t.d_o.dtype,    &t.d_gate.dtype,
+          &t.norm_dy.dtype,   &t.unit.x.dtype,        &t.unit_y.dtype, &t.unit_dy.dtype,
+          &t.unit_dx.dtype}) {
       *d = dtype;
     }
     for (bool narrow : {true, false}) {

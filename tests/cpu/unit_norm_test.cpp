@@ -138,8 +138,9 @@ void check(const Case& c) {
 }
 
 TEST(UnitNormTwin, GradientAgainstFiniteDifferences) {
-  for (const Case& c : {Case{3, 5}, Case{2, 7, QkNorm::fla}, Case{2, 3, QkNorm::official,
-                        Layout::dense, 0.5}, Case{2, 3, QkNorm::fla, Layout::dense, 0.5}}) {
+  for (const Case& c :
+       {Case{3, 5}, Case{2, 7, QkNorm::fla}, Case{2, 3, QkNorm::official, Layout::dense, 0.5},
+        Case{2, 3, QkNorm::fla, Layout::dense, 0.5}}) {
     Twin twin(c, Tensors<float>(c));
     twin.backward();
     for (size_t i = 0; i < twin.x.size(); ++i) {

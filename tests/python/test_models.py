@@ -219,7 +219,10 @@ def test_a_cache_of_transformers(pattern):
     model, ids = model_of({"hybrid_override_pattern": pattern}), tokens(2, 12)
     with torch.no_grad():
         want = model(ids).logits
-        for make in (transformers.DynamicCache, lambda: transformers.DynamicCache(config=model.config)):
+        for make in (
+            transformers.DynamicCache,
+            lambda: transformers.DynamicCache(config=model.config),
+        ):
             cache, outs = make(), []
             for begin, end in ((0, 5), (5, 6), (6, 12)):
                 out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
@@ -309,6 +312,7 @@ def test_compile_of_a_two_layer_model(pattern):
     model = model_of({"num_hidden_layers": 2, "hybrid_override_pattern": pattern}).train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    first = None
     for T in range(64, 129):
         ids = tokens(2, T)
         if T not in (64, 97, 128):
@@ -333,7 +337,9 @@ def test_calls_that_do_not_fit():
         model(tokens(2, 21))
     with pytest.raises(ValueError, match=r"attention_mask: must be \[B,T\] = \[2, 12\]"):
         model(ids, attention_mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match="past_key_values: must be a kalmanet.State or .* got tuple"):
+    with pytest.raises(
+        ValueError, match="past_key_values: must be a kalmanet.State or .* got tuple"
+    ):
         model(ids, past_key_values=())
     with pytest.raises(ValueError, match="input_ids: give either"):
         model()

@@ -41,13 +41,20 @@ def findings(tool, tmp_path):
         # A library that is there to be linked, as PyTorch's are in the real one.
         for each in ("torch_cpu", *links):
             build("int nothing() { return 0; }", f"lib{each}.so", f"-Wl,-soname,lib{each}.so")
-        flags = ["-L", str(tmp_path), "-Wl,--no-as-needed", *(f"-l{e}" for e in ("torch_cpu", *links))]
+        flags = [
+            "-L",
+            str(tmp_path),
+            "-Wl,--no-as-needed",
+            *(f"-l{e}" for e in ("torch_cpu", *links)),
+        ]
         wheel = tmp_path / name
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.write(build(torch, "libkalmanet_torch.so", *flags), tool.TORCH)
             archive.write(build(jax, "libkalmanet_jax.so"), tool.JAX)
             archive.writestr("kalmanet/py.typed", "")
-            archive.writestr("kalmanet-0.1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(
+                "kalmanet-0.1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+            )
             for extra in more:
                 archive.write(tmp_path / "libtorch_cpu.so", extra)
             names = [*archive.namelist(), "kalmanet-0.1.0.dist-info/RECORD"]
