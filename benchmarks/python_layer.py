@@ -88,6 +88,33 @@ def measure(torch, forward, parameters, x, dy, backward, clock):
     return clock() - begun
 
 
+def compare(torch, layers, x, dy, backward, arguments):
+    """Medians of both layers' seconds, and of their ratios turn by turn."""
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    for each in layers.values():  # memory is had once
+        measure(torch, *each, x, dy, backward, clock)
+    seconds = {name: [] for name in layers}
+    for turn in range(arguments.rounds):
+        for name in list(layers)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(measure(torch, *layers[name], x, dy, backward, clock))
+    ratios = sorted(a / b for a, b in zip(seconds["python"], seconds["c++"]))
+    return {
+        **{name: statistics.median(s) for name, s in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+    }
+
+
+def line(row):
+    what = "forward+backward" if row["backward"] else "forward"
+    low, high = row["quartiles"]
+    return (
+        f"D {row['D']:4}  T {row['T']:4}  {row['solver']:9}  {what:16}"
+        f"  Python {1e3 * row['python']:8.2f} ms  C++ {1e3 * row['c++']:8.2f} ms"
+        f"  ratio {row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+    )
+
+
 def main():
     arguments = parse()
     # Before torch and kalmanet: both read it when they are imported.
@@ -99,44 +126,25 @@ def main():
 
     torch.classes.load_library(str(arguments.build / "benchmarks" / "libkalmanet_layer_class.so"))
     torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rows = []
     for D in arguments.width:
         for solver in arguments.solver:
             mine, theirs, named = pair(torch, kalmanet, D, solver)
             layers = {
-                "python": (lambda x: mine(x)[0], list(mine.parameters())),  # noqa: B023
+                "python": (lambda x, mine=mine: mine(x)[0], list(mine.parameters())),
                 "c++": (theirs.forward, list(named.values())),
             }
             for T in arguments.tokens:
-                x = torch.randn(1, T, D, requires_grad=True)
-                dy = torch.randn(1, T, D)
+                x, dy = torch.randn(1, T, D, requires_grad=True), torch.randn(1, T, D)
                 must_agree(torch, mine, theirs, named, x, dy)
                 for backward in (False, True):
-                    for each in layers.values():  # memory is had once
-                        measure(torch, *each, x, dy, backward, clock)
-                    seconds = {name: [] for name in layers}
-                    for turn in range(arguments.rounds):
-                        for name in list(layers)[:: 1 if turn % 2 else -1]:
-                            seconds[name].append(
-                                measure(torch, *layers[name], x, dy, backward, clock)
-                            )
-                    ratios = [a / b for a, b in zip(seconds["python"], seconds["c++"])]
                     row = {
-                        "D": D, "solver": solver, "T": T, "backward": backward,
+                        "D": D, "T": T, "solver": solver, "backward": backward,
                         "threads": arguments.threads,
-                        **{n: statistics.median(s) for n, s in seconds.items()},
-                        "ratio": statistics.median(ratios), "ratios": ratios,
+                        **compare(torch, layers, x, dy, backward, arguments),
                     }  # fmt: skip
                     rows.append(row)
-                    what = "forward+backward" if backward else "forward"
-                    ordered = sorted(ratios)
-                    print(
-                        f"D {D:4}  T {T:4}  {solver:9}  {what:16}  Python {1e3 * row['python']:8.2f} ms"
-                        f"  C++ {1e3 * row['c++']:8.2f} ms  ratio {row['ratio']:.3f}"
-                        f" ({ordered[len(ordered) // 4]:.3f} to {ordered[-1 - len(ordered) // 4]:.3f})",
-                        flush=True,
-                    )
+                    print(line(row), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(rows))
 
