@@ -1,3 +1,4 @@
+// The device of that name, or what is missing for it.
 #include "models/device.hpp"
 
 #include <ATen/core/dispatch/Dispatcher.h>
