@@ -148,24 +148,28 @@ class CudaBackend final : public core::GkaBackend {
     if (device.count == 0) {
       throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
     }
-    if (problem.options.arithmetic != Arithmetic::standard) {
+    if (problem.options.arithmetic != Arithmetic::standard &&
+        !fits_backward_chunks(problem, output_grads, grads, device)) {
       throw Error(ErrorCode::unsupported, "backend",
-                  "arithmetic bfloat16 is not there yet for the cuda backend's backward; pass "
-                  "arithmetic standard");
+                  "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
+                  "= V = 128, dense in their last dimension; pass arithmetic standard");
     }
-    run_backward(problem, output_grads, grads, device);
-    return report_of(problem);
+    GkaReport report = report_of(problem);
+    if (run_backward(problem, output_grads, grads, device)) {
+      report.chunk_size = ChunkLayout::kTokens;
+      report.bfloat16_instructions = true;
+      if (problem.options.arithmetic != Arithmetic::standard) {
+        report.bfloat16_solves = report.solves;
+      }
+    }
+    return report;
   }
   int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
                           bool) const override {
     const DeviceInfo& device = device_info();
+    if (operation == GkaOperation::backward) return most_backward_bytes(problem, device);
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
     const int64_t n = static_cast<int64_t>(pieces.size());
-    if (operation == GkaOperation::backward) {
-      BackwardJob job = backward_job_of(problem, {}, {});
-      job.in.num_pieces = n;
-      return backward_bytes(problem, job, device, true).total();
-    }
     // (As if the matrix-unit kernels computed it, which take more.)
     GkaJob job = job_of(problem, {});
     job.num_pieces = n;
