@@ -8,6 +8,9 @@ namespace kalmanet::cuda {
 
 // x, z and what follows from them alone: dq, dalpha, d_ridge.
 void launch_backward_solve(const BackwardJob& job, bool float64, Stream stream);
+// The same on matrix units; what was left over is for launch_backward_solve.
+int64_t backward_chunk_shared_bytes();
+void launch_backward_chunks(const BackwardJob& job, Stream stream);
 // The gradients of the states after every piece, and of the initial ones.
 void launch_adjoints(const BackwardJob& job, bool float64, Stream stream);
 // dk, dv, dg, dgk, dbeta; `blocks` of them, each with gradient_block_bytes of scratch memory.
