@@ -394,6 +394,7 @@ KALMANET_KERNEL void run_gradients(Group& group, char* shared_memory, const Back
   S* const scratch =
       reinterpret_cast<S*>(static_cast<char*>(job.block_scratch) + block * job.block_bytes);
   for (int64_t i = block; i < job.in.num_pieces * job.in.H; i += blocks) {
+    if (is_done(job.in, i / job.in.H, i % job.in.H)) continue;
     GradientBody<Group, S> body{{group,
                                  *reinterpret_cast<GradientShared<S>*>(shared_memory),
                                  job,
