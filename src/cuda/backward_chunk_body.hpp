@@ -1,13 +1,12 @@
-// The backward's first kernel on matrix units: x, z and what follows from them alone, of one head
-// of one piece, in chunks of 64 tokens (chunk_kernel.hpp; the token kernel's twin is
+// The backward's first kernel on matrix units: x, z and what follows from them alone, of one head of
+// one piece, in chunks of 64 tokens (chunk_kernel.hpp; the token kernel's twin is
 // backward_solve_body.hpp, which also does what is left over). K = V = 128, bfloat16 tensors.
 //
 // z is solved for as x is, by the same iteration with alpha_t dm_t in q_t's place. What waits for
 // its turn (dm, then x) waits in the workspace, where each thread reads what it wrote itself.
 #pragma once
 
-#include "cuda/backward_job.hpp"
-#include "cuda/chunk_body.hpp"
+#include "cuda/backward_chunk_products.hpp"
 
 namespace kalmanet::cuda {
 
@@ -16,77 +15,16 @@ struct BackwardChunkShared : ChunkShared {
 };
 
 template <class Group>
-struct BackwardChunkBody : ChunkBody<Group> {
-  using Base = ChunkBody<Group>;
+struct BackwardChunkBody : BackwardProducts<Group> {
+  using Base = BackwardProducts<Group>;
   using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
-      Base::n;
+      Base::n, Base::backward;
   using L = ChunkLayout;
   using Registers = ChunkRegisters;
+  using typename Base::Tiles;
 
-  const BackwardJob& backward;
   Left* value_rows;
   double before[2] = {1.0, 1.0};  // decays from the piece's start to the chunk's, of H and of U
-
-  KALMANET_KERNEL int64_t place(int token) const {
-    return place_of(backward, piece, t0 + token, head);
-  }
-
-  // A thread's elements of a matrix of the workspace, [place][128].
-  template <class Of>
-  KALMANET_KERNEL void store_rows(void* rows, Of&& of) {
-    float* const to = static_cast<float*>(rows);
-    this->each_tile([&](Registers& r, int thread, int m, int tile) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int token = chunk_column(thread, tile, i);
-        if (token < n) to[place(token) * L::kDim + chunk_row(thread, m, i)] = of(r)[m][tile][i];
-      }
-    });
-  }
-  template <class Of>
-  KALMANET_KERNEL void load_rows(const void* rows, Of&& of) {
-    const float* const from = static_cast<const float*>(rows);
-    this->each_tile([&](Registers& r, int thread, int m, int tile) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int token = chunk_column(thread, tile, i);
-        of(r)[m][tile][i] =
-            token < n ? from[place(token) * L::kDim + chunk_row(thread, m, i)] : 0.0f;
-      }
-    });
-  }
-
-  // U as left factor, from U^T. Begins and ends with a barrier.
-  KALMANET_KERNEL void load_main_u() {
-    const float* const from = states + L::kDim * L::kDim;
-    group.barrier();
-    KALMANET_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      KALMANET_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        group.each([&](int thread, Registers& r) {
-          float v[2][4];
-          load4(from + Base::state_at(thread, 2 * k), v[0]);
-          load4(from + Base::state_at(thread, 2 * k + 1), v[1]);
-          KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const float a = v[i / 2][i % 2 * 2], b = v[i / 2][i % 2 * 2 + 1];
-            const uint32_t high = pack_bfloat16(a, b);
-            r.t[i] = part == 0 ? high : low_parts(a, b, high);
-          }
-        });
-        group.transpose([](Registers& r) -> uint32_t& { return r.t[0]; });
-        group.transpose([](Registers& r) -> uint32_t& { return r.t[1]; });
-        group.transpose([](Registers& r) -> uint32_t& { return r.t[2]; });
-        group.transpose([](Registers& r) -> uint32_t& { return r.t[3]; });
-        group.each([&](int thread, Registers& r) {
-          shared.main[part][(k * 8 + thread / 32) * 32 + thread % 32] = {
-              {r.t[0], r.t[2], r.t[1], r.t[3]}};
-        });
-      }
-    }
-    group.barrier();
-  }
 
   // do_t as right factor, by way of main's memory.
   KALMANET_KERNEL void load_output_gradients() {
@@ -110,7 +48,7 @@ struct BackwardChunkBody : ChunkBody<Group> {
   // those of U.
   KALMANET_KERNEL void gradient_of_mix() {
     load_output_gradients();
-    load_main_u();
+    this->load_main_transposed(states + L::kDim * L::kDim);
     this->apply(true, value_rows, shared.columns, shared.value_weight);
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
@@ -119,12 +57,12 @@ struct BackwardChunkBody : ChunkBody<Group> {
             static_cast<float>(job.scale) * shared.value_start[chunk_column(thread, tile, i)];
       }
     });
-    store_rows(backward.z, [](Registers& r) -> float (&)[2][4][4] { return r.y; });
+    this->store_rows(backward.z, [](Registers& r) -> Tiles { return r.y; });
   }
 
   // z into registers.x: the iteration from its start with alpha_t dm_t.
   KALMANET_KERNEL void solve_adjoint(int steps, int split) {
-    load_rows(backward.z, [](Registers& r) -> float (&)[2][4][4] { return r.r; });
+    this->load_rows(backward.z, [](Registers& r) -> Tiles { return r.r; });
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -145,9 +83,9 @@ struct BackwardChunkBody : ChunkBody<Group> {
   // With z in registers.x: dq, dalpha, d_ridge, and what the gradients' kernel is told.
   KALMANET_KERNEL void finish() {
     this->load_queries();  // into r
-    load_rows(backward.z, [](Registers& r) -> float (&)[2][4][4] { return r.y; });
-    load_rows(backward.x, [](Registers& r) -> float (&)[2][4][4] { return r.d; });
-    store_rows(backward.z, [](Registers& r) -> float (&)[2][4][4] { return r.x; });
+    this->load_rows(backward.z, [](Registers& r) -> Tiles { return r.y; });
+    this->load_rows(backward.x, [](Registers& r) -> Tiles { return r.d; });
+    this->store_rows(backward.z, [](Registers& r) -> Tiles { return r.x; });
     this->dot_columns(0, [](Registers& r, int, int m, int tile, int i) {
       return r.x[m][tile][i] * r.d[m][tile][i];
     });
@@ -160,7 +98,7 @@ struct BackwardChunkBody : ChunkBody<Group> {
       if (thread >= n) return;
       const double z_x = this->dot(0, thread), a = shared.ridge[thread];
       const double lambda = shared.lambda[thread];
-      const int64_t at = place(thread);
+      const int64_t at = this->place(thread);
       r.sum = z_x;
       store_scalar<float>(backward.dalpha, piece.row, t0 + thread, head, this->dot(1, thread));
       store_scalar<float>(backward.d_ridge, piece.row, t0 + thread, head, -z_x * lambda / a);
@@ -186,7 +124,7 @@ struct BackwardChunkBody : ChunkBody<Group> {
       }
     });
     if (backward.dq_parts != nullptr) {
-      store_rows(backward.dq_parts, [](Registers& r) -> float (&)[2][4][4] { return r.y; });
+      this->store_rows(backward.dq_parts, [](Registers& r) -> Tiles { return r.y; });
     } else {
       this->store_tiles(backward.dq, head);
     }
@@ -198,8 +136,8 @@ struct BackwardChunkBody : ChunkBody<Group> {
   KALMANET_KERNEL void check_amplification() {
     group.each([&](int thread, Registers& r) {
       if (thread >= L::kTokens) return;
-      const bool exact =
-          piece.first && job.h0.data == nullptr && t0 + thread < piece.begin + kExactTokens;
+      const bool exact = piece.first && job.h0.data == nullptr &&
+                         t0 + thread < piece.begin + kExactTokens;
       const bool counts = thread < n && !exact;
       shared.norm2[thread] = counts ? this->dot(0, thread) * this->dot(1, thread) : 0.0;
       shared.gate[0][thread] = counts ? r.sum * r.sum : 0.0;
@@ -241,7 +179,7 @@ struct BackwardChunkBody : ChunkBody<Group> {
       const int steps = counted ? counted_steps(ridge, job.tolerance) : job.num_iter;
       const int split = job.split ? split_steps(ridge) : 0;
       this->solve(steps, split);
-      store_rows(backward.x, [](Registers& r) -> float (&)[2][4][4] { return r.x; });
+      this->store_rows(backward.x, [](Registers& r) -> Tiles { return r.x; });
       solve_adjoint(steps, split);
       finish();
       if (shared.ill != 0) return true;
@@ -263,9 +201,9 @@ KALMANET_KERNEL void run_backward_chunks(Group& group, BackwardChunkShared& shar
   const GkaJob& job = backward.in;
   const int64_t block = piece_index * job.H + head;
   float* const states = static_cast<float*>(job.chunk_scratch) + block * (2 * 128 * 128);
-  BackwardChunkBody<Group> body{{{{group, shared}, job, piece_of(job, piece_index), head, states}},
-                                backward,
-                                shared.value_rows};
+  BackwardChunkBody<Group> body{
+      {{{{group, shared}, job, piece_of(job, piece_index), head, states}}, backward},
+      shared.value_rows};
   const bool left_over = body.run();
   group.each([&](int thread, ChunkRegisters&) {
     if (thread == 0) job.left_over[block] = left_over ? 1 : 0;

@@ -1,5 +1,9 @@
-// The backward's matrix-unit kernel, compiled and launched.
+// The backward's matrix-unit kernels, compiled and launched.
+#include <algorithm>
+
+#include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
+#include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_launch.hpp"
 #include "cuda/check.hpp"
 
@@ -14,21 +18,55 @@ __global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
                       blockIdx.x, blockIdx.y);
 }
 
+__global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
+    gka_adjoint_chunks(const __grid_constant__ BackwardJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<ChunkRegisters> group;
+  run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared_memory), job, blockIdx.x,
+                     blockIdx.y, blockIdx.z == 1);
+}
+
+__global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
+    gka_gradient_chunks(const __grid_constant__ BackwardJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<ChunkRegisters> group;
+  run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared_memory), job,
+                      blockIdx.x, gridDim.x);
+}
+
+template <class Kernel>
+void launch(Kernel kernel, dim3 grid, size_t shared, const BackwardJob& job, Stream stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)),
+        "cudaFuncSetAttribute");
+  kernel<<<grid, ChunkLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(job);
+  check(cudaGetLastError(), "launch of the backward's chunks");
+}
+
+unsigned size_of_grid(int64_t n) {
+  return static_cast<unsigned>(n);
+}
+
 }  // namespace
 
 int64_t backward_chunk_shared_bytes() {
-  return static_cast<int64_t>(sizeof(BackwardChunkShared));
+  return static_cast<int64_t>(std::max(sizeof(BackwardChunkShared), sizeof(GradientChunkShared)));
+}
+int64_t gradient_chunk_block_bytes() {
+  return GradientChunkBody<DeviceGroup<ChunkRegisters>>::kScratchFloats *
+         static_cast<int64_t>(sizeof(float));
 }
 
 void launch_backward_chunks(const BackwardJob& job, Stream stream) {
-  const int shared = static_cast<int>(backward_chunk_shared_bytes());
-  const dim3 grid(static_cast<unsigned>(job.in.num_pieces), static_cast<unsigned>(job.in.H));
-  check(cudaFuncSetAttribute(gka_backward_chunks, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             shared),
-        "cudaFuncSetAttribute");
-  gka_backward_chunks<<<grid, ChunkLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(
-      job);
-  check(cudaGetLastError(), "launch of gka_backward_chunks");
+  launch(gka_backward_chunks, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H)},
+         sizeof(BackwardChunkShared), job, stream);
+}
+void launch_adjoint_chunks(const BackwardJob& job, Stream stream) {
+  launch(gka_adjoint_chunks, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H), 2},
+         sizeof(GradientChunkShared), job, stream);
+}
+void launch_gradient_chunks(const BackwardJob& job, int64_t blocks, Stream stream) {
+  launch(gka_gradient_chunks, {size_of_grid(blocks)}, sizeof(GradientChunkShared), job, stream);
 }
 
 }  // namespace kalmanet::cuda

@@ -42,6 +42,8 @@ bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads&
   return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_pairs(in.q) &&
          in_pairs(in.k) && in_pairs(in.v) && in_pairs(output_grads.d_o) &&
          (!grads.dq.defined() || in_pairs(grads.dq)) &&
+         (!grads.dk.defined() || in_pairs(grads.dk)) &&
+         (!grads.dv.defined() || in_pairs(grads.dv)) &&
          backward_chunk_shared_bytes() <= device.max_shared;
 }
 
@@ -73,10 +75,12 @@ BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, 
     bytes.chunk_scratch = own * problem.H * chunk_scratch_bytes();
     bytes.left_over = own * problem.H * static_cast<int64_t>(sizeof(int32_t));
   }
-  // Two blocks a multiprocessor hide each other's waits; any number gives the same bits.
-  bytes.blocks = std::min(own * problem.H, int64_t{2} * device.multiprocessors);
+  // Two blocks a multiprocessor hide each other's waits (one on matrix units, whose shared memory
+  // has room for no more); any number gives the same bits.
+  bytes.blocks = std::min(own * problem.H, int64_t{chunks ? 1 : 2} * device.multiprocessors);
   job.block_bytes = gradient_block_bytes(float64, problem.K, problem.V);
-  bytes.gradients = bytes.blocks * job.block_bytes;
+  const int64_t of_chunks = chunks ? gradient_chunk_block_bytes() : 0;
+  bytes.gradients = bytes.blocks * std::max(job.block_bytes, of_chunks);
   return bytes;
 }
 
@@ -104,7 +108,7 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
   const Workspace decays(bytes.decays, stream), adjoints(bytes.adjoints, stream);
   const Workspace x(bytes.solutions, stream), z(bytes.solutions, stream);
   const Workspace w(bytes.weights, stream), since(bytes.since, stream);
-  const Workspace dq_parts(bytes.dq_parts, stream);
+  const Workspace dq_parts(bytes.dq_parts, stream), left_over(bytes.left_over, stream);
   copy_to_device(list.data(), pieces.data(), bytes.pieces, stream);
   job.in.split = problem.options.arithmetic == Arithmetic::standard;
   job.in.pieces = static_cast<const Piece*>(list.data());
@@ -118,7 +122,6 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
   job.dq_parts = dq_parts.data();
   {
     const Workspace scratch(bytes.solve, stream), chunk_scratch(bytes.chunk_scratch, stream);
-    const Workspace left_over(bytes.left_over, stream);
     job.in.scratch = scratch.data();
     job.in.chunk_scratch = chunk_scratch.data();
     job.in.left_over = static_cast<int32_t*>(left_over.data());
@@ -130,12 +133,14 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
     launch_backward_solve(job, float64, stream);
     job.in.num_pieces = own;
   }
+  if (chunks) launch_adjoint_chunks(job, stream);
   launch_adjoints(job, float64, stream);
   const Workspace dk_parts(bytes.dk_parts, stream), dv_parts(bytes.dv_parts, stream);
   const Workspace scratch(bytes.gradients, stream);
   job.dk_parts = dk_parts.data();
   job.dv_parts = dv_parts.data();
   job.block_scratch = scratch.data();
+  if (chunks) launch_gradient_chunks(job, bytes.blocks, stream);
   launch_gradients(job, float64, bytes.blocks, stream);
   launch_head_sums(job, problem.B, float64, stream);
   return chunks;

@@ -212,7 +212,7 @@ KALMANET_KERNEL void run_adjoint_segment(Group& group, AdjointShared<S>& shared,
                                          int64_t tile) {
   using L = AdjointLayout;
   const Piece piece = piece_of(job.in, i);
-  if (!has_before(job, piece)) return;
+  if (!has_before(job, piece) || is_done(job.in, i, head)) return;
   const bool u = tile >= L::d_tiles(job.in.K);
   if (u) tile -= L::d_tiles(job.in.K);
   const int64_t across = L::across(u ? job.in.V : job.in.K);

@@ -1,8 +1,10 @@
 // The backward's kernels' bodies run by the CPU (emulation.hpp), in the order of the backend.
 #pragma once
 
+#include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
+#include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_plan.hpp"
 #include "cuda/backward_solve_body.hpp"
 #include "cuda/emulation.hpp"
@@ -163,8 +165,23 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   job.in.num_pieces = memory.count();
   emulate_backward_solve<float, 128>(job, how);
   job.in.num_pieces = own;
+  for (int64_t i = 0; i < own * problem.H * 2; ++i) {
+    Poisoned shared(sizeof(GradientChunkShared));
+    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+    run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job,
+                       i / 2 / problem.H, i / 2 % problem.H, i % 2 == 1);
+  }
   emulate_adjoints<float>(job, how);
-  emulate_gradients<float>(job, how.backwards ? 1 : 3, how);
+  const int64_t blocks = how.backwards ? 1 : 3;
+  Poisoned states(blocks * 4 * GradientChunkBody<HostGroup<ChunkRegisters>>::kScratchFloats);
+  job.block_scratch = states.data();
+  for (int64_t block = 0; block < blocks; ++block) {
+    Poisoned shared(sizeof(GradientChunkShared));
+    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+    run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job, block,
+                        blocks);
+  }
+  emulate_gradients<float>(job, blocks, how);
   emulate_head_sums<float>(job, problem.B);
   double sum = 0;
   for (int32_t e : left_over) sum += e;
