@@ -141,7 +141,7 @@ class CudaBackend final : public core::GkaBackend {
     return run(problem, outputs, true);
   }
   // x is solved for again, saved or not: what it was rounded to would show in the gradients.
-  GkaReport backward(const core::GkaProblem& problem, const ConstView&,
+  GkaReport backward(const core::GkaProblem& problem, const GkaSaved&,
                      const GkaOutputGrads& output_grads,
                      const GkaInputGrads& grads) const override {
     const DeviceInfo& device = device_info();
@@ -165,7 +165,7 @@ class CudaBackend final : public core::GkaBackend {
     return report;
   }
   int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
-                          bool) const override {
+                          const GkaShape&) const override {
     const DeviceInfo& device = device_info();
     if (operation == GkaOperation::backward) return most_backward_bytes(problem, device);
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
