@@ -42,67 +42,85 @@ struct BackwardProducts : ChunkBody<Group> {
   // A thread's elements of a matrix of the workspace, [place][128], in the layout of y.
   template <class Of>
   KALMANET_KERNEL void store_rows(void* rows, Of&& of) {
-    float* const to = static_cast<float*>(rows);
+    float* const to = static_cast<float*>(rows) + place(0) * L::kDim;
+    const int64_t stride = job.H * L::kDim;
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int token = chunk_column(thread, tile, i);
-        if (token < n) to[place(token) * L::kDim + chunk_row(thread, m, i)] = of(r)[m][tile][i];
+        if (token < n) to[token * stride + chunk_row(thread, m, i)] = of(r)[m][tile][i];
       }
     });
   }
   template <class Of>
   KALMANET_KERNEL void load_rows(const void* rows, Of&& of) {
-    const float* const from = static_cast<const float*>(rows);
+    const float* const from = static_cast<const float*>(rows) + place(0) * L::kDim;
+    const int64_t stride = job.H * L::kDim;
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int token = chunk_column(thread, tile, i);
-        of(r)[m][tile][i] =
-            token < n ? from[place(token) * L::kDim + chunk_row(thread, m, i)] : 0.0f;
+        of(r)[m][tile][i] = token < n ? from[token * stride + chunk_row(thread, m, i)] : 0.0f;
       }
     });
   }
 
   // x or z of the chunk (or, `mixed`, m = q + alpha (x - q)) as fragments by rows and by columns,
-  // each where it is not null. No barrier.
+  // each where it is not null. Takes registers.y, where everything is under way before the first is
+  // used: warp w has tokens 16 (w / 2) .. and dims 64 (w % 2) .. . No barrier.
   KALMANET_KERNEL void load_solutions(const void* solutions, bool mixed, Split rows,
                                       Split columns) {
-    const float* const from = static_cast<const float*>(solutions);
-    const uint16_t* const q =
-        static_cast<const uint16_t*>(job.q.data) +
-        offset_of(job.q, piece.row, t0, head / job.q_group);
+    const float* const from = static_cast<const float*>(solutions) + place(0) * L::kDim;
+    const uint16_t* const q = static_cast<const uint16_t*>(job.q.data) +
+                              offset_of(job.q, piece.row, t0, head / job.q_group);
+    const int64_t stride = job.H * L::kDim;
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int token = thread / 64 * 16 + thread % 32 / 4 + half * 8;
+        const int first = thread / 32 % 2 * 64 + thread % 4 * 2;
+        const bool real = token < n;
+        const float alpha = shared.alpha[token];
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 4; ++tile) {
+          KALMANET_UNROLL
+          for (int right = 0; right < 2; ++right) {
+            const int dim = first + tile * 16 + right * 8;
+            float(&v)[4] = r.y[tile / 2][tile % 2 * 2 + right];
+            v[2 * half] = v[2 * half + 1] = 0.0f;
+            if (real) memcpy(&v[2 * half], from + token * stride + dim, 8);
+            if (real && mixed) {
+              uint32_t both;
+              memcpy(&both, q + token * job.q.stride[1] + dim, 4);
+              const float a = low_bfloat16(both), b = high_bfloat16(both);
+              v[2 * half] = a + alpha * (v[2 * half] - a);
+              v[2 * half + 1] = b + alpha * (v[2 * half + 1] - b);
+            }
+          }
+        }
+      }
+    });
     KALMANET_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const bool low = i % 2 == 1;
+      const int low = i % 2, tile = i / 2;
       group.each([&](int thread, Registers& r) {
-        const int tile = thread / 32 * 4 + i / 2;  // token tile * 8 + dim tile
         KALMANET_UNROLL
         for (int part = 0; part < 4; ++part) {
-          const int token = tile / 8 * 16 + thread % 32 / 4 + part % 2 * 8;
-          const int dim = tile % 8 * 16 + thread % 4 * 2 + part / 2 * 8;
-          r.t[part] = 0;
-          if (token >= n) continue;
-          float v[2];
-          memcpy(v, from + place(token) * L::kDim + dim, 8);
-          if (mixed) {
-            uint32_t both;
-            memcpy(&both, q + token * job.q.stride[1] + dim, 4);
-            const float alpha = shared.alpha[token];
-            v[0] = low_bfloat16(both) + alpha * (v[0] - low_bfloat16(both));
-            v[1] = high_bfloat16(both) + alpha * (v[1] - high_bfloat16(both));
-          }
-          const uint32_t high = pack_bfloat16(v[0], v[1]);
-          r.t[part] = low ? low_parts(v[0], v[1], high) : high;
+          const float(&v)[4] = r.y[tile / 2][tile % 2 * 2 + part / 2];
+          const float a = v[part % 2 * 2], b = v[part % 2 * 2 + 1];
+          const uint32_t high = pack_bfloat16(a, b);
+          r.t[part] = low == 1 ? low_parts(a, b, high) : high;
         }
-        Left* const to = low ? rows.low : rows.high;
-        if (to != nullptr) to[tile * 32 + thread % 32] = {{r.t[0], r.t[1], r.t[2], r.t[3]}};
+        Left* const to = low == 1 ? rows.low : rows.high;
+        if (to != nullptr) {
+          to[(thread / 32 * 4 + tile) * 32 + thread % 32] = {{r.t[0], r.t[1], r.t[2], r.t[3]}};
+        }
       });
       if (columns.high == nullptr) continue;
       transpose_four();
       group.each([&](int thread, Registers& r) {
-        const int tile = thread / 32 * 4 + i / 2;
-        (low ? columns.low : columns.high)[(tile % 8 * 4 + tile / 8) * 32 + thread % 32] = {
+        const int at = (thread / 32 % 2 * 4 + tile) * 4 + thread / 64;
+        (low == 1 ? columns.low : columns.high)[at * 32 + thread % 32] = {
             {r.t[0], r.t[2], r.t[1], r.t[3]}};
       });
     }
@@ -112,23 +130,28 @@ struct BackwardProducts : ChunkBody<Group> {
   KALMANET_KERNEL void load_main_transposed(const float* from) {
     group.barrier();
     KALMANET_UNROLL
-    for (int part = 0; part < 2; ++part) {
+    for (int half = 0; half < 2; ++half) {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 8; ++tile) {
+          load4(from + Base::state_at(thread, half * 8 + tile), r.y[tile / 4][tile % 4]);
+        }
+      });
       KALMANET_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        group.each([&](int thread, Registers& r) {
-          float v[2][4];
-          load4(from + Base::state_at(thread, 2 * k), v[0]);
-          load4(from + Base::state_at(thread, 2 * k + 1), v[1]);
+      for (int i = 0; i < 8; ++i) {
+        const int part = i % 2, k = i / 2;
+        group.each([&](int, Registers& r) {
           KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const float a = v[i / 2][i % 2 * 2], b = v[i / 2][i % 2 * 2 + 1];
+          for (int e = 0; e < 4; ++e) {
+            const float(&v)[4] = r.y[k / 2][k % 2 * 2 + e / 2];
+            const float a = v[e % 2 * 2], b = v[e % 2 * 2 + 1];
             const uint32_t high = pack_bfloat16(a, b);
-            r.t[i] = part == 0 ? high : low_parts(a, b, high);
+            r.t[e] = part == 0 ? high : low_parts(a, b, high);
           }
         });
         transpose_four();
         group.each([&](int thread, Registers& r) {
-          shared.main[part][(k * 8 + thread / 32) * 32 + thread % 32] = {
+          shared.main[part][((half * 4 + k) * 8 + thread / 32) * 32 + thread % 32] = {
               {r.t[0], r.t[2], r.t[1], r.t[3]}};
         });
       }
