@@ -2,7 +2,8 @@
 """The Python layer beside the C++ layer, turn by turn in one process, from the same weights.
 
     benchmarks/python_layer.py [--build build/release] [--quick] [--tokens 512 1024 2048]
-        [--width 1024 2048] [--solver chebyshev direct] [--threads 1] [--rounds 15] [--out FILE]
+        [--width 1024 2048] [--solver chebyshev direct] [--threads 1] [--rounds 15]
+        [--default-malloc] [--out FILE]
 
 Both layers are called from Python (libkalmanet_layer_class.so makes the C++ one a class of it), so
 that they share process, allocator, thread pool and clock. Nothing is timed before outputs and
@@ -12,6 +13,7 @@ other's next to it; which of the two goes first changes each round. Seconds are 
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -32,6 +34,7 @@ def parse():
     parser.add_argument("--solver", nargs="+", default=["chebyshev", "direct"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--default-malloc", action="store_true", help="freed memory is not kept")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.quick:
@@ -40,16 +43,16 @@ def parse():
 
 
 def pair(torch, kalmanet, D, solver):
-    """A Python layer and a C++ layer of one set of weights, D wide, heads of 128."""
+    """A Python layer and a C++ layer, D wide, heads of 128, on the same memory: where weights happen
+    to lie is worth 2% of a product."""
     K = min(128, D // 2)
     H = D // K
     torch.manual_seed(SEED)
     mine = kalmanet.GatedKalmaNet(hidden_size=D, head_dim=K, num_heads=H, solver=solver)
     theirs = torch.classes.kalmanet_bench.Layer(D, H, H, K, solver, False)
     named = theirs.parameters()
-    with torch.no_grad():
-        for name, parameter in mine.named_parameters():
-            named[name].copy_(parameter)
+    for name, parameter in mine.named_parameters():
+        named[name].data = parameter.data
     assert sorted(named) == sorted(dict(mine.named_parameters()))
     return mine, theirs, named
 
@@ -88,8 +91,45 @@ def measure(torch, forward, parameters, x, dy, backward, clock):
     return clock() - begun
 
 
+def compare(torch, layers, x, dy, backward, arguments):
+    """Medians of both layers' seconds, and of their ratios turn by turn."""
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    for each in layers.values():  # memory is had once
+        measure(torch, *each, x, dy, backward, clock)
+    seconds = {name: [] for name in layers}
+    for turn in range(arguments.rounds):
+        for name in list(layers)[:: 1 if turn % 2 else -1]:
+            seconds[name].append(measure(torch, *layers[name], x, dy, backward, clock))
+    ratios = sorted(a / b for a, b in zip(seconds["python"], seconds["c++"]))
+    return {
+        **{name: statistics.median(s) for name, s in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+    }
+
+
+def line(row):
+    what = "forward+backward" if row["backward"] else "forward"
+    low, high = row["quartiles"]
+    return (
+        f"D {row['D']:4}  T {row['T']:4}  {row['solver']:9}  {what:16}"
+        f"  Python {1e3 * row['python']:8.2f} ms  C++ {1e3 * row['c++']:8.2f} ms"
+        f"  ratio {row['ratio']:.3f} ({low:.3f} to {high:.3f})"
+    )
+
+
+def keep_freed_memory():
+    """As the other benchmarks of layers do: glibc would give freed tensors back to the system, when
+    depends on the order in which they are freed, and 2 MB of fresh pages cost half a millisecond."""
+    libc = ctypes.CDLL(None)
+    for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc.mallopt(option, 1 << 30)
+
+
 def main():
     arguments = parse()
+    if not arguments.default_malloc:
+        keep_freed_memory()
     # Before torch and kalmanet: both read it when they are imported.
     library = arguments.build / "src" / "torch" / "libkalmanet_torch.so"
     os.environ["KALMANET_TORCH_LIBRARY"] = str(library.resolve())
@@ -99,44 +139,25 @@ def main():
 
     torch.classes.load_library(str(arguments.build / "benchmarks" / "libkalmanet_layer_class.so"))
     torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.threads == 1 else time.perf_counter
     rows = []
     for D in arguments.width:
         for solver in arguments.solver:
             mine, theirs, named = pair(torch, kalmanet, D, solver)
             layers = {
-                "python": (lambda x: mine(x)[0], list(mine.parameters())),  # noqa: B023
+                "python": (lambda x, mine=mine: mine(x)[0], list(mine.parameters())),
                 "c++": (theirs.forward, list(named.values())),
             }
             for T in arguments.tokens:
-                x = torch.randn(1, T, D, requires_grad=True)
-                dy = torch.randn(1, T, D)
+                x, dy = torch.randn(1, T, D, requires_grad=True), torch.randn(1, T, D)
                 must_agree(torch, mine, theirs, named, x, dy)
                 for backward in (False, True):
-                    for each in layers.values():  # memory is had once
-                        measure(torch, *each, x, dy, backward, clock)
-                    seconds = {name: [] for name in layers}
-                    for turn in range(arguments.rounds):
-                        for name in list(layers)[:: 1 if turn % 2 else -1]:
-                            seconds[name].append(
-                                measure(torch, *layers[name], x, dy, backward, clock)
-                            )
-                    ratios = [a / b for a, b in zip(seconds["python"], seconds["c++"])]
                     row = {
-                        "D": D, "solver": solver, "T": T, "backward": backward,
+                        "D": D, "T": T, "solver": solver, "backward": backward,
                         "threads": arguments.threads,
-                        **{n: statistics.median(s) for n, s in seconds.items()},
-                        "ratio": statistics.median(ratios), "ratios": ratios,
+                        **compare(torch, layers, x, dy, backward, arguments),
                     }  # fmt: skip
                     rows.append(row)
-                    what = "forward+backward" if backward else "forward"
-                    ordered = sorted(ratios)
-                    print(
-                        f"D {D:4}  T {T:4}  {solver:9}  {what:16}  Python {1e3 * row['python']:8.2f} ms"
-                        f"  C++ {1e3 * row['c++']:8.2f} ms  ratio {row['ratio']:.3f}"
-                        f" ({ordered[len(ordered) // 4]:.3f} to {ordered[-1 - len(ordered) // 4]:.3f})",
-                        flush=True,
-                    )
+                    print(line(row), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(rows))
 

@@ -357,12 +357,13 @@ class GatedKalmaNet(nn.Module):
             return _unit_heads(t.unflatten(-1, (heads, K)), o.qk_norm)
 
         conv_q, conv_k, conv_v = (None, None, None) if last is None else last.conv
+        # One after the other, each to its end: what it leaves is reused, and is in the caches.
         q, conv_q = convolve(project(self.q_proj), self.q_conv1d.weight, conv_q)
+        q = normalise(q, o.num_heads)
         k, conv_k = convolve(project(self.k_proj), self.k_conv1d.weight, conv_k)
         v = project(self.v_proj)
         if o.use_v_conv:
             v, conv_v = convolve(v, self.v_conv1d.weight, conv_v)
-        q = normalise(q, o.num_heads)
         if o.expands:
             k = normalise(self._expand(k, self.proj_k, o.num_k_heads, "k_rep"), H)
             v = self._expand(v, self.proj_v, o.num_v_heads, "v_rep").unflatten(-1, (H, V))
@@ -419,6 +420,9 @@ class GatedKalmaNet(nn.Module):
             )  # fmt: skip
             if keep:
                 state = LayerState(h, u, (conv_q, conv_k, conv_v))
+        # Without gradients nobody holds them any longer: what comes next is written where they lay,
+        # which is in the caches, instead of into memory that the system must clear first.
+        del q, k, v, g, gk, alpha, beta, ridge
         gate = self.g_proj(x).to(out.dtype).reshape(-1, V) if o.use_gate else None
         out = _ops.gated_rms_norm_forward(
             out.reshape(-1, V), gate, self.o_norm.weight.to(fine), eps=o.norm_eps

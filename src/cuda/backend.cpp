@@ -149,14 +149,21 @@ class CudaBackend final : public core::GkaBackend {
     if (device.count == 0) {
       throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
     }
-    if (problem.options.arithmetic != Arithmetic::standard) {
-      throw Error(ErrorCode::unsupported, "backend",
-                  "arithmetic bfloat16 is not there yet for the cuda backend's backward; pass "
-                  "arithmetic standard");
+    if (problem.options.arithmetic != Arithmetic::standard &&
+        !fits_backward_chunks(problem, output_grads, grads, device)) {
+      throw Error(
+          ErrorCode::unsupported, "backend",
+          "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
+          "= V = 128, dense in their last dimension; pass arithmetic standard");
     }
     return with_solver(problem, [&](const auto& p) {
-      run_backward(p, output_grads, grads, device);
-      return report_of(p);
+      GkaReport report = report_of(p);
+      if (run_backward(p, output_grads, grads, device)) {
+        report.chunk_size = ChunkLayout::kTokens;
+        report.bfloat16_instructions = true;
+        if (p.options.arithmetic != Arithmetic::standard) report.bfloat16_solves = report.solves;
+      }
+      return report;
     });
   }
   int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& asked,
@@ -165,13 +172,9 @@ class CudaBackend final : public core::GkaBackend {
     core::GkaProblem problem = asked;
     if (problem.options.solver == Solver::automatic) problem.options.solver = Solver::direct;
     const DeviceInfo& device = device_info();
+    if (operation == GkaOperation::backward) return most_backward_bytes(problem, device);
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
     const int64_t n = static_cast<int64_t>(pieces.size());
-    if (operation == GkaOperation::backward) {
-      BackwardJob job = backward_job_of(problem, {}, {});
-      job.in.num_pieces = n;
-      return backward_bytes(problem, job, device, true).total();
-    }
     // (As if the matrix-unit kernels computed it, which take more.)
     GkaJob job = job_of(problem, {});
     job.num_pieces = n;

@@ -212,7 +212,7 @@ KALMANET_KERNEL void run_adjoint_segment(Group& group, AdjointShared<S>& shared,
                                          int64_t tile) {
   using L = AdjointLayout;
   const Piece piece = piece_of(job.in, i);
-  if (!has_before(job, piece)) return;
+  if (!has_before(job, piece) || is_done(job.in, i, head)) return;
   const bool u = tile >= L::d_tiles(job.in.K);
   if (u) tile -= L::d_tiles(job.in.K);
   const int64_t across = L::across(u ? job.in.V : job.in.K);
@@ -233,21 +233,22 @@ template <class S>
 KALMANET_KERNEL void run_adjoint_sums(const BackwardJob& job, int64_t i, int64_t head, int64_t e) {
   Piece piece = piece_of(job.in, i);
   if (!piece.last) return;
-  const int64_t K = job.in.K, V = job.in.V;
+  const int64_t K = job.in.K, V = job.in.V, elements = K * (K + V);
   const bool u = e >= K * K;
-  const int64_t columns = u ? V : K, within = u ? e - K * K : e;
+  const auto columns = static_cast<uint32_t>(u ? V : K);
+  const auto within = static_cast<uint32_t>(u ? e - K * K : e);
   const int64_t row = within / columns, column = within % columns;
   const StateView<S> from = state_view<S>(u ? job.d_u_final : job.d_h_final, piece.sequence, head);
   S state = from.data != nullptr ? from.data[from.at(row, column)] : S{0};
+  S* const adjoints = static_cast<S*>(job.adjoints) + head * elements + e;
   for (;;) {
-    const StateView<S> slot = adjoint_view<S>(job, piece.slot, head, u);
-    S* const at = slot.data + slot.at(row, column);
+    S* const at = adjoints + piece.slot * job.in.H * elements;
     const S added = has_before(job, piece) ? *at : S{0};
-    *at = state;
     double decay = 1.0;
     if (piece.end > piece.begin) {
       decay = job.since[2 * place_of(job, piece, piece.end - 1, head) + (u ? 1 : 0)];
     }
+    *at = state;
     state = static_cast<S>(decay) * state + added;
     if (piece.first) break;
     piece = piece_of(job.in, --i);

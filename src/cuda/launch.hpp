@@ -39,6 +39,7 @@ void launch_segments(const GkaJob& job, bool float64, Stream stream);
 
 // The same, and the outputs, on matrix units; what was left over is for launch_tokens.
 int64_t chunk_shared_bytes();
+void launch_chunk_states(const GkaJob& job, Stream stream);
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream);
 
 }  // namespace kalmanet::cuda

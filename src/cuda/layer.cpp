@@ -96,6 +96,7 @@ void causal_conv_step(const ConstView& x, const ConstView& weight, const View& s
   };
   ConvInputs inputs{one_token(x), weight, state, {}};
   std::vector<core::Sequence> sequences;
+  sequences.reserve(static_cast<size_t>(x.size[0]));
   for (int64_t n = 0; n < x.size[0]; ++n) sequences.push_back({n, n, 0, 1});
   causal_conv_forward(inputs, sequences, one_token(y), state, silu, stream);
 }

@@ -1,3 +1,4 @@
+// From validated arguments to the jobs of the layer's kernels: strides, spans.
 #include "cuda/layer_plan.hpp"
 
 #include <algorithm>

@@ -16,16 +16,11 @@ Array array_of(const ConstView& view) {
   return a;
 }
 
-namespace {
-
-// Pairs of elements can be read and written as 4 bytes.
 bool in_pairs(const ConstView& view) {
   return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 2 == 0 &&
          view.stride[1] % 2 == 0 && view.stride[2] % 2 == 0 &&
          reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
 }
-
-}  // namespace
 
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;

@@ -386,15 +386,18 @@ struct TokenBody {
   }
 };
 
+// Whether the matrix-unit kernels have done the piece.
+KALMANET_KERNEL bool is_done(const GkaJob& job, int64_t piece_index, int64_t head) {
+  return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
+         job.left_over[piece_index * job.H + head] == 0;
+}
+
 // The work of block (piece_index, head).
 template <class S, int KP, class Group>
 KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob& job,
                                 int64_t piece_index, int64_t head) {
+  if (is_done(job, piece_index, head)) return;
   const Piece piece = piece_of(job, piece_index);
-  if (job.left_over != nullptr && piece.always == 0 &&
-      job.left_over[piece_index * job.H + head] == 0) {
-    return;
-  }
   const TokenMemory<S, KP> memory(shared_memory, job, piece_index, head);
   StateView<S> u = state_view<S>(job.u_final, piece.sequence, head);
   if (!piece.last || u.data == nullptr) u = {memory.u, job.V, 1};

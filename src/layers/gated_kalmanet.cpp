@@ -164,19 +164,6 @@ int64_t GatedKalmaNetOptions::head_v_dim() const {
   return std::llround(expand_v * static_cast<double>(head_dim));
 }
 
-int64_t GkaLayerState::bytes() const {
-  int64_t total = 0;
-  for (const Tensor* t : {&h, &u, &conv_q, &conv_k, &conv_v}) {
-    if (t->defined()) total += t->numel() * t->element_size();
-  }
-  return total;
-}
-
-GkaLayerState GkaLayerState::clone() const {
-  const auto copy = [](const Tensor& t) { return t.defined() ? t.clone() : t; };
-  return {copy(h), copy(u), copy(conv_q), copy(conv_k), copy(conv_v)};
-}
-
 GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : options_(options) {
   validate(options_);
   const auto& o = options_;

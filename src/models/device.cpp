@@ -1,3 +1,4 @@
+// The device of that name, or what is missing for it.
 #include "models/device.hpp"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -19,21 +20,26 @@ namespace {
   throw Error(code, "device", "is \"" + text + "\", " + message);
 }
 
-// What the operators' library says of its CUDA backend, "cuda: ...".
+// What the operators' library says of its CUDA backend.
 std::string cuda_backend() {
-  kalmanet_torch_anchor();
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("kalmanet::backend_info", "")
-                             .typed<std::string()>();
-  std::istringstream lines(op.call());
-  std::string line;
-  while (std::getline(lines, line)) {
+  for (const std::string& line : backend_lines()) {
     if (line.rfind("cuda: ", 0) == 0) return line;
   }
   return "cuda: not available";
 }
 
 }  // namespace
+
+std::vector<std::string> backend_lines() {
+  kalmanet_torch_anchor();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("kalmanet::backend_info", "")
+                             .typed<std::string()>();
+  std::istringstream text(op.call());
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(text, line);) lines.push_back(line);
+  return lines;
+}
 
 at::Device device_named(const std::string& text) {
   if (text == "cpu") return at::kCPU;

@@ -1,7 +1,10 @@
 // The backward's kernels' bodies run by the CPU (emulation.hpp), in the order of the backend.
 #pragma once
 
+#include "cuda/backward_adjoint_chunk.hpp"
+#include "cuda/backward_chunk_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
+#include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_plan.hpp"
 #include "cuda/backward_solve_body.hpp"
 #include "cuda/emulation.hpp"
@@ -80,8 +83,8 @@ struct BackwardMemory {
   std::vector<Piece> pieces;
   Poisoned states, decays, adjoints, x, z, w, since, dq_parts, dk_parts, dv_parts;
 
-  BackwardMemory(const core::GkaProblem& problem, BackwardJob& job)
-      : pieces(pieces_of(problem, false)),
+  BackwardMemory(const core::GkaProblem& problem, BackwardJob& job, bool chunks = false)
+      : pieces(chunks ? chunk_pieces_of(problem) : pieces_of(problem, false)),
         states(states_bytes(problem, count())),
         decays(decays_bytes(problem, count())),
         adjoints(states_bytes(problem, count())),
@@ -131,6 +134,58 @@ inline void emulate_backward(const core::GkaProblem& problem, const GkaOutputGra
   } else {
     run(float());
   }
+}
+
+// The same with x and z solved for on matrix units; returns what part of the pieces and heads was
+// left over to the token kernel.
+inline double emulate_backward_chunks(const core::GkaProblem& problem,
+                                      const GkaOutputGrads& output_grads,
+                                      const GkaInputGrads& grads, const Emulation& how) {
+  BackwardJob job = backward_job_of(problem, output_grads, grads);
+  const BackwardMemory memory(problem, job, true);
+  const int64_t own = num_chunk_pieces(memory.pieces);
+  Poisoned scratch(own * problem.H * chunk_scratch_bytes());
+  std::vector<int32_t> left_over(static_cast<size_t>(own * problem.H), -1);
+  job.in.chunk_scratch = scratch.data();
+  job.in.left_over = left_over.data();
+  job.in.split = problem.options.arithmetic == Arithmetic::standard;
+  job.in.num_pieces = own;
+  if (own > problem.N) {
+    emulate_chunk_blocks(job.in, false, how);
+    emulate_segment_sums<float>(job.in);
+  }
+  for (int64_t piece = 0; piece < own; ++piece) {
+    for (int64_t head = 0; head < problem.H; ++head) {
+      Poisoned shared(sizeof(BackwardChunkShared));
+      HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+      run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
+                          head);
+    }
+  }
+  job.in.num_pieces = memory.count();
+  emulate_backward_solve<float, 128>(job, how);
+  job.in.num_pieces = own;
+  for (int64_t i = 0; i < own * problem.H * 2; ++i) {
+    Poisoned shared(sizeof(GradientChunkShared));
+    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+    run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job,
+                       i / 2 / problem.H, i / 2 % problem.H, i % 2 == 1);
+  }
+  emulate_adjoints<float>(job, how);
+  const int64_t blocks = how.backwards ? 1 : 3;
+  Poisoned states(blocks * 4 * GradientChunkBody<HostGroup<ChunkRegisters>>::kScratchFloats);
+  job.block_scratch = states.data();
+  for (int64_t block = 0; block < blocks; ++block) {
+    Poisoned shared(sizeof(GradientChunkShared));
+    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+    run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job, block,
+                        blocks);
+  }
+  emulate_gradients<float>(job, blocks, how);
+  emulate_head_sums<float>(job, problem.B);
+  double sum = 0;
+  for (int32_t e : left_over) sum += e;
+  return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
 }
 
 }  // namespace kalmanet::cuda

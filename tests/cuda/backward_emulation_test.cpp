@@ -130,5 +130,53 @@ TEST(CudaBackwardEmulation, OnlyWhatIsAskedFor) {
   for (double e : some.dq.values()) EXPECT_TRUE(std::isnan(e)) << "dq was written";
 }
 
+// x and z on matrix units. `bound`: of what is left beside rounding a gradient to its own dtype.
+template <class G>
+void check_chunks(const CaseSpec& spec, GkaOptions options, double bound, double left_over = 0) {
+  options.backend = Backend::cuda;
+  Case<BFloat16, G> c(spec), other(spec);
+  const auto emulate = [&](Case<BFloat16, G>& into, const cuda::Emulation& how) {
+    const GkaInputGrads grads = into.grads();
+    const core::GkaProblem problem =
+        core::validate_backward(into.inputs(), {}, into.output_grads(), grads, options);
+    EXPECT_EQ(cuda::emulate_backward_chunks(problem, into.output_grads(), grads, how), left_over)
+        << describe(spec);
+  };
+  emulate(c, {});
+  emulate(other, {.backwards = true});
+  const Where where{"emulated backward by chunks", name(options.solver), describe(spec)};
+  for_each_gradient(c, other, [&](const char* tensor, ConstView a, ConstView b) {
+    EXPECT_TRUE(identical(where, tensor, a, b)) << "depends on the order of threads";
+  });
+  EXPECT_TRUE(c.gaps_intact()) << text(where, "gaps");
+  WorstErrors errors;
+  expect_oracle_gradients(c, options, where, errors, bound);
+  errors.print(describe(spec).c_str());
+}
+
+TEST(CudaBackwardEmulation, ChunksMatchTheOracle) {
+  int turn = 0;
+  for (int64_t T : {1, 63, 64, 130, 200}) {
+    CaseSpec spec = small_case(turn++);
+    spec.T = T, spec.K = spec.V = 128, spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    spec.strided = false;
+    check_chunks<float>(spec, {}, 1e-3);
+    check_chunks<BFloat16>(spec, {}, 1e-3);
+  }
+}
+
+TEST(CudaBackwardEmulation, ChunksOfCutPackedAndSharedHeads) {
+  CaseSpec spec = small_case(0);
+  spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+  spec.B = 1, spec.T = cuda::kSegmentTokens + 70;
+  check_chunks<float>(spec, {}, 1e-3);
+  spec.lengths = {0, 70, 1, 130};
+  spec.H = 2, spec.Hq = 1, spec.Hk = 1, spec.Hv = 1;
+  check_chunks<float>(spec, {}, 1e-3);
+  spec.lengths = {70, 130};
+  spec.memory = 0.3;  // forgets more in a chunk than float32 can hold: the token kernel's
+  check_chunks<float>(spec, {}, 1e-3, 1.0);
+}
+
 }  // namespace
 }  // namespace kalmanet::testing

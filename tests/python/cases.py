@@ -12,6 +12,9 @@ SEED = 20261123
 DEVICE = os.environ.get("KALMANET_TEST_DEVICE", "cpu")
 
 
+_TORCH = torch  # conftest.py puts a TorchOnDevice in the other name's place
+
+
 class TorchOnDevice:
     """`torch`, with its new tensors on DEVICE. Random ones are drawn on the CPU: the same numbers
     everywhere, also from a CPU generator."""
@@ -21,7 +24,7 @@ class TorchOnDevice:
     )  # fmt: skip
 
     def __getattr__(self, name):
-        real = getattr(torch, name)
+        real = getattr(_TORCH, name)
         if name not in self.FACTORIES:
             return real
 

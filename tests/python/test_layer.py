@@ -1,6 +1,7 @@
 """GatedKalmaNet against a plain PyTorch layer, in every setting; caches, padding, packing."""
 
 import collections
+import inspect
 import re
 
 import pytest
@@ -114,6 +115,56 @@ def test_official_parameters_of_a_gate_that_is_off_are_left_alone():
     off.load_state_dict(off.state_dict() | {
         "A_log": torch.zeros(4), "dt_bias": torch.zeros(4), "a_proj.weight": torch.zeros(4, 24)
     })  # fmt: skip
+
+
+def test_the_published_arguments():
+    """flash-linear-attention's in their order, with their defaults; the official layer's by name."""
+    theirs = {
+        "hidden_size": 2048, "expand_v": 1.0, "head_dim": 128, "num_heads": 16,
+        "num_v_heads": None, "num_kv_heads": None, "mode": "chunk", "use_beta_gate": True,
+        "use_alpha_connection": True, "use_v_conv": True, "use_forgetting_gate": True,
+        "use_forgetting_gate_kk": True, "gla_rescale": True, "ridge_ratio": 0.02, "num_iter": 30,
+        "use_gate": True, "conv_size": 4, "layer_idx": None, "norm_eps": 1e-6,
+    }  # fmt: skip
+    ours = inspect.signature(GatedKalmaNet).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    two_names = ("num_heads", "ridge_ratio")  # None stands for their default
+    for name, value in theirs.items():
+        assert ours[name].default == (None if name in two_names else value), name
+    with torch.device("meta"):
+        layer = GatedKalmaNet()
+    o = layer.options
+    assert (o.num_heads, o.num_k_heads, o.num_v_heads, o.ridge_ratio) == (16, 16, 16, 0.02)
+    assert (o.head_dim, o.value_dim, o.solver) == (128, 128, "chebyshev")
+    forward = inspect.signature(layer.forward).parameters
+    wanted = ("hidden_states", "attention_mask", "past_key_values", "use_cache")
+    assert list(forward)[:5] == [*wanted, "output_attentions"] and "cu_seqlens" in forward
+    official = {
+        "hidden_size": 24, "head_dim": 6, "num_q_heads": 4, "num_k_heads": 2, "num_v_heads": 2,
+        "use_beta_gate": True, "use_alpha_connection": True, "use_v_conv": True,
+        "use_forgetting_gate": True, "use_forgetting_gate_kk": True, "gla_rescale": True,
+        "solver_type": "chebyshev", "bp_lambda": True, "num_iter": 30, "ridge_strength": 0.02,
+        "use_gate": True, "conv_size": 4, "layer_idx": 3, "norm_eps": 1e-6, "chunk_size": 64,
+        "kv_proj_rank": 2, "kv_learnable_residual": True,
+    }  # fmt: skip
+    layer = GatedKalmaNet(**official)
+    o = layer.options
+    assert (o.num_heads, o.num_k_heads, o.num_v_heads, layer.layer_idx) == (4, 2, 2, 3)
+    assert (o.solver, o.ridge_ratio, o.chunk_size, o.kv_proj_rank) == ("chebyshev", 0.02, 64, 2)
+
+
+@pytest.mark.parametrize("first", [*range(1, 10), 63, 64, 65, 69])
+def test_prefill_of_any_length(first):
+    """Around the chunk sizes, the step's limit and the convolution's reach."""
+    layer, T = make({}, torch.float32), 70
+    x = tokens(T=T, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(x)[0]
+        got, _, state = layer(x[:, :first], use_cache=True)
+        outs = [got]
+        for t in range(first, T):
+            outs.append(layer(x[:, t : t + 1], past_key_values=state, use_cache=True)[0])
+    assert relative(torch.cat(outs, 1), want) <= 1e-5
 
 
 @pytest.mark.parametrize("grad", [False, True])

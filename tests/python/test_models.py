@@ -213,6 +213,48 @@ def test_beam_search_and_sampling_run():
     assert torch.equal(one, model.generate(tokens(2, 4), max_new_tokens=5, do_sample=True))
 
 
+@pytest.mark.parametrize("pattern", ["GKA-*-GKA", "GKA-GKA-GKA"])
+def test_a_cache_of_transformers(pattern):
+    """Given by hand, in a loop and to generate()."""
+    model, ids = model_of({"hybrid_override_pattern": pattern}), tokens(2, 12)
+    with torch.no_grad():
+        want = model(ids).logits
+        for make in (
+            transformers.DynamicCache,
+            lambda: transformers.DynamicCache(config=model.config),
+        ):
+            cache, outs = make(), []
+            for begin, end in ((0, 5), (5, 6), (6, 12)):
+                out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+                assert out.cache is cache and cache.get_seq_length() == end
+                outs.append(out.logits)
+            assert relative(torch.cat(outs, 1), want) <= 1e-5
+            cache.reorder_cache(torch.tensor([1, 1]))
+            swapped = model(ids[:1, :1].repeat(2, 1), past_key_values=cache, use_cache=True).logits
+            assert torch.equal(swapped[0], swapped[1])
+            cache.reset()
+            assert cache.get_seq_length() == 0
+            assert torch.equal(model(ids, past_key_values=cache, use_cache=True).logits, want)
+        plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+        cache = transformers.DynamicCache()
+        got = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
+        assert torch.equal(got, plain) and cache.get_seq_length() == 12 + 5
+        # And on with the same cache.
+        more = model.generate(got, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        assert torch.equal(more, model.generate(ids, max_new_tokens=9, do_sample=False))
+        beams = [
+            model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False, **given)
+            for given in ({}, {"past_key_values": transformers.DynamicCache()})
+        ]
+        assert torch.equal(*beams)
+    other = transformers.DynamicCache()
+    other.update(torch.zeros(2, 2, 3, 6), torch.zeros(2, 2, 3, 6), 0)
+    with pytest.raises(ValueError, match="this cache was filled by another model"):
+        model(ids, past_key_values=other)
+    with pytest.raises(NotImplementedError, match="cannot go back to fewer tokens"):
+        cache.layers[0].crop(1)
+
+
 def test_packed_sequences():
     model, ids = model_of(), tokens(1, 17)
     cu = torch.tensor([0, 5, 6, 17])
@@ -270,6 +312,7 @@ def test_compile_of_a_two_layer_model(pattern):
     model = model_of({"num_hidden_layers": 2, "hybrid_override_pattern": pattern}).train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    first = None
     for T in range(64, 129):
         ids = tokens(2, T)
         if T not in (64, 97, 128):
@@ -294,7 +337,9 @@ def test_calls_that_do_not_fit():
         model(tokens(2, 21))
     with pytest.raises(ValueError, match=r"attention_mask: must be \[B,T\] = \[2, 12\]"):
         model(ids, attention_mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match="past_key_values: must be a kalmanet.State, got"):
-        model(ids, past_key_values=transformers.DynamicCache())
+    with pytest.raises(
+        ValueError, match="past_key_values: must be a kalmanet.State or .* got tuple"
+    ):
+        model(ids, past_key_values=())
     with pytest.raises(ValueError, match="input_ids: give either"):
         model()

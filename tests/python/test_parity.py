@@ -1,5 +1,7 @@
 """chunk_gka and fused_recurrent_gka against the naive functions: outputs, states, gradients."""
 
+import inspect
+
 import pytest
 import torch
 from cases import cotangents, leaves, problem, relative, widened
@@ -311,3 +313,33 @@ def test_bp_lambda_false_holds_the_norm_constant():
     o = torch.einsum("bthij,bthi->bthj", u, x) * 16**-0.5
     (want,) = torch.autograd.grad(o.sum(), k)
     assert relative(without, want) <= 1e-8 and relative(with_norm, want) > 1e-4
+
+
+PUBLISHED = {
+    "q": ..., "k": ..., "v": ..., "g": None, "gk": None, "alpha": None, "scale": None,
+    "ridge_ratio": 0.02, "num_iter": 30, "initial_state": None, "output_final_state": False,
+    "cu_seqlens": None, "cu_seqlens_cpu": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("f, without", [
+    (chunk_gka, ()),
+    (fused_recurrent_gka, ("cu_seqlens_cpu",)),
+    (naive_recurrent_gka, ("num_iter", "cu_seqlens", "cu_seqlens_cpu")),
+])  # fmt: skip
+def test_the_published_signatures(f, without):
+    """Names, order and defaults; ours follow by keyword."""
+    want = {n: d for n, d in PUBLISHED.items() if n not in without}
+    ours = inspect.signature(f).parameters
+    assert list(ours)[: len(want)] == list(want)
+    for name, default in want.items():
+        got = ours[name].default
+        assert got is inspect.Parameter.empty if default is ... else got == default, name
+    rest = list(ours.values())[len(want) :]
+    assert all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in rest)
+
+
+def test_the_naive_iteration_s_signature():
+    ours = inspect.signature(naive_recurrent_gka_chebyshev).parameters
+    exact = inspect.signature(naive_recurrent_gka).parameters
+    assert list(ours) == [*exact, "num_iter"] and ours["num_iter"].default == 30

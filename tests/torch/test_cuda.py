@@ -35,8 +35,9 @@ def agree(name, dtype, tensors, whole=(), bound=None, **options):
     ]
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in rounded]
     there = [t.cuda() if t is not None and t.is_floating_point() else t for t in rounded]
+    copy = [t.clone() if t is not None else None for t in there]  # some are updated in place
     want, got = op(*wide, **options), op(*there, **options)
-    again = op(*[t.clone() if t is not None else None for t in there], **options)
+    again = op(*copy, **options)
     if isinstance(want, torch.Tensor):
         want, got, again = (want,), (got,), (again,)
     for i, (a, b, c) in enumerate(zip(got, want, again, strict=True)):
@@ -206,3 +207,22 @@ def test_empty_calls():
     assert ops.gated_rms_norm_forward(none, None, torch.ones(5, device="cuda")).shape == (0, 5)
     sums = ops.gated_rms_norm_backward(none, none, None, torch.ones(5, device="cuda"))
     assert torch.equal(sums[2], torch.zeros(5, device="cuda"))
+
+
+@pytest.mark.skipif(not WHY and torch.cuda.device_count() < 2, reason="NOT TESTED: one GPU here")
+def test_tensors_of_another_gpu_than_the_current_one():
+    p = {n: t.float() for n, t in problem(T=40, K=20).items()}
+    there = {n: t.to("cuda:1") for n, t in p.items()}
+    assert torch.cuda.current_device() == 0
+    want = ops.gka_forward(**{n: t.cuda() for n, t in p.items()})[0]
+    got = ops.gka_forward(**there)[0]
+    assert got.device == torch.device("cuda", 1) and torch.cuda.current_device() == 0
+    assert torch.equal(got.cpu(), want.cpu())
+    rows, x, weight = random(9, 24).float(), random(2, 40, 12).float(), random(12, 4).float()
+    want = ops.gated_rms_norm_backward(rows.cuda(), rows.cuda(), None, rows[0].cuda())
+    got = ops.gated_rms_norm_backward(*(t.to("cuda:1") for t in (rows, rows)), None, rows[0].to(1))
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+    want = ops.causal_conv_forward(x.cuda(), weight.cuda())[0]
+    assert torch.equal(ops.causal_conv_forward(x.to(1), weight.to(1))[0].cpu(), want.cpu())
+    with pytest.raises(RuntimeError, match="k: is on cuda:0, but q is on cuda:1"):
+        ops.gka_forward(**there | {"k": p["k"].cuda()})

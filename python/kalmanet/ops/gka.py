@@ -121,8 +121,8 @@ def gka(
         q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu,
         scale=scale, ridge_ratio=ratio, solver=solver, num_iter=steps, tolerance=tolerance,
         chunk_size=chunk_size, arithmetic=arithmetic,
-        # x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward is
-        # on matrix units only where it need not write x.
+        # x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward
+        # is on matrix units only where it need not write x.
         save_x=not q.is_cuda and _records(q, k, v, g, gk, alpha, beta, ridge, h0, u0),
         want_residual=residual, backend=backend, bp_lambda=bp_lambda,
     )  # fmt: skip
