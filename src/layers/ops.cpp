@@ -295,9 +295,9 @@ GkaResult gka(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const 
                                            cu_seqlens, options);
     result = {std::move(out[0]), std::move(out[1]), std::move(out[2])};
   } else {
-    auto [o, h, u, x] = forward_op(q, k, v, g32, gk32, alpha32, beta32, ridge32, h0, u0, cu_seqlens,
+    GkaResults all = forward_op(q, k, v, g32, gk32, alpha32, beta32, ridge32, h0, u0, cu_seqlens,
                                    options, /*save_x=*/false);
-    result = {std::move(o), std::move(h), std::move(u)};
+    result = {std::move(all.o), std::move(all.h), std::move(all.u)};
   }
   result.o = result.o.to(v_in.scalar_type());
   return result;
