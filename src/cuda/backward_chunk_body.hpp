@@ -1,5 +1,5 @@
-// The backward's first kernel on matrix units: x, z and what follows from them alone, of one head of
-// one piece, in chunks of 64 tokens (chunk_kernel.hpp; the token kernel's twin is
+// The backward's first kernel on matrix units: x, z and what follows from them alone, of one head
+// of one piece, in chunks of 64 tokens (chunk_kernel.hpp; the token kernel's twin is
 // backward_solve_body.hpp, which also does what is left over). K = V = 128, bfloat16 tensors.
 //
 // z is solved for as x is, by the same iteration with alpha_t dm_t in q_t's place. What waits for
@@ -136,8 +136,8 @@ struct BackwardChunkBody : BackwardProducts<Group> {
   KALMANET_KERNEL void check_amplification() {
     group.each([&](int thread, Registers& r) {
       if (thread >= L::kTokens) return;
-      const bool exact = piece.first && job.h0.data == nullptr &&
-                         t0 + thread < piece.begin + kExactTokens;
+      const bool exact =
+          piece.first && job.h0.data == nullptr && t0 + thread < piece.begin + kExactTokens;
       const bool counts = thread < n && !exact;
       shared.norm2[thread] = counts ? this->dot(0, thread) * this->dot(1, thread) : 0.0;
       shared.gate[0][thread] = counts ? r.sum * r.sum : 0.0;

@@ -296,7 +296,7 @@ GkaResult gka(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const 
     result = {std::move(out[0]), std::move(out[1]), std::move(out[2])};
   } else {
     GkaResults all = forward_op(q, k, v, g32, gk32, alpha32, beta32, ridge32, h0, u0, cu_seqlens,
-                                   options, /*save_x=*/false);
+                                options, /*save_x=*/false);
     result = {std::move(all.o), std::move(all.h), std::move(all.u)};
   }
   result.o = result.o.to(v_in.scalar_type());
