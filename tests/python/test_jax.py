@@ -12,6 +12,7 @@ from kalmanet.ops import chunk_gka as torch_gka
 
 jax = pytest.importorskip("jax", reason="the extra `jax` is not installed")
 import jax.numpy as jnp  # noqa: E402
+
 from jax import export  # noqa: E402
 
 if os.environ.get("KALMANET_TEST_INSTALLED") != "1" and "KALMANET_JAX_LIBRARY" not in os.environ:
