@@ -43,8 +43,8 @@ def parse():
 
 
 def pair(torch, kalmanet, D, solver):
-    """A Python layer and a C++ layer, D wide, heads of 128, on the same memory: where weights happen
-    to lie is worth 2% of a product."""
+    """A Python layer and a C++ layer, D wide, heads of 128, on the same memory: where weights
+    happen to lie is worth 2% of a product."""
     K = min(128, D // 2)
     H = D // K
     torch.manual_seed(SEED)
@@ -119,8 +119,8 @@ def line(row):
 
 
 def keep_freed_memory():
-    """As the other benchmarks of layers do: glibc would give freed tensors back to the system, when
-    depends on the order in which they are freed, and 2 MB of fresh pages cost half a millisecond."""
+    """As the other benchmarks of layers do: glibc would give freed tensors back to the system; when
+    depends on the order of the frees, and 2 MB of fresh pages cost half a millisecond."""
     libc = ctypes.CDLL(None)
     for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         libc.mallopt(option, 1 << 30)

@@ -118,7 +118,7 @@ def test_official_parameters_of_a_gate_that_is_off_are_left_alone():
 
 
 def test_the_published_arguments():
-    """flash-linear-attention's in their order, with their defaults; the official layer's by name."""
+    """flash-linear-attention's in their order, with their defaults; the official ones by name."""
     theirs = {
         "hidden_size": 2048, "expand_v": 1.0, "head_dim": 128, "num_heads": 16,
         "num_v_heads": None, "num_kv_heads": None, "mode": "chunk", "use_beta_gate": True,

@@ -56,6 +56,11 @@ def tokens(B=2, T=21):
     return torch.randint(0, 60, (B, T), generator=torch.Generator().manual_seed(SEED))
 
 
+def kept(output):
+    """The cache that a call returns; newer releases of Transformers call the field `cache`."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
 def write_checkpoint(folder, change, shards, dtype):
     """A folder in the official layout, written without the package's help except for the shapes."""
     sd = {n: t.detach().clone() for n, t in model_of(change).state_dict().items()}
@@ -173,13 +178,13 @@ def test_padded_batches_equal_each_alone(side):
     with torch.no_grad():
         got = model(ids, attention_mask=mask)
         after = model(
-            tokens(3, 4)[:, :4], past_key_values=got.cache, use_cache=True,
+            tokens(3, 4)[:, :4], past_key_values=kept(got), use_cache=True,
             attention_mask=torch.cat([mask, torch.ones(3, 4, dtype=torch.int64)], 1),
         )  # fmt: skip
         for b in range(3):
             alone = model(ids[b : b + 1, mask[b].bool()], use_cache=True)
             assert relative(got.logits[b, mask[b].bool()], alone.logits[0]) <= 1e-5
-            more = model(tokens(3, 4)[b : b + 1], past_key_values=alone.cache)
+            more = model(tokens(3, 4)[b : b + 1], past_key_values=kept(alone))
             assert relative(after.logits[b], more.logits[0]) <= 1e-5
         if side == "left":
             batch = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
@@ -226,7 +231,7 @@ def test_a_cache_of_transformers(pattern):
             cache, outs = make(), []
             for begin, end in ((0, 5), (5, 6), (6, 12)):
                 out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
-                assert out.cache is cache and cache.get_seq_length() == end
+                assert kept(out) is cache and cache.get_seq_length() == end
                 outs.append(out.logits)
             assert relative(torch.cat(outs, 1), want) <= 1e-5
             cache.reorder_cache(torch.tensor([1, 1]))
