@@ -29,7 +29,9 @@ bool in_pairs(const ConstView& view) {
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;
   return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
-         problem.options.solver == Solver::chebyshev && !outputs.x.defined() &&
+         (problem.options.solver == Solver::chebyshev ||
+          problem.options.solver == Solver::direct) &&
+         !outputs.x.defined() &&
          !outputs.residual.defined() && in_pairs(in.q) && in_pairs(in.k) && in_pairs(in.v) &&
          in_pairs(outputs.o);
 }

@@ -9,6 +9,7 @@
 
 #include "core/problem.hpp"
 #include "cuda/chunk_body.hpp"
+#include "cuda/direct_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/token_body.hpp"
@@ -78,6 +79,12 @@ void emulate_segments(const GkaJob& job, const Emulation& how) {
 inline void emulate_chunk_blocks(const GkaJob& job, bool outputs, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
+      if (outputs && job.direct) {
+        Poisoned shared(sizeof(DirectShared));
+        HostGroup<DirectRegisters> group(DirectLayout::kThreads, how.backwards);
+        run_direct(group, *reinterpret_cast<DirectShared*>(shared.data()), job, piece, head);
+        continue;
+      }
       Poisoned shared(sizeof(ChunkShared));
       HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
       run_chunks(group, *reinterpret_cast<ChunkShared*>(shared.data()), job, piece, head, outputs);

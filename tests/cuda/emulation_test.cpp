@@ -130,6 +130,18 @@ TEST(CudaEmulation, ChunksMatchTheOracle) {
   }
 }
 
+TEST(CudaEmulation, DirectChunksMatchTheOracle) {
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  int turn = 0;
+  for (int64_t T : {1, 31, 32, 70, 130}) {
+    CaseSpec spec = small_case(turn++);
+    spec.T = T, spec.K = spec.V = 128, spec.B = 1;
+    spec.strided = false;
+    check_chunks<float>(spec, direct, 2e-3);
+  }
+}
+
 TEST(CudaEmulation, ChunksOfCutAndPackedSequences) {
   CaseSpec spec = small_case(0);
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
