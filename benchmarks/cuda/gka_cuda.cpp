@@ -277,6 +277,7 @@ int main(int argc, char** argv) {
       Problem p(B, T, H, 128);
       time_forward(p, options, 9);
       time_forward(p, bf16, 9);
+      time_forward(p, direct, 9);
     }
   }
   return 0;

@@ -40,6 +40,7 @@ void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
     gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 255) / 256)), 256, 0, s>>>(
         job);
   }
+  if (job.direct) return launch_direct(job, stream);
   gka_chunks<true><<<grid, ChunkLayout::kThreads, shared, s>>>(job);
   check(cudaGetLastError(), "launch of gka_chunks");
 }

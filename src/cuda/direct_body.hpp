@@ -279,9 +279,9 @@ struct DirectBody : DirectState<Group> {
     });
     this->put_right(shared.right, shared.gains[0],
                     [](Registers& r) -> float (&)[4][4] { return r.x; });
+    group.barrier();  // (here, so that U is not loaded beside x and the queries)
     this->fetch_state(true);
     this->square_state(1);
-    group.barrier();
     this->template multiply_tokens<false, true>(shared.keys, nullptr, shared.right,
                                                 shared.gains[0]);
     group.each([&](int thread, Registers& r) {
@@ -292,6 +292,7 @@ struct DirectBody : DirectState<Group> {
       }
     });
     this->put_middle();
+    group.barrier();
     const double u2 = this->squares_of_state(1);
     const float u_power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
     this->clear_y();
@@ -316,7 +317,6 @@ struct DirectBody : DirectState<Group> {
         }
       }
     });
-    group.barrier();
     this->template add_middle<false>([&](Registers& r, int thread, int k) {
       const Left left = shared.values[(thread / 32 * 2 + k) * 32 + thread % 32];
       KALMANET_UNROLL
@@ -406,6 +406,7 @@ struct DirectBody : DirectState<Group> {
       if (shared.ill != 0) return true;
       if (t0 + n >= piece.end && !piece.last) return false;
       this->advance(true);
+      group.barrier();  // (so that H is not loaded beside U)
       this->fetch_state(false);
       this->advance(false);
       group.barrier();
@@ -424,6 +425,9 @@ KALMANET_KERNEL void run_direct(Group& group, DirectShared& shared, const GkaJob
   const int64_t block = piece_index * job.H + head;
   float* const states =
       static_cast<float*>(job.chunk_scratch) + block * DirectState<Group>::kStateFloats;
+#ifdef __CUDACC__
+  __builtin_assume(__isGlobal(states));
+#endif
   DirectBody<Group> body{{{{group, shared}}, job, piece, head, states}};
   const bool left_over = body.run();
   group.each([&](int thread, DirectRegisters&) {

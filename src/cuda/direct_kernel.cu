@@ -16,8 +16,12 @@ __global__ void __launch_bounds__(DirectLayout::kThreads, 2)
 
 }  // namespace
 
+int64_t direct_shared_bytes() {
+  return static_cast<int64_t>(sizeof(DirectShared));
+}
+
 void launch_direct(const GkaJob& job, Stream stream) {
-  const int shared = static_cast<int>(sizeof(DirectShared));
+  const int shared = static_cast<int>(direct_shared_bytes());
   check(cudaFuncSetAttribute(gka_direct, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "cudaFuncSetAttribute");
   gka_direct<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)),

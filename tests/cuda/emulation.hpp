@@ -10,6 +10,7 @@
 #include "core/problem.hpp"
 #include "cuda/chunk_body.hpp"
 #include "cuda/direct_body.hpp"
+#include "cuda/first_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/token_body.hpp"
@@ -92,6 +93,17 @@ inline void emulate_chunk_blocks(const GkaJob& job, bool outputs, const Emulatio
   }
 }
 
+// Of the pieces after those of the matrix-unit kernels.
+inline void emulate_first_tokens(GkaJob job, int64_t num_pieces, const Emulation& how) {
+  for (int64_t piece = job.num_pieces; piece < num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      Poisoned shared(sizeof(FirstShared));
+      HostGroup<FirstRegisters> group(FirstLayout::kThreads, how.backwards);
+      run_first(group, *reinterpret_cast<FirstShared*>(shared.data()), job, piece, head);
+    }
+  }
+}
+
 // The matrix-unit kernels, and the token kernel for what they leave over.
 // (returns how much that is, of all pieces and heads).
 inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs,
@@ -113,8 +125,8 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
     emulate_segment_sums<float>(job);
   }
   emulate_chunk_blocks(job, true, how);
-  job.num_pieces = static_cast<int64_t>(pieces.size());
   emulate_tokens<float, 128>(job, how);
+  emulate_first_tokens(job, static_cast<int64_t>(pieces.size()), how);
   double sum = 0;
   for (int32_t e : left_over) sum += e;
   return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
