@@ -2,7 +2,9 @@
 // median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
 // case.
 //
-//   gka_cuda [step] [forward]        (default: both)
+//   gka_cuda [step] [forward] [quick]        (default: step and forward)
+//
+// quick: forward of one size, for a profiler.
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
@@ -246,7 +248,7 @@ void time_forward(const Problem& p, GkaOptions options, int times) {
 
 int main(int argc, char** argv) {
   const auto asked = [&](const char* what) {
-    if (argc < 2) return true;
+    if (argc < 2) return std::strcmp(what, "quick") != 0;
     return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, what); });
   };
   for (const BackendInfo& info : backends()) {
@@ -279,6 +281,11 @@ int main(int argc, char** argv) {
       time_forward(p, bf16, 9);
       time_forward(p, direct, 9);
     }
+  }
+  if (asked("quick")) {
+    Problem p(1, 8192, 32, 128);
+    time_forward(p, options, 1);
+    time_forward(p, direct, 1);
   }
   return 0;
 }

@@ -36,7 +36,7 @@ struct DirectLayout {
   static constexpr int kTokens = 32;
   static constexpr int kThreads = 256;
   static constexpr int kTile = 2 * 8 * 32;  // fragments of 32 x 128
-  static constexpr int kMostSteps = 32;
+  static constexpr int kMostSteps = 20;
 };
 
 // A shift ratio that needs more steps is left to the token kernel, as is a matrix whose float16

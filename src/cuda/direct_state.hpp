@@ -12,7 +12,7 @@ namespace kalmanet::cuda {
 
 // A chunk ends where its keys have faded by e^{-8}: more would take more steps than a new chunk
 // costs. A single token that forgets more than e^{-30} (its states' sums are float32) is left over.
-inline constexpr double kLongestForgetting = 8.0, kMostForgotten = 30.0;
+inline constexpr double kLongestForgetting = 4.0, kMostForgotten = 30.0;
 inline constexpr double kMostForgottenValues = 40.0;
 
 template <class Group>
