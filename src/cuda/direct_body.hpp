@@ -46,10 +46,11 @@ struct DirectBody : DirectState<Group> {
     return piece.first && job.h0.data == nullptr && t0 + t < piece.begin + kExactTokens;
   }
 
-  // The first warp: f_t, the shifts, mu and all that follows a token. start_norm: |H_0|; scale: what
-  // measure_keys multiplied H_0 by.
-  KALMANET_KERNEL void plan_chunk(double start_norm, float scale) {
+  // The first warp: f_t, the shifts, mu and all that follows a token. scale: what measure_keys
+  // multiplied H_0 by.
+  KALMANET_KERNEL void plan_chunk(float scale) {
     group.with_warp(0, [&] {
+      const double start_norm2 = this->squares_of_state(false);
       const double k2 = 1.0 / (static_cast<double>(k_power) * k_power);
       group.each([&](int t, Registers& r) {
         const double u = shared.weight[t];
@@ -60,7 +61,7 @@ struct DirectBody : DirectState<Group> {
       });
       this->scan(0);
       group.each([&](int t, Registers& r) {
-        const double root = sqrt(start_norm * start_norm + r.scan[0]);  // f_t e^{-G_t}
+        const double root = sqrt(start_norm2 + r.scan[0]);  // f_t e^{-G_t}
         const bool zero = t >= n || root * shared.start[0][t] <= kVanishedNorm;
         const double shift = zero ? 0.0 : shared.ridge[t] * root;
         if (!(shift >= 0.0)) shared.ill = 1;
@@ -91,6 +92,7 @@ struct DirectBody : DirectState<Group> {
         if (most > 0.0f && most < INFINITY) frexpf(most, &exponent);
         exponent = exponent < -100 ? -100 : (exponent > 100 ? 100 : exponent);
         shared.query_scale[t] = ldexpf(1.0f, -exponent);
+        shared.output_scale[t] = ldexpf(static_cast<float>(job.scale) / q_power, exponent);
         if (t != 0) return;
         shared.mu = mu;
         shared.steps = steps;
@@ -141,7 +143,7 @@ struct DirectBody : DirectState<Group> {
       for (int tile = 0; tile < 4; ++tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          r.y[tile][i] *= shared.key_scale[this->token_of(thread, tile, i)] / kInverseScale;
+          r.y[tile][i] *= shared.key_scale[this->token_of(thread, tile, i)] * (1.0f / kInverseScale);
         }
       }
     });
@@ -159,7 +161,11 @@ struct DirectBody : DirectState<Group> {
       store4(shared.tile[thread], r.g[0]);
     });
     group.barrier();
-    group.with_warp(0, [&] { this->invert_factor(); });
+    group.with_warp(0, [&] {
+      park();
+      this->invert_factor();
+      unpark();
+    });
     group.barrier();
     this->clear_y();
     this->template add_middle<true>(TakeZ());
@@ -171,6 +177,24 @@ struct DirectBody : DirectState<Group> {
       }
     });
     put_gains();
+  }
+
+  // What the first warp holds of P and Y, aside: the factor's elimination needs the registers.
+  KALMANET_KERNEL void park() {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int k = 0; k < 8; ++k) store16(shared.right[k * 32 + thread].part, r.p[k]);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) store16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
+    });
+  }
+  KALMANET_KERNEL void unpark() {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int k = 0; k < 8; ++k) load16(shared.right[k * 32 + thread].part, r.p[k]);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) load16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
+    });
   }
 
   // y, which is Y or Z, as left factor in registers and transposed in shared memory.
@@ -245,7 +269,7 @@ struct DirectBody : DirectState<Group> {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {
             const int t = this->token_of(thread, tile, i);
-            const float gain = shared.gain[k][t], gp = gain / kInverseScale * r.y[tile][i];
+            const float gain = shared.gain[k][t], gp = gain * (1.0f / kInverseScale) * r.y[tile][i];
             r.x[tile][i] += gp;
             r.s[tile][i] -= gain * r.s[tile][i] + shared.delta[t] * gp;
           }
@@ -279,9 +303,7 @@ struct DirectBody : DirectState<Group> {
     });
     this->put_right(shared.right, shared.gains[0],
                     [](Registers& r) -> float (&)[4][4] { return r.x; });
-    group.barrier();  // (here, so that U is not loaded beside x and the queries)
-    this->fetch_state(true);
-    this->square_state(1);
+    group.barrier();
     this->template multiply_tokens<false, true>(shared.keys, nullptr, shared.right,
                                                 shared.gains[0]);
     group.each([&](int thread, Registers& r) {
@@ -292,14 +314,15 @@ struct DirectBody : DirectState<Group> {
       }
     });
     this->put_middle();
-    group.barrier();
-    const double u2 = this->squares_of_state(1);
+    const double u2 = this->squares_of_state(true);
     const float u_power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
     this->clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
-      this->template pack_state<true>(k, u_power);
       group.each([&](int thread, Registers& r) {
+        load4(this->state_at(true, thread, 2 * k), r.g[0]);
+        load4(this->state_at(true, thread, 2 * k + 1), r.g[1]);
+        this->template pack_state<true>(r.g[0], r.g[1], u_power, r.a);
         this->load_right(shared.right, thread, k, r.b[0]);
         this->load_right(shared.gains[0], thread, k, r.b[1]);
       });
@@ -307,16 +330,17 @@ struct DirectBody : DirectState<Group> {
       this->add_tiles(0, 1);
       this->add_tiles(0, 0);
     }
-    const float unit = shared.largest_beta2 / k_power / v_power;
+    const float unit = shared.largest_beta2 / k_power / v_power, per_unit = 1.0f / (u_power * unit);
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < 4; ++tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          r.y[tile][i] *= shared.start[1][this->token_of(thread, tile, i)] / (u_power * unit);
+          r.y[tile][i] *= shared.start[1][this->token_of(thread, tile, i)] * per_unit;
         }
       }
     });
+    group.barrier();
     this->template add_middle<false>([&](Registers& r, int thread, int k) {
       const Left left = shared.values[(thread / 32 * 2 + k) * 32 + thread % 32];
       KALMANET_UNROLL
@@ -328,7 +352,7 @@ struct DirectBody : DirectState<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = this->token_of(thread, tile, i);
-          r.y[tile][i] *= static_cast<float>(job.scale) * unit / (shared.query_scale[t] * q_power);
+          r.y[tile][i] *= shared.output_scale[t] * unit;
         }
       }
     });
@@ -379,35 +403,45 @@ struct DirectBody : DirectState<Group> {
     this->load_state(false);
     group.barrier();
     for (t0 = piece.begin; t0 < piece.end; t0 += n) {
-      this->load_scalars();
+      head = opaque(head);
+      piece.row = opaque(piece.row);
+      group.new_part();
       this->fetch_tile(job.k, head / job.k_group, 0);
       this->fetch_tile(job.v, head / job.v_group, 1);
       this->fetch_tile(job.q, head / job.q_group, 2);
-      this->square_state(0);
+      this->load_scalars();
+      this->stage_tile(0);
+      this->stage_tile(1);
+      this->stage_tile(2);
       group.barrier();
+      group.new_part();
       n = shared.tokens;
       k_power = this->put_tile(0, 1, shared.keys, shared.columns);
       v_power = this->put_tile(1, 1, nullptr, shared.values);
       q_power = this->put_tile(2, 2, shared.queries, nullptr);
+      this->fetch_h();
       if (!(k_power > 0.0f && v_power > 0.0f && q_power > 0.0f) || shared.ill != 0) return true;
-      const double norm = sqrt(this->squares_of_state(0));
-      const float scale = norm > 0.0 ? static_cast<float>(16.0 / norm) : 1.0f;
       group.barrier();
+      const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
+      const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
       this->measure_keys(scale);
       group.barrier();
-      plan_chunk(norm, scale);
+      group.new_part();
+      plan_chunk(scale);
       group.barrier();
       if (shared.ill != 0) return true;
+      group.new_part();
       if (shared.steps > 0) factor();
+      group.new_part();
       solve();
       group.barrier();
+      group.new_part();
       read_out();
       group.barrier();
       if (shared.ill != 0) return true;
       if (t0 + n >= piece.end && !piece.last) return false;
+      group.new_part();
       this->advance(true);
-      group.barrier();  // (so that H is not loaded beside U)
-      this->fetch_state(false);
       this->advance(false);
       group.barrier();
     }

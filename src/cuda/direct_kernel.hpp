@@ -67,6 +67,7 @@ struct DirectShared {
   float key_scale[DirectLayout::kTokens], delta[DirectLayout::kTokens];
   float solution_scale[DirectLayout::kTokens];  // of x beside q
   float query_scale[DirectLayout::kTokens];     // a power of two for m
+  float output_scale[DirectLayout::kTokens];    // for what comes of it
   float total[2];                               // e^{G_C}
   uint32_t largest[3][8];
   double warp[2][8];

@@ -42,24 +42,26 @@ struct DirectState : DirectInverse<Group> {
     return tile * 8 + thread % 4 * 2 + i % 2;
   }
 
-  // The piece's own state into scratch and registers.
+  // The piece's own state into scratch; shared.warp as advance() leaves it.
   KALMANET_KERNEL void load_state(bool u) {
     const StateView<float> from = piece.first
                                       ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
                                       : slot_view<float>(job, piece.slot, head, u);
     group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
+      r.sum = 0;
       for (int tile = 0; tile < 16; ++tile) {
+        float v[4];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = state_row(thread, i), column = state_column(thread, tile, i);
-          r.h[tile][i] = from.data == nullptr
-                             ? 0.0f
-                             : from.data[u ? from.at(column, row) : from.at(row, column)];
+          v[i] = from.data == nullptr ? 0.0f
+                                      : from.data[u ? from.at(column, row) : from.at(row, column)];
         }
-        store4(state_at(u, thread, tile), r.h[tile]);
+        store4(state_at(u, thread, tile), v);
+        r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
       }
     });
+    put_squares(u);
   }
   KALMANET_KERNEL void store_state(bool u, const StateView<float>& to) {
     if (to.data == nullptr) return;
@@ -75,59 +77,53 @@ struct DirectState : DirectInverse<Group> {
       }
     });
   }
-  KALMANET_KERNEL void fetch_state(bool u) {
+  // H into h.
+  KALMANET_KERNEL void fetch_h() {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) load4(state_at(u, thread, tile), r.h[tile]);
+      for (int tile = 0; tile < 16; ++tile) load4(state_at(false, thread, tile), r.h[tile]);
     });
   }
 
-  // shared.warp[which] <- each warp's sum of the squares of h. A barrier before it is read.
-  KALMANET_KERNEL void square_state(int which) {
-    group.each([&](int, Registers& r) {
-      r.sum = 0;
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) {
-        float squares = 0;
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) squares += r.h[tile][i] * r.h[tile][i];
-        r.sum += squares;
-      }
-    });
+  // shared.warp[u] <- each warp's sum of the threads' sums (of squares).
+  KALMANET_KERNEL void put_squares(bool u) {
     group.template sum_lanes<32>([](Registers& r) -> double& { return r.sum; });
     group.each([&](int thread, Registers& r) {
-      if (thread % 32 == 0) shared.warp[which][thread / 32] = r.sum;
+      if (thread % 32 == 0) shared.warp[u ? 1 : 0][thread / 32] = r.sum;
     });
   }
-  KALMANET_KERNEL double squares_of_state(int which) const {
+  KALMANET_KERNEL double squares_of_state(bool u) const {
     double sum = 0.0;
-    for (int w = 0; w < 8; ++w) sum += shared.warp[which][w];
+    for (int w = 0; w < 8; ++w) sum += shared.warp[u ? 1 : 0][w];
     return sum;
   }
 
-  // The warp's 16 dims of a [B,T,heads,128] tensor, tokens t0.., into raw[which], and the largest
-  // magnitude's bits.
+  // Tokens t0.. of a [B,T,heads,128] tensor into shared memory, where P's low parts will be, and
+  // the largest magnitude's bits.
+  KALMANET_KERNEL StagedRows* stage() {
+    static_assert(3 * sizeof(StagedRows) <= sizeof(shared.low));
+    return reinterpret_cast<StagedRows*>(shared.low);
+  }
   KALMANET_KERNEL void fetch_tile(const Array& a, int64_t a_head, int which) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
     const int64_t left = piece.end - t0;
     group.each([&](int thread, Registers& r) {
+      fetch_rows(base, a.stride[1], left, thread, r.raw[which]);
+    });
+  }
+  KALMANET_KERNEL void stage_tile(int which) {
+    group.each([&](int thread, Registers& r) {
       uint32_t most = 0;
       KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        KALMANET_UNROLL
-        for (int part = 0; part < 4; ++part) {
-          const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
-          const int dim = thread / 32 * 16 + thread % 4 * 2 + part / 2 * 8;
-          uint32_t v = 0;
-          if (token < left) memcpy(&v, base + token * a.stride[1] + dim, 4);
-          r.raw[which][m][part] = v;
-          const uint32_t low = v & 0x7fff, high = v >> 16 & 0x7fff;
-          most = low > most ? low : most;
-          most = high > most ? high : most;
-        }
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t v = r.raw[which][i / 4][i % 4];
+        const uint32_t low = v & 0x7fff, high = v >> 16 & 0x7fff;
+        most = low > most ? low : most;
+        most = high > most ? high : most;
       }
       r.most[which] = most;
+      stage_rows(r.raw[which], thread, stage()[which]);
     });
     group.max_warp([which](Registers& r) -> uint32_t& { return r.most[which]; });
     group.each([&](int thread, Registers& r) {
@@ -135,8 +131,8 @@ struct DirectState : DirectInverse<Group> {
     });
   }
 
-  // raw[which] scaled to float16, by rows (if not null) and by columns (likewise). Returns the power
-  // of two, NaN where the tensor is not finite.
+  // A staged tensor scaled to float16, by rows (if not null) and by columns (likewise). Returns the
+  // power of two, NaN where the tensor is not finite.
   KALMANET_KERNEL float put_tile(int which, int log2, Left* rows, Left* columns) {
     uint32_t largest = 0;
     for (int w = 0; w < 8; ++w) {
@@ -148,7 +144,7 @@ struct DirectState : DirectInverse<Group> {
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int part = 0; part < 4; ++part) {
-          const uint32_t v = r.raw[which][m][part];
+          const uint32_t v = staged(stage()[which], m, thread / 32, thread % 32, part);
           const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
           r.t[part] = token < n ? pack_float16(low_bfloat16(v) * power, high_bfloat16(v) * power) : 0;
         }
@@ -242,21 +238,20 @@ struct DirectState : DirectInverse<Group> {
     }
   }
 
-  // Left fragments of h, columns 16 k ..: a[0] high, a[1] low.
+  // Two neighbouring tiles of a state as left fragments: a[0] high, a[1] low.
   template <bool kSplit>
-  KALMANET_KERNEL void pack_state(int k, float scale) {
-    group.each([&](int, Registers& r) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const float(&v)[4] = r.h[2 * k + i / 2];
-        const float a = v[i % 2 * 2] * scale, b = v[i % 2 * 2 + 1] * scale;
-        if (kSplit) {
-          r.a[0][i] = split_float16(a, b, r.a[1][i]);
-        } else {
-          r.a[0][i] = pack_float16(a, b);
-        }
+  KALMANET_KERNEL static void pack_state(const float (&left)[4], const float (&right)[4],
+                                         float scale, uint32_t (&a)[2][4]) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float(&v)[4] = i < 2 ? left : right;
+      const float v0 = v[i % 2 * 2] * scale, v1 = v[i % 2 * 2 + 1] * scale;
+      if (kSplit) {
+        a[0][i] = split_float16(v0, v1, a[1][i]);
+      } else {
+        a[0][i] = pack_float16(v0, v1);
       }
-    });
+    }
   }
 
   // shared.dots[which][warp][token] <- the sum of term(registers, thread, n, i) over the warp's dims.
@@ -291,8 +286,10 @@ struct DirectState : DirectInverse<Group> {
     this->clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
-      pack_state<false>(k, scale);
-      group.each([&](int thread, Registers& r) { this->load_right(shared.keys, thread, k, r.b[0]); });
+      group.each([&](int thread, Registers& r) {
+        pack_state<false>(r.h[2 * k], r.h[2 * k + 1], scale, r.a);
+        this->load_right(shared.keys, thread, k, r.b[0]);
+      });
       this->add_tiles(0, 0);
     }
     dot_columns(0, [&](Registers& r, int thread, int tile, int i) {
@@ -324,53 +321,65 @@ struct DirectState : DirectInverse<Group> {
     });
   }
 
-  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in h and in scratch.
+  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in scratch, and the squares
+  // of its elements.
   KALMANET_KERNEL void advance(bool u) {
     const Left* const left = u ? shared.values : shared.columns;
     const float* const weight = shared.since_end[u ? 1 : 0];
     const float unit = shared.largest_beta2 / k_power / (u ? v_power : k_power);
     const float keep = shared.total[u ? 1 : 0] / unit;
-    group.each([&](int, Registers& r) {
+    group.each([&](int thread, Registers& r) {
+      r.sum = 0;
       KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) r.h[tile][i] *= keep;
-      }
-    });
-    KALMANET_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      group.each([&](int thread, Registers& r) {
+      for (int k = 0; k < 2; ++k) {
         const Left raw = left[(thread / 32 * 2 + k) * 32 + thread % 32];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int j = k * 16 + thread % 4 * 2 + i / 2 * 8;
-          r.a[0][i] = split_float16(low_float16(raw.part[i]) * weight[j],
-                                    high_float16(raw.part[i]) * weight[j + 1], r.a[1][i]);
+          r.z[0][k][i] = split_float16(low_float16(raw.part[i]) * weight[j],
+                                       high_float16(raw.part[i]) * weight[j + 1], r.z[1][k][i]);
+        }
+      }
+    });
+    KALMANET_UNROLL
+    for (int tile = 0; tile < 16; tile += 2) {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          load4(state_at(u, thread, tile + j), r.g[j]);
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) r.g[j][i] *= keep;
+        }
+        KALMANET_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          const Left right = shared.columns[(tile + k) * 32 + thread % 32];
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) r.b[k][i % 2][i / 2] = right.part[i];
         }
       });
       KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) {
-        if (tile % 2 == 0) {
-          group.each([&](int thread, Registers& r) {
-            const Left right = shared.columns[(tile / 2 * 2 + k) * 32 + thread % 32];
-            KALMANET_UNROLL
-            for (int i = 0; i < 4; ++i) r.b[0][i % 2][i / 2] = right.part[i];
-          });
-        }
-        const auto h = [tile](Registers& r) -> float (&)[4] { return r.h[tile]; };
-        const auto b = [tile](Registers& r) -> uint32_t (&)[2] { return r.b[0][tile % 2]; };
-        group.multiply_add_float16(h, h, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, b);
-        group.multiply_add_float16(h, h, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, b);
+      for (int at = 0; at < 8; ++at) {
+        const int k = at / 4, part = 1 - at / 2 % 2, j = at % 2;
+        const auto g = [j](Registers& r) -> float (&)[4] { return r.g[j]; };
+        group.multiply_add_float16(
+            g, g, [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; },
+            [k, j](Registers& r) -> uint32_t (&)[2] { return r.b[k][j]; });
       }
-    }
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) {
+      group.each([&](int thread, Registers& r) {
+        float squares = 0;
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) r.h[tile][i] *= unit;
-        store4(state_at(u, thread, tile), r.h[tile]);
-      }
-    });
+        for (int j = 0; j < 2; ++j) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            r.g[j][i] *= unit;
+            squares += r.g[j][i] * r.g[j][i];
+          }
+          store4(state_at(u, thread, tile + j), r.g[j]);
+        }
+        r.sum += squares;
+      });
+    }
+    put_squares(u);
   }
 };
 

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -80,10 +81,15 @@ KALMANET_KERNEL float high_float16(uint32_t both) {
 template <class Registers>
 class DeviceGroup {
  public:
+  __device__ __forceinline__ DeviceGroup() : thread_(static_cast<int>(threadIdx.x)) {}
   template <class F>
   __device__ __forceinline__ void each(F&& f) {
-    f(static_cast<int>(threadIdx.x), registers_);
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    f(thread_, registers_);
   }
+  // Where a long loop's next part begins: what follows from a thread's number alone is computed
+  // anew, instead of waiting in registers through all parts.
+  __device__ __forceinline__ void new_part() { asm volatile("" : "+r"(thread_)); }
   __device__ __forceinline__ void barrier() { __syncthreads(); }
   // In each thread, the sum of member(registers) over its kLanes neighbours (a power of two,
   // aligned): the same bits in all of them.
@@ -127,13 +133,14 @@ class DeviceGroup {
   // f() by the threads of one warp alone.
   template <class F>
   __device__ __forceinline__ void with_warp(int warp, F&& f) {
-    if (static_cast<int>(threadIdx.x) / 32 == warp) f();
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    if (thread_ / 32 == warp) f();
   }
   // to(registers) = from(registers) of lane lane_of(thread) of the same warp.
   template <class To, class From, class Lane>
   __device__ __forceinline__ void shuffle(To&& to, From&& from, Lane&& lane_of) {
     to(registers_) =
-        __shfl_sync(~0u, from(registers_), lane_of(static_cast<int>(threadIdx.x)));
+        __shfl_sync(~0u, from(registers_), lane_of(thread_));
   }
   // The largest over the warp.
   template <class Member>
@@ -157,6 +164,7 @@ class DeviceGroup {
   }
 
  private:
+  int thread_;
   Registers registers_;
 };
 #endif
@@ -175,6 +183,7 @@ class HostGroup {
       f(static_cast<int>(thread), registers_[thread]);
     }
   }
+  void new_part() {}
   template <class F>
   void with_warp(int warp, F&& f) {
     const size_t end = end_;
@@ -294,6 +303,32 @@ KALMANET_KERNEL float divide(float a, float b) {
 }
 KALMANET_KERNEL double divide(double a, double b) {
   return a / b;
+}
+
+// x, of which the compiler must not think that it knew it before: what follows from it is then
+// computed here, and not kept in registers from the loop's start.
+KALMANET_KERNEL int64_t opaque(int64_t x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
+// 16 bytes, aligned.
+KALMANET_KERNEL void load16(const void* p, uint32_t (&out)[4]) {
+#ifdef __CUDACC__
+  const uint4 v = *static_cast<const uint4*>(p);
+  out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+#else
+  std::memcpy(out, p, 16);
+#endif
+}
+KALMANET_KERNEL void store16(void* p, const uint32_t (&in)[4]) {
+#ifdef __CUDACC__
+  *static_cast<uint4*>(p) = make_uint4(in[0], in[1], in[2], in[3]);
+#else
+  std::memcpy(p, in, 16);
+#endif
 }
 
 KALMANET_KERNEL void prefetch([[maybe_unused]] const void* p) {

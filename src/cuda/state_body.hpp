@@ -25,8 +25,9 @@ struct StateLayout {
 inline constexpr double kWiped = -1e4;  // e^this is nothing
 
 struct StateShared {
-  Left left[2][StateLayout::kTile];   // K^T, this step's and the next's
-  Left right[2][StateLayout::kTile];  // K^T or V^T likewise, read as right factor
+  StagedRows staged[2];            // K and V
+  Left left[StateLayout::kTile];   // K^T
+  Left right[StateLayout::kTile];  // V^T, read as right factor
   float weight[StateLayout::kMost];
   double warp[StateLayout::kThreads / 32];
 };
@@ -95,46 +96,39 @@ struct StateBody {
     return total;
   }
 
-  // The warp's 16 dims of tokens t0.. of a [B,T,heads,128] tensor.
+  // Tokens t0.. of a [B,T,heads,128] tensor, on their way.
   KALMANET_KERNEL void fetch(const Array& a, int64_t a_head, int64_t t0, int which) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
-    const int64_t left = piece.end - t0;
     group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        KALMANET_UNROLL
-        for (int part = 0; part < 4; ++part) {
-          const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
-          const int dim = thread / 32 * 16 + thread % 4 * 2 + part / 2 * 8;
-          r.raw[which][m][part] = 0;
-          if (token < left) memcpy(&r.raw[which][m][part], base + token * a.stride[1] + dim, 4);
-        }
-      }
+      fetch_rows(base, a.stride[1], piece.end - t0, thread, r.raw[which]);
     });
   }
   KALMANET_KERNEL void put(int which, Left* to) {
     KALMANET_UNROLL
     for (int m = 0; m < 2; ++m) {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int part = 0; part < 4; ++part) {
+          r.t[part] = staged(shared.staged[which], m, thread / 32, thread % 32, part);
+        }
+      });
       KALMANET_UNROLL
       for (int part = 0; part < 4; ++part) {
-        group.transpose([which, m, part](Registers& r) -> uint32_t& {
-          return r.raw[which][m][part];
-        });
+        group.transpose([part](Registers& r) -> uint32_t& { return r.t[part]; });
       }
       group.each([&](int thread, Registers& r) {
-        const uint32_t(&v)[4] = r.raw[which][m];
-        to[(thread / 32 * 2 + m) * 32 + thread % 32] = {{v[0], v[2], v[1], v[3]}};
+        to[(thread / 32 * 2 + m) * 32 + thread % 32] = {{r.t[0], r.t[2], r.t[1], r.t[3]}};
       });
     }
   }
 
-  KALMANET_KERNEL void add_step(int buffer, int first) {
-    const Left* const right = u ? shared.right[buffer] : shared.left[buffer];
+  KALMANET_KERNEL void add_step(int first) {
+    const Left* const right = u ? shared.right : shared.left;
     KALMANET_UNROLL
     for (int k = 0; k < 2; ++k) {
       group.each([&](int thread, Registers& r) {
-        const Left raw = shared.left[buffer][(thread / 32 * 2 + k) * 32 + thread % 32];
+        const Left raw = shared.left[(thread / 32 * 2 + k) * 32 + thread % 32];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int j = first + k * 16 + thread % 4 * 2 + i / 2 * 8;
@@ -173,17 +167,20 @@ struct StateBody {
         for (int i = 0; i < 4; ++i) r.sum[tile][i] = 0;
       }
     });
-    int buffer = 0;
     for (int64_t t0 = piece.begin; t0 < piece.end; t0 += L::kTokens) {
-      put(0, shared.left[buffer]);
-      if (u) put(1, shared.right[buffer]);
+      group.each([&](int thread, Registers& r) {
+        stage_rows(r.raw[0], thread, shared.staged[0]);
+        if (u) stage_rows(r.raw[1], thread, shared.staged[1]);
+      });
       if (t0 + L::kTokens < piece.end) {
         fetch(job.k, k_head, t0 + L::kTokens, 0);
         if (u) fetch(job.v, v_head, t0 + L::kTokens, 1);
       }
-      group.barrier();  // (what the buffer held before was read before the last one)
-      add_step(buffer, static_cast<int>(t0 - piece.begin));
-      buffer = 1 - buffer;
+      group.barrier();  // (which also ends the reads of the fragments before)
+      put(0, shared.left);
+      if (u) put(1, shared.right);
+      group.barrier();
+      add_step(static_cast<int>(t0 - piece.begin));
     }
     const StateView<float> to = slot_view<float>(job, piece.slot + 1, head, u);
     group.each([&](int thread, Registers& r) {
