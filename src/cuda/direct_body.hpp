@@ -14,24 +14,29 @@ inline constexpr double kLargestDirectAmplification = 1000.0;
 inline constexpr double kFinestTolerance = 0x1p-12;
 
 // Products for a relative error `tolerance` where shifts lie within a factor `ratio` of mu.
-KALMANET_KERNEL int direct_products(double ratio, double tolerance) {
-  const double root = sqrt(ratio);
-  const double r = (root - 1.0) / (root + 1.0);
-  if (!(r > 0.0)) return 1;
-  const double steps = ceil(log(tolerance / 2) / log(r));
-  return steps < 1.0 ? 1 : (steps < 1e6 ? static_cast<int>(steps) : 1000000);
+KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
+  const float root = sqrtf(ratio);
+  const float r = (root - 1.0f) / (root + 1.0f);
+  if (!(r > 0.0f)) return 1;
+  const float steps = ceilf(logf(0.5f * tolerance) / logf(r));
+  return steps < 1.0f ? 1 : (steps < 1e6f ? static_cast<int>(steps) : 1000000);
 }
 
-// The k-th of n nodes in an order that alternates between the ends, so that the product of the first
-// few factors is never large: 0 .. 31 with their bits reversed, those below n.
-KALMANET_KERNEL int node_at(int k, int n) {
-  int seen = 0;
-  for (int c = 0; c < 32; ++c) {
-    const int node = (c & 1) << 4 | (c & 2) << 2 | (c & 4) | (c & 8) >> 2 | (c & 16) >> 4;
-    if (node < n && seen++ == k) return node;
+// The order in which n nodes are taken, [n][k], so that neither the first factors' product nor the
+// last ones' is ever large: 0 .. 31 with their bits reversed, those below n.
+struct NodeOrder {
+  uint8_t at[DirectLayout::kMostSteps + 1][DirectLayout::kMostSteps];
+  constexpr NodeOrder() : at() {
+    for (int n = 1; n <= DirectLayout::kMostSteps; ++n) {
+      int k = 0;
+      for (int c = 0; c < 32; ++c) {
+        const int node = (c & 1) << 4 | (c & 2) << 2 | (c & 4) | (c & 8) >> 2 | (c & 16) >> 4;
+        if (node < n) at[n][k++] = static_cast<uint8_t>(node);
+      }
+    }
   }
-  return 0;
-}
+};
+KALMANET_CONSTANT NodeOrder kNodeOrder;
 
 template <class Group>
 struct DirectBody : DirectState<Group> {
@@ -51,41 +56,45 @@ struct DirectBody : DirectState<Group> {
   KALMANET_KERNEL void plan_chunk(float scale) {
     group.with_warp(0, [&] {
       const double start_norm2 = this->squares_of_state(false);
-      const double k2 = 1.0 / (static_cast<double>(k_power) * k_power);
+      const float k2 = 1.0f / (k_power * k_power);
       group.each([&](int t, Registers& r) {
-        const double u = shared.weight[t];
-        double gram = 0;
-        for (int i = 0; i < 4; ++i) gram += static_cast<double>(shared.gram[i][t]);
-        const double own = u * k2 * shared.norm2[t];
-        r.scan[0] = 2.0 * u * k2 * (this->dot(0, t) / scale + gram * k2) - own * own;
+        const float u = shared.weight[t] * k2;
+        float gram = 0, product = 0;
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) gram += shared.gram[i][t];
+        KALMANET_UNROLL
+        for (int w = 0; w < 8; ++w) product += shared.dots[0][w][t];
+        const float own = u * shared.norm2[t];
+        r.scan[0] = static_cast<double>(2.0f * u * (product / scale + gram * k2) - own * own);
       });
       this->scan(0);
       group.each([&](int t, Registers& r) {
-        const double root = sqrt(start_norm2 + r.scan[0]);  // f_t e^{-G_t}
-        const bool zero = t >= n || root * shared.start[0][t] <= kVanishedNorm;
-        const double shift = zero ? 0.0 : shared.ridge[t] * root;
-        if (!(shift >= 0.0)) shared.ill = 1;
-        r.scan[1] = shift;
-        const bool counts = shift > 0.0 && !exact(t);
-        r.extreme[0] = counts ? static_cast<float>(shift) : -INFINITY;
-        r.extreme[1] = counts ? -static_cast<float>(shift) : -INFINITY;
-        r.dot[0] = zero ? 0.0f : static_cast<float>(root);
+        // f_t e^{-G_t}
+        const float root = sqrtf(static_cast<float>(start_norm2 + r.scan[0]));
+        const bool zero = t >= n || root * shared.start[0][t] <= static_cast<float>(kVanishedNorm);
+        const float shift = zero ? 0.0f : shared.ridge[t] * root;
+        if (!(shift >= 0.0f)) shared.ill = 1;
+        r.dot[1] = shift;
+        const bool counts = shift > 0.0f && !exact(t);
+        r.extreme[0] = counts ? shift : -INFINITY;
+        r.extreme[1] = counts ? -shift : -INFINITY;
+        r.dot[0] = zero ? 0.0f : root;
       });
       group.max_warp([](Registers& r) -> float& { return r.extreme[0]; });
       group.max_warp([](Registers& r) -> float& { return r.extreme[1]; });
       group.max_warp([](Registers& r) -> float& { return r.dot[0]; });
       group.each([&](int t, Registers& r) {
-        const double high = r.extreme[0], low = -r.extreme[1];
-        const bool none = !(high > 0.0);
-        const double mu = none ? 1.0 : sqrt(high * low);
-        const double tolerance = job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance;
-        const int steps = none ? 0 : direct_products(sqrt(high / low), tolerance);
-        const double shift = r.scan[1];
-        const float x_scale =
-            shift == 0.0 ? 0.0f : static_cast<float>(1.0 / (mu * shared.start[0][t]));
-        shared.delta[t] = shift == 0.0 ? 0.0f : static_cast<float>(shift / mu - 1.0);
+        const float high = r.extreme[0], low = -r.extreme[1];
+        const bool none = !(high > 0.0f);
+        const float mu = none ? 1.0f : sqrtf(high) * sqrtf(low);
+        const float tolerance = static_cast<float>(
+            job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
+        const int steps = none ? 0 : direct_products(sqrtf(high / low), tolerance);
+        const float shift = r.dot[1];
+        const float x_scale = shift == 0.0f ? 0.0f : 1.0f / (mu * shared.start[0][t]);
+        shared.delta[t] = shift == 0.0f ? 0.0f : shift / mu - 1.0f;
         shared.solution_scale[t] = x_scale;
-        shared.key_scale[t] = static_cast<float>(sqrt(shared.weight[t] / mu) / k_power);
+        shared.key_scale[t] = sqrtf(shared.weight[t] / mu) / k_power;
         const float alpha = shared.alpha[t];
         const float most = fmaxf(fabsf(1.0f - alpha), fabsf(alpha) * x_scale);
         int exponent = 0;
@@ -104,7 +113,7 @@ struct DirectBody : DirectState<Group> {
 
   // P, Y, R and the gains Z.
   KALMANET_KERNEL void factor() {
-    const float inverse_mu = static_cast<float>(1.0 / shared.mu);
+    const float inverse_mu = 1.0f / shared.mu;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < 16; ++tile) {
@@ -117,10 +126,10 @@ struct DirectBody : DirectState<Group> {
       for (int k = thread / 32; k < shared.steps; k += 8) {
         const int t = thread % 32;
         const float centre = 1.0f + 0.5f * shared.delta[t], half = 0.5f * fabsf(shared.delta[t]);
-        const int node = node_at(k, shared.steps);
+        const int node = kNodeOrder.at[shared.steps][k];
         const float angle = 3.14159265f * (static_cast<float>(node) + 0.5f) /
                             static_cast<float>(shared.steps);
-        shared.gain[k][t] = 1.0f / (centre + half * cosf(angle));
+        shared.gain[k][t] = divide(1.0f, centre + half * cosine(angle));
       }
     });
     this->invert();

@@ -72,7 +72,7 @@ struct DirectShared {
   uint32_t largest[3][8];
   double warp[2][8];
   float largest_beta2;
-  double mu;
+  float mu;
   int tokens, steps, ill;
 };
 

@@ -207,18 +207,18 @@ struct DirectState : DirectInverse<Group> {
         group.template sum_lanes<32>([](Registers& r) -> double& { return r.other; });
         group.each([&](int t, Registers& r) {
           const bool real = t < static_cast<int>(r.pivots[0]);
-          const double since = real ? r.scan[which] : 0.0;
+          const float since = real ? static_cast<float>(r.scan[which]) : 0.0f;
           const float most = r.extreme[1] > 0.0f ? r.extreme[1] : 1.0f;
           const float beta2 = real ? shared.beta2[t] : 0.0f;
-          shared.start[which][t] = static_cast<float>(exp(since));
-          shared.since_end[which][t] = beta2 / most * static_cast<float>(exp(r.other - since));
+          shared.start[which][t] = expf(since);
+          shared.since_end[which][t] = beta2 / most * expf(static_cast<float>(r.other) - since);
           if (which == 0) {
-            shared.weight[t] = beta2 * static_cast<float>(exp(-since));
+            shared.weight[t] = beta2 * expf(-since);
           } else {
-            shared.value_weight[t] = beta2 / most * static_cast<float>(exp(-since));
+            shared.value_weight[t] = beta2 / most * expf(-since);
           }
           if (t != 0) return;
-          shared.total[which] = static_cast<float>(exp(r.other));
+          shared.total[which] = expf(static_cast<float>(r.other));
           shared.largest_beta2 = most;
         });
       }

@@ -19,11 +19,13 @@
 #include <cuda_fp16.h>
 #define KALMANET_KERNEL __device__ __forceinline__
 #define KALMANET_BOTH __host__ __device__
+#define KALMANET_CONSTANT static __constant__ const
 #define KALMANET_UNROLL _Pragma("unroll")
 #else
 #include "core/half.hpp"
 #define KALMANET_KERNEL inline
 #define KALMANET_BOTH
+#define KALMANET_CONSTANT static constexpr
 #define KALMANET_UNROLL
 #endif
 
@@ -299,6 +301,14 @@ KALMANET_KERNEL float divide(float a, float b) {
   return __fdividef(a, b);
 #else
   return a / b;
+#endif
+}
+// cos(a), 0 <= a <= pi, to 1e-6.
+KALMANET_KERNEL float cosine(float a) {
+#ifdef __CUDACC__
+  return __cosf(a);
+#else
+  return std::cos(a);
 #endif
 }
 KALMANET_KERNEL double divide(double a, double b) {
