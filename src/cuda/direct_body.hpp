@@ -6,8 +6,8 @@
 
 namespace kalmanet::cuda {
 
-// Products of factors split in float16 err by 2^-22 or so, which the amplification multiplies: up to
-// this, by less than a quarter of what rounding o to bfloat16 does.
+// Products of factors split in float16 err by 2^-22 or so, which the amplification multiplies: up
+// to this, by less than a quarter of what rounding o to bfloat16 does.
 inline constexpr double kLargestDirectAmplification = 1000.0;
 // Truncation relative to x's own components, which U does not magnify: below this, bfloat16's
 // rounding of o (2^-9) hides it.
@@ -87,8 +87,8 @@ struct DirectBody : DirectState<Group> {
         const float high = r.extreme[0], low = -r.extreme[1];
         const bool none = !(high > 0.0f);
         const float mu = none ? 1.0f : sqrtf(high) * sqrtf(low);
-        const float tolerance = static_cast<float>(
-            job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
+        const float tolerance =
+            static_cast<float>(job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
         const int steps = none ? 0 : direct_products(sqrtf(high / low), tolerance);
         const float shift = r.dot[1];
         const float x_scale = shift == 0.0f ? 0.0f : 1.0f / (mu * shared.start[0][t]);
@@ -127,8 +127,8 @@ struct DirectBody : DirectState<Group> {
         const int t = thread % 32;
         const float centre = 1.0f + 0.5f * shared.delta[t], half = 0.5f * fabsf(shared.delta[t]);
         const int node = kNodeOrder.at[shared.steps][k];
-        const float angle = 3.14159265f * (static_cast<float>(node) + 0.5f) /
-                            static_cast<float>(shared.steps);
+        const float angle =
+            3.14159265f * (static_cast<float>(node) + 0.5f) / static_cast<float>(shared.steps);
         shared.gain[k][t] = divide(1.0f, centre + half * cosine(angle));
       }
     });
@@ -139,7 +139,7 @@ struct DirectBody : DirectState<Group> {
         Left low;
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const float(&v)[4] = r.h[2 * k + i / 2];
+          const float (&v)[4] = r.h[2 * k + i / 2];
           r.p[k][i] = split_float16(-kInverseScale * v[i % 2 * 2],
                                     -kInverseScale * v[i % 2 * 2 + 1], low.part[i]);
         }
@@ -152,7 +152,8 @@ struct DirectBody : DirectState<Group> {
       for (int tile = 0; tile < 4; ++tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          r.y[tile][i] *= shared.key_scale[this->token_of(thread, tile, i)] * (1.0f / kInverseScale);
+          r.y[tile][i] *=
+              shared.key_scale[this->token_of(thread, tile, i)] * (1.0f / kInverseScale);
         }
       }
     });
@@ -194,7 +195,8 @@ struct DirectBody : DirectState<Group> {
       KALMANET_UNROLL
       for (int k = 0; k < 8; ++k) store16(shared.right[k * 32 + thread].part, r.p[k]);
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) store16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i)
+        store16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
     });
   }
   KALMANET_KERNEL void unpark() {
@@ -202,7 +204,8 @@ struct DirectBody : DirectState<Group> {
       KALMANET_UNROLL
       for (int k = 0; k < 8; ++k) load16(shared.right[k * 32 + thread].part, r.p[k]);
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) load16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i)
+        load16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
     });
   }
 
@@ -213,7 +216,7 @@ struct DirectBody : DirectState<Group> {
       for (int k = 0; k < 2; ++k) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const float(&v)[4] = r.y[2 * k + i / 2];
+          const float (&v)[4] = r.y[2 * k + i / 2];
           r.z[0][k][i] = split_float16(v[i % 2 * 2], v[i % 2 * 2 + 1], r.z[1][k][i]);
         }
       }
@@ -241,7 +244,7 @@ struct DirectBody : DirectState<Group> {
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float(&v)[4] = r.s[2 * m + i % 2];
+          float (&v)[4] = r.s[2 * m + i % 2];
           v[i / 2 * 2] = low_float16(r.t[i]), v[i / 2 * 2 + 1] = high_float16(r.t[i]);
         }
       });
@@ -285,8 +288,7 @@ struct DirectBody : DirectState<Group> {
         }
       });
       if (k + 1 < shared.steps) {
-        this->put_right(shared.right, nullptr,
-                        [](Registers& r) -> float (&)[4][4] { return r.s; });
+        this->put_right(shared.right, nullptr, [](Registers& r) -> float (&)[4][4] { return r.s; });
       }
     }
   }
@@ -313,6 +315,8 @@ struct DirectBody : DirectState<Group> {
     this->put_right(shared.right, shared.gains[0],
                     [](Registers& r) -> float (&)[4][4] { return r.x; });
     group.barrier();
+    group.new_part();
+    this->fetch_state(true);
     this->template multiply_tokens<false, true>(shared.keys, nullptr, shared.right,
                                                 shared.gains[0]);
     group.each([&](int thread, Registers& r) {
@@ -329,9 +333,7 @@ struct DirectBody : DirectState<Group> {
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
       group.each([&](int thread, Registers& r) {
-        load4(this->state_at(true, thread, 2 * k), r.g[0]);
-        load4(this->state_at(true, thread, 2 * k + 1), r.g[1]);
-        this->template pack_state<true>(r.g[0], r.g[1], u_power, r.a);
+        this->template pack_state<true>(r.h[2 * k], r.h[2 * k + 1], u_power, r.a);
         this->load_right(shared.right, thread, k, r.b[0]);
         this->load_right(shared.gains[0], thread, k, r.b[1]);
       });
@@ -365,9 +367,8 @@ struct DirectBody : DirectState<Group> {
         }
       }
     });
-    this->dot_columns(1, [&](Registers& r, int, int tile, int i) {
-      return r.y[tile][i] * r.y[tile][i];
-    });
+    this->dot_columns(
+        1, [&](Registers& r, int, int tile, int i) { return r.y[tile][i] * r.y[tile][i]; });
     store_outputs();
     group.barrier();
     group.each([&](int t, Registers&) {
@@ -428,7 +429,7 @@ struct DirectBody : DirectState<Group> {
       k_power = this->put_tile(0, 1, shared.keys, shared.columns);
       v_power = this->put_tile(1, 1, nullptr, shared.values);
       q_power = this->put_tile(2, 2, shared.queries, nullptr);
-      this->fetch_h();
+      this->fetch_state(false);
       if (!(k_power > 0.0f && v_power > 0.0f && q_power > 0.0f) || shared.ill != 0) return true;
       group.barrier();
       const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
@@ -450,8 +451,8 @@ struct DirectBody : DirectState<Group> {
       if (shared.ill != 0) return true;
       if (t0 + n >= piece.end && !piece.last) return false;
       group.new_part();
-      this->advance(true);
-      this->advance(false);
+      KALMANET_LOOP  // one copy of the code
+          for (int which = 1; which >= 0; --which) this->advance(which == 1);
       group.barrier();
     }
     this->store_state(false, state_view<float>(job.h_final, piece.sequence, head));

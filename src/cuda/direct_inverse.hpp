@@ -22,11 +22,8 @@ struct DirectInverse : DirectProducts<Group> {
     group.with_warp(0, [&] { invert_pivot(0); });
     put_panel(0, 0);
     group.barrier();
-    // (Not unrolled: eight copies would not fit the instruction cache.)
-#ifdef __CUDACC__
-#pragma unroll 1
-#endif
-    for (int b = 0; b < 8; ++b) {
+    KALMANET_LOOP  // eight copies would not fit the instruction cache
+        for (int b = 0; b < 8; ++b) {
       load_pivot(b);
       sweep_tiles(b, 0, 2);
       if (b < 7) {
@@ -50,14 +47,13 @@ struct DirectInverse : DirectProducts<Group> {
   KALMANET_KERNEL static void pack_block(const float (&v)[2][4], Left& high, Left& low) {
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      high.part[i] =
-          split_float16(v[i % 2][i / 2 * 2], v[i % 2][i / 2 * 2 + 1], low.part[i]);
+      high.part[i] = split_float16(v[i % 2][i / 2 * 2], v[i % 2][i / 2 * 2 + 1], low.part[i]);
     }
   }
 
   KALMANET_KERNEL void put_panel(int, int buffer) {
     group.each([&](int thread, Registers& r) {
-      const float(&v)[2][4] = reinterpret_cast<const float(&)[2][4]>(r.h);
+      const float (&v)[2][4] = reinterpret_cast<const float (&)[2][4]>(r.h);
       Left high, low;
       pack_block(v, high, low);
       shared.gains[buffer][thread] = high;
@@ -68,10 +64,11 @@ struct DirectInverse : DirectProducts<Group> {
   // g <- B D^{-1} (the pivot's owner: -D^{-1}); a <- what multiplies the panel: -g.
   KALMANET_KERNEL void load_pivot(int b) {
     group.each([&](int thread, Registers& r) {
-      const float(&v)[2][4] = reinterpret_cast<const float(&)[2][4]>(r.h);
+      const float (&v)[2][4] = reinterpret_cast<const float (&)[2][4]>(r.h);
       Left high, low;
       pack_block(v, high, low);
-      const Left e = shared.pivot[b % 2][0][thread % 32], rest = shared.pivot[b % 2][1][thread % 32];
+      const Left e = shared.pivot[b % 2][0][thread % 32],
+                 rest = shared.pivot[b % 2][1][thread % 32];
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int at = i == 1 ? 2 : (i == 2 ? 1 : i);
@@ -87,10 +84,9 @@ struct DirectInverse : DirectProducts<Group> {
       const auto g = [j](Registers& r) -> float (&)[4] { return r.g[j]; };
       const auto high = [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; };
       const auto b0 = [j](Registers& r) -> uint32_t (&)[2] { return r.b[0][j]; };
-      group.multiply_add_float16(
-          g, g, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, b0);
-      group.multiply_add_float16(
-          g, g, high, [j](Registers& r) -> uint32_t (&)[2] { return r.b[1][j]; });
+      group.multiply_add_float16(g, g, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, b0);
+      group.multiply_add_float16(g, g, high,
+                                 [j](Registers& r) -> uint32_t (&)[2] { return r.b[1][j]; });
       group.multiply_add_float16(g, g, high, b0);
     }
     group.each([&](int thread, Registers& r) {
@@ -147,8 +143,8 @@ struct DirectInverse : DirectProducts<Group> {
         const auto b0 = [j](Registers& r) -> uint32_t (&)[2] { return r.b[0][j]; };
         group.multiply_add_float16(
             d, c, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, b0);
-        group.multiply_add_float16(
-            d, d, a, [j](Registers& r) -> uint32_t (&)[2] { return r.b[1][j]; });
+        group.multiply_add_float16(d, d, a,
+                                   [j](Registers& r) -> uint32_t (&)[2] { return r.b[1][j]; });
         group.multiply_add_float16(d, d, a, b0);
       }
     }
@@ -165,51 +161,10 @@ struct DirectInverse : DirectProducts<Group> {
       }
     });
     KALMANET_UNROLL
-    for (int p = 0; p < 8; ++p) {
-      const int half = p / 4, row = 2 * p % 8;  // rows 2 p and 2 p + 1
-      KALMANET_UNROLL
-      for (int i = 0; i < 8; ++i) {  // their columns of this lane
-        const int which = i / 4, n = i / 2 % 2, c = i % 2;
-        group.shuffle([=](Registers& r) -> float& { return r.rows[which][n * 2 + c]; },
-                      [=](Registers& r) { return r.f[0][n][half * 2 + c]; },
-                      [=](int thread) { return (row + which) * 4 + thread % 4; });
-      }
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {  // their elements in this lane's rows
-        const int h = i / 2, c = i % 2;
-        group.shuffle([=](Registers& r) -> float& { return r.cols[h][c]; },
-                      [=](Registers& r) { return r.f[0][half][h * 2 + c]; },
-                      [=](int thread) { return thread % 32 / 4 * 4 + p % 4; });
-      }
-      KALMANET_UNROLL
-      for (int i = 0; i < 3; ++i) {  // (2p, 2p), (2p, 2p + 1), (2p + 1, 2p + 1)
-        group.shuffle([=](Registers& r) -> float& { return r.pivots[i]; },
-                      [=](Registers& r) { return r.f[0][half][half * 2 + (i > 0 ? 1 : 0)]; },
-                      [=](int) { return (row + i / 2) * 4 + p % 4; });
-      }
-      group.each([&](int thread, Registers& r) {
-        const float a = r.pivots[0], b = r.pivots[1], c = r.pivots[2];
-        const float inverse = divide(1.0f, a * c - b * b);
-        const float e00 = c * inverse, e01 = -b * inverse, e11 = a * inverse;
-        const int lane = thread % 32;
-        KALMANET_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          float g0 = r.cols[h][0] * e00 + r.cols[h][1] * e01;
-          float g1 = r.cols[h][0] * e01 + r.cols[h][1] * e11;
-          float keep = 1.0f;
-          if (h == half && lane / 4 == row) g0 = -e00, g1 = -e01, keep = 0.0f;
-          if (h == half && lane / 4 == row + 1) g0 = -e01, g1 = -e11, keep = 0.0f;
-          KALMANET_UNROLL
-          for (int n = 0; n < 2; ++n) {
-            KALMANET_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              float& e = r.f[0][n][h * 2 + i];
-              e = keep * e - g0 * r.rows[0][n * 2 + i] - g1 * r.rows[1][n * 2 + i];
-              if (n == half && lane % 4 == p % 4) e = i == 0 ? g0 : g1;
-            }
-          }
-        }
-      });
+    for (int half = 0; half < 2; ++half) {
+      // Rows 8 half + 2 pair and the next. (Rolled: lanes may differ at run time, registers not.)
+      KALMANET_LOOP
+      for (int pair = 0; pair < 4; ++pair) sweep_pair(half, pair);
     }
     group.each([&](int thread, Registers& r) {
       float inverse[2][4];
@@ -222,6 +177,53 @@ struct DirectInverse : DirectProducts<Group> {
       pack_block(inverse, high, low);
       shared.pivot[buffer][0][thread % 32] = high;
       shared.pivot[buffer][1][thread % 32] = low;
+    });
+  }
+
+  KALMANET_KERNEL void sweep_pair(int half, int pair) {
+    const int row = 2 * pair;
+    KALMANET_UNROLL
+    for (int i = 0; i < 8; ++i) {  // their columns of this lane
+      const int which = i / 4, n = i / 2 % 2, c = i % 2;
+      group.shuffle([=](Registers& r) -> float& { return r.rows[which][n * 2 + c]; },
+                    [=](Registers& r) { return r.f[0][n][half * 2 + c]; },
+                    [=](int thread) { return (row + which) * 4 + thread % 4; });
+    }
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {  // their elements in this lane's rows
+      const int h = i / 2, c = i % 2;
+      group.shuffle([=](Registers& r) -> float& { return r.cols[h][c]; },
+                    [=](Registers& r) { return r.f[0][half][h * 2 + c]; },
+                    [=](int thread) { return thread % 32 / 4 * 4 + pair; });
+    }
+    KALMANET_UNROLL
+    for (int i = 0; i < 3; ++i) {  // the pivots themselves
+      group.shuffle([=](Registers& r) -> float& { return r.pivots[i]; },
+                    [=](Registers& r) { return r.f[0][half][half * 2 + (i > 0 ? 1 : 0)]; },
+                    [=](int) { return (row + i / 2) * 4 + pair; });
+    }
+    group.each([&](int thread, Registers& r) {
+      const float a = r.pivots[0], b = r.pivots[1], c = r.pivots[2];
+      const float inverse = divide(1.0f, a * c - b * b);
+      const float e00 = c * inverse, e01 = -b * inverse, e11 = a * inverse;
+      const int lane = thread % 32;
+      KALMANET_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float g0 = r.cols[h][0] * e00 + r.cols[h][1] * e01;
+        float g1 = r.cols[h][0] * e01 + r.cols[h][1] * e11;
+        float keep = 1.0f;
+        if (h == half && lane / 4 == row) g0 = -e00, g1 = -e01, keep = 0.0f;
+        if (h == half && lane / 4 == row + 1) g0 = -e01, g1 = -e11, keep = 0.0f;
+        KALMANET_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            float& e = r.f[0][n][h * 2 + i];
+            e = keep * e - g0 * r.rows[0][n * 2 + i] - g1 * r.rows[1][n * 2 + i];
+            if (n == half && lane % 4 == pair) e = i == 0 ? g0 : g1;
+          }
+        }
+      }
     });
   }
 
@@ -240,69 +242,9 @@ struct DirectInverse : DirectProducts<Group> {
       r.dot[0] = r.dot[1] = 1.0f;
     });
     KALMANET_UNROLL
-    for (int p = 0; p < 16; ++p) {
-      const int tile = p / 8, half = p / 4 % 2, row = 2 * p % 8, column = p / 4;
-      KALMANET_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        const int which = i / 8, n = i / 2 % 4, c = i % 2;
-        group.shuffle([=](Registers& r) -> float& { return r.rows[which][n * 2 + c]; },
-                      [=](Registers& r) { return r.f[tile][n][half * 2 + c]; },
-                      [=](int thread) { return (row + which) * 4 + thread % 4; });
-      }
-      KALMANET_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int m = i / 4, h = i / 2 % 2, c = i % 2;
-        if (m < tile) continue;
-        group.shuffle([=](Registers& r) -> float& { return r.cols[m * 2 + h][c]; },
-                      [=](Registers& r) { return r.f[m][column][h * 2 + c]; },
-                      [=](int thread) { return thread % 32 / 4 * 4 + p % 4; });
-      }
-      KALMANET_UNROLL
-      for (int i = 0; i < 3; ++i) {
-        group.shuffle([=](Registers& r) -> float& { return r.pivots[i]; },
-                      [=](Registers& r) { return r.f[tile][column][half * 2 + (i > 0 ? 1 : 0)]; },
-                      [=](int) { return (row + i / 2) * 4 + p % 4; });
-      }
-      group.each([&](int thread, Registers& r) {
-        const int lane = thread % 32;
-        const float a = r.pivots[0], b = r.pivots[1], c = r.pivots[2];
-        const float inverse = divide(1.0f, a * c - b * b);
-        const float e00 = c * inverse, e01 = -b * inverse, e11 = a * inverse;
-        const float l = divide(b, a);  // the second row's multiple of the first
-        KALMANET_UNROLL
-        for (int m = 0; m < 2; ++m) {
-          KALMANET_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            if (m < tile || (m == tile && h < half)) continue;
-            float g0 = r.cols[m * 2 + h][0] * e00 + r.cols[m * 2 + h][1] * e01;
-            float g1 = r.cols[m * 2 + h][0] * e01 + r.cols[m * 2 + h][1] * e11;
-            const bool here = m == tile && h == half;
-            const bool first = here && lane / 4 == row, second = here && lane / 4 == row + 1;
-            if (here && lane / 4 < row) g0 = g1 = 0;  // done already
-            if (first) {
-              g0 = g1 = 0;
-              (m == 0 ? r.dot[h] : r.extreme[h]) = a;
-            }
-            if (second) {
-              g0 = l, g1 = 0;
-              (m == 0 ? r.dot[h] : r.extreme[h]) = c - l * b;
-            }
-            const bool below = !(here && lane / 4 <= row + 1);
-            KALMANET_UNROLL
-            for (int n = 0; n < 4; ++n) {
-              KALMANET_UNROLL
-              for (int i = 0; i < 2; ++i) {
-                float& e = r.f[m][n][h * 2 + i];
-                e -= g0 * r.rows[0][n * 2 + i] + g1 * r.rows[1][n * 2 + i];
-                if (n == column && lane % 4 == p % 4) {
-                  if (below) e = i == 0 ? -g0 : -g1;
-                  if (second && i == 0) e = -l;
-                }
-              }
-            }
-          }
-        }
-      });
+    for (int column = 0; column < 4; ++column) {
+      KALMANET_LOOP
+      for (int pair = 0; pair < 4; ++pair) eliminate_pair(column, pair);
     }
     // Rows divided by sqrt(d), the unit diagonal, nothing above it.
     group.each([&](int thread, Registers& r) {
@@ -327,11 +269,77 @@ struct DirectInverse : DirectProducts<Group> {
             Right high, low;
             KALMANET_UNROLL
             for (int i = 0; i < 2; ++i) {
-              const float(&v)[4] = r.f[m][2 * k + i];
+              const float (&v)[4] = r.f[m][2 * k + i];
               high.part[i] = split_float16(v[h * 2], v[h * 2 + 1], low.part[i]);
             }
             shared.middle[0][(k * 4 + m * 2 + h) * 32 + lane] = high;
             shared.middle[1][(k * 4 + m * 2 + h) * 32 + lane] = low;
+          }
+        }
+      }
+    });
+  }
+
+  // Rows 8 column + 2 pair and the next out of what is below them.
+  KALMANET_KERNEL void eliminate_pair(int column, int pair) {
+    const int tile = column / 2, half = column % 2, row = 2 * pair;
+    KALMANET_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const int which = i / 8, n = i / 2 % 4, c = i % 2;
+      group.shuffle([=](Registers& r) -> float& { return r.rows[which][n * 2 + c]; },
+                    [=](Registers& r) { return r.f[tile][n][half * 2 + c]; },
+                    [=](int thread) { return (row + which) * 4 + thread % 4; });
+    }
+    KALMANET_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int m = i / 4, h = i / 2 % 2, c = i % 2;
+      if (m < tile) continue;
+      group.shuffle([=](Registers& r) -> float& { return r.cols[m * 2 + h][c]; },
+                    [=](Registers& r) { return r.f[m][column][h * 2 + c]; },
+                    [=](int thread) { return thread % 32 / 4 * 4 + pair; });
+    }
+    KALMANET_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      group.shuffle([=](Registers& r) -> float& { return r.pivots[i]; },
+                    [=](Registers& r) { return r.f[tile][column][half * 2 + (i > 0 ? 1 : 0)]; },
+                    [=](int) { return (row + i / 2) * 4 + pair; });
+    }
+    group.each([&](int thread, Registers& r) {
+      const int lane = thread % 32;
+      const float a = r.pivots[0], b = r.pivots[1], c = r.pivots[2];
+      const float inverse = divide(1.0f, a * c - b * b);
+      const float e00 = c * inverse, e01 = -b * inverse, e11 = a * inverse;
+      const float l = divide(b, a);  // the second row's multiple of the first
+      KALMANET_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        KALMANET_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          if (m < tile || (m == tile && h < half)) continue;
+          float g0 = r.cols[m * 2 + h][0] * e00 + r.cols[m * 2 + h][1] * e01;
+          float g1 = r.cols[m * 2 + h][0] * e01 + r.cols[m * 2 + h][1] * e11;
+          const bool here = m == tile && h == half;
+          const bool first = here && lane / 4 == row, second = here && lane / 4 == row + 1;
+          if (here && lane / 4 < row) g0 = g1 = 0;  // done already
+          if (first) {
+            g0 = g1 = 0;
+            (m == 0 ? r.dot[h] : r.extreme[h]) = a;
+          }
+          if (second) {
+            g0 = l, g1 = 0;
+            (m == 0 ? r.dot[h] : r.extreme[h]) = c - l * b;
+          }
+          const bool below = !(here && lane / 4 <= row + 1);
+          KALMANET_UNROLL
+          for (int n = 0; n < 4; ++n) {
+            KALMANET_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              float& e = r.f[m][n][h * 2 + i];
+              e -= g0 * r.rows[0][n * 2 + i] + g1 * r.rows[1][n * 2 + i];
+              if (n == column && lane % 4 == pair) {
+                if (below) e = i == 0 ? -g0 : -g1;
+                if (second && i == 0) e = -l;
+              }
+            }
           }
         }
       }

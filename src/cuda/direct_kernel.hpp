@@ -16,9 +16,9 @@
 // for p = M_t^{-1} s, since (M_t + d_t I) p = s + d_t p. The error after n products is 2 R^n.
 //
 // M_t >= I, so that P, Z <= 1 and every factor fits float16, split in two (high + low, 22 bits)
-// wherever its rounding would show: bfloat16's split keeps 16. What a product is taken of (q, exact;
-// then the residual s) is rounded once: an error there is one of q. Keys, values and queries are
-// scaled by a power of two a chunk, which loses nothing.
+// wherever its rounding would show: bfloat16's split keeps 16. What a product is taken of (q,
+// exact; then the residual s) is rounded once: an error there is one of q. Keys, values and queries
+// are scaled by a power of two a chunk, which loses nothing.
 //
 // Warp w has dims 16 w .. of every matrix of dims x tokens, and the tile (w / 4, w % 4) of those of
 // tokens x tokens. Its rows of P are the sums that the inversion left in its registers.
@@ -77,8 +77,8 @@ struct DirectShared {
 };
 
 struct DirectRegisters {
-  float h[16][4];     // 16 rows of H, of what is being inverted, of U^T
-  uint32_t p[8][4];   // P, high
+  float h[16][4];       // 16 rows of H, of what is being inverted, of U^T
+  uint32_t p[8][4];     // P, high
   uint32_t z[2][2][4];  // Z's rows as left factor: high, low
   float y[4][4], s[4][4], x[4][4];
   uint32_t raw[3][2][4];  // k, q, v on their way
@@ -209,8 +209,8 @@ struct DirectProducts {
             g1, g1, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, b);
       }
       if (kSplitRight) {
-        group.multiply_add_float16(
-            g1, g1, a, [](Registers& r) -> uint32_t (&)[2] { return r.b[1][0]; });
+        group.multiply_add_float16(g1, g1, a,
+                                   [](Registers& r) -> uint32_t (&)[2] { return r.b[1][0]; });
       }
       group.multiply_add_float16(g0, g0, a, b);
     }
@@ -284,7 +284,7 @@ struct DirectProducts {
         group.each([&](int, Registers& r) {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {  // token half i % 2, dim half i / 2
-            const float(&v)[4] = of(r)[2 * m + i % 2];
+            const float (&v)[4] = of(r)[2 * m + i % 2];
             uint32_t rest;
             const uint32_t whole = split_float16(v[i / 2 * 2], v[i / 2 * 2 + 1], rest);
             r.t[i] = part == 0 ? whole : rest;

@@ -28,7 +28,7 @@ struct DirectState : DirectInverse<Group> {
   int64_t head;
   float* states;  // H, then U^T: [warp][tile of 8 columns][lane][4]
   int64_t t0 = 0;
-  int n = 0;  // tokens
+  int n = 0;                                    // tokens
   float k_power = 1, v_power = 1, q_power = 1;  // what the tensors are scaled by
 
   KALMANET_KERNEL float* state_at(bool u, int thread, int tile) {
@@ -77,11 +77,12 @@ struct DirectState : DirectInverse<Group> {
       }
     });
   }
-  // H into h.
-  KALMANET_KERNEL void fetch_h() {
+  // H or U^T into h.
+  KALMANET_KERNEL void fetch_state(bool u) {
     group.each([&](int thread, Registers& r) {
+      const float* const from = state_at(u, thread, 0);
       KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) load4(state_at(false, thread, tile), r.h[tile]);
+      for (int tile = 0; tile < 16; ++tile) load4(from + tile * 128, r.h[tile]);
     });
   }
 
@@ -146,7 +147,8 @@ struct DirectState : DirectInverse<Group> {
         for (int part = 0; part < 4; ++part) {
           const uint32_t v = staged(stage()[which], m, thread / 32, thread % 32, part);
           const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
-          r.t[part] = token < n ? pack_float16(low_bfloat16(v) * power, high_bfloat16(v) * power) : 0;
+          r.t[part] =
+              token < n ? pack_float16(low_bfloat16(v) * power, high_bfloat16(v) * power) : 0;
         }
         if (rows != nullptr) {
           rows[(m * 8 + thread / 32) * 32 + thread % 32] = {{r.t[0], r.t[1], r.t[2], r.t[3]}};
@@ -182,8 +184,7 @@ struct DirectState : DirectInverse<Group> {
       });
       scan(0), scan(1);
       group.each([&](int t, Registers& r) {
-        const bool faded =
-            r.scan[0] < -kLongestForgetting || r.scan[1] < -kMostForgottenValues;
+        const bool faded = r.scan[0] < -kLongestForgetting || r.scan[1] < -kMostForgottenValues;
         r.extreme[0] = faded ? -static_cast<float>(t) : -32.0f;
       });
       group.max_warp([](Registers& r) -> float& { return r.extreme[0]; });
@@ -244,7 +245,7 @@ struct DirectState : DirectInverse<Group> {
                                          float scale, uint32_t (&a)[2][4]) {
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float(&v)[4] = i < 2 ? left : right;
+      const float (&v)[4] = i < 2 ? left : right;
       const float v0 = v[i % 2 * 2] * scale, v1 = v[i % 2 * 2 + 1] * scale;
       if (kSplit) {
         a[0][i] = split_float16(v0, v1, a[1][i]);
@@ -254,7 +255,8 @@ struct DirectState : DirectInverse<Group> {
     }
   }
 
-  // shared.dots[which][warp][token] <- the sum of term(registers, thread, n, i) over the warp's dims.
+  // shared.dots[which][warp][token] <- the sum of term(registers, thread, n, i) over the warp's
+  // dims.
   template <class F>
   KALMANET_KERNEL void dot_columns(int which, F&& term) {
     KALMANET_UNROLL
@@ -328,6 +330,7 @@ struct DirectState : DirectInverse<Group> {
     const float* const weight = shared.since_end[u ? 1 : 0];
     const float unit = shared.largest_beta2 / k_power / (u ? v_power : k_power);
     const float keep = shared.total[u ? 1 : 0] / unit;
+    fetch_state(u);  // (all of it under way at once)
     group.each([&](int thread, Registers& r) {
       r.sum = 0;
       KALMANET_UNROLL
@@ -346,9 +349,8 @@ struct DirectState : DirectInverse<Group> {
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int j = 0; j < 2; ++j) {
-          load4(state_at(u, thread, tile + j), r.g[j]);
           KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) r.g[j][i] *= keep;
+          for (int i = 0; i < 4; ++i) r.g[j][i] = keep * r.h[tile + j][i];
         }
         KALMANET_UNROLL
         for (int k = 0; k < 2; ++k) {

@@ -189,8 +189,8 @@ struct FirstBody {
         const double step = 2.0 / (2.0 * r.lambda + r.f);
         const double rho = 0.5 * r.f / (2.0 * r.lambda + r.f);
         r.w = 1.0 / (1.0 - rho * rho * r.w);
-        const double c = r.w * r.c - step * r.w * (r.weight * r.y + r.lambda * r.c) -
-                         (r.w - 1.0) * r.previous;
+        const double c =
+            r.w * r.c - step * r.w * (r.weight * r.y + r.lambda * r.c) - (r.w - 1.0) * r.previous;
         const double cq =
             r.w * r.cq - step * r.w * (r.lambda * r.cq - 1.0) - (r.w - 1.0) * r.previous_q;
         r.previous = r.c, r.previous_q = r.cq;
@@ -214,8 +214,7 @@ struct FirstBody {
     group.each([&](int thread, Registers& r) {
       const int t = thread / L::kTokens, j = thread % L::kTokens;
       const double y = r.f == 0.0 ? 0.0 : r.y;
-      shared.read[t][j] =
-          job.scale * decay(1, t, j) * (r.kq + shared.alpha[t] * (y - r.kq));
+      shared.read[t][j] = job.scale * decay(1, t, j) * (r.kq + shared.alpha[t] * (y - r.kq));
     });
     group.barrier();
     group.each([&](int thread, Registers&) {

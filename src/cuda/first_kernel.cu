@@ -17,8 +17,7 @@ __global__ void __launch_bounds__(FirstLayout::kThreads)
 
 void launch_first_tokens(const GkaJob& job, int64_t num_pieces, Stream stream) {
   if (num_pieces == job.num_pieces) return;
-  const dim3 grid(static_cast<unsigned>(num_pieces - job.num_pieces),
-                  static_cast<unsigned>(job.H));
+  const dim3 grid(static_cast<unsigned>(num_pieces - job.num_pieces), static_cast<unsigned>(job.H));
   gka_first_tokens<<<grid, FirstLayout::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       job, job.num_pieces);
   check(cudaGetLastError(), "launch of gka_first_tokens");

@@ -21,12 +21,14 @@
 #define KALMANET_BOTH __host__ __device__
 #define KALMANET_CONSTANT static __constant__ const
 #define KALMANET_UNROLL _Pragma("unroll")
+#define KALMANET_LOOP _Pragma("unroll 1")
 #else
 #include "core/half.hpp"
 #define KALMANET_KERNEL inline
 #define KALMANET_BOTH
 #define KALMANET_CONSTANT static constexpr
 #define KALMANET_UNROLL
+#define KALMANET_LOOP
 #endif
 
 namespace kalmanet::cuda {
@@ -141,8 +143,7 @@ class DeviceGroup {
   // to(registers) = from(registers) of lane lane_of(thread) of the same warp.
   template <class To, class From, class Lane>
   __device__ __forceinline__ void shuffle(To&& to, From&& from, Lane&& lane_of) {
-    to(registers_) =
-        __shfl_sync(~0u, from(registers_), lane_of(thread_));
+    to(registers_) = __shfl_sync(~0u, from(registers_), lane_of(thread_));
   }
   // The largest over the warp.
   template <class Member>

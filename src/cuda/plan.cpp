@@ -31,9 +31,8 @@ bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
          (problem.options.solver == Solver::chebyshev ||
           problem.options.solver == Solver::direct) &&
-         !outputs.x.defined() &&
-         !outputs.residual.defined() && in_vectors(in.q) && in_vectors(in.k) && in_vectors(in.v) &&
-         in_vectors(outputs.o);
+         !outputs.x.defined() && !outputs.residual.defined() && in_vectors(in.q) &&
+         in_vectors(in.k) && in_vectors(in.v) && in_vectors(outputs.o);
 }
 
 std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem) {

@@ -1,10 +1,10 @@
-// What each piece adds to the states on its own, by matrix units: K = V = 128, bfloat16 tensors (the
-// plain twin is segment_body.hpp). One block makes H's part of a piece, another U's:
+// What each piece adds to the states on its own, by matrix units: K = V = 128, bfloat16 tensors
+// (the plain twin is segment_body.hpp). One block makes H's part of a piece, another U's:
 //
 //   sum_j (beta_j^2 e^{G_end - G_j} k_j) r_j^T     r_j: k_j or v_j
 //
-// k_j and r_j are the exact bfloat16 that came in; only the weighted factor is rounded, split in two
-// (high + low, 16 bits). The sums stay in registers from the piece's first token to its last.
+// k_j and r_j are the exact bfloat16 that came in; only the weighted factor is rounded, split in
+// two (high + low, 16 bits). The sums stay in registers from the piece's first token to its last.
 #pragma once
 
 #include <cstring>
@@ -58,9 +58,10 @@ struct StateBody {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int64_t t = 2 * thread + i;
-        r.gate[i] = t < n ? static_cast<double>(
-                                scalar_at<float>(gate, piece.row, piece.begin + t, head, 0.0))
-                          : 0.0;
+        r.gate[i] =
+            t < n
+                ? static_cast<double>(scalar_at<float>(gate, piece.row, piece.begin + t, head, 0.0))
+                : 0.0;
         // (Of -infinity no difference could be taken.)
         if (r.gate[i] < kWiped) r.gate[i] = kWiped;
       }
@@ -87,8 +88,8 @@ struct StateBody {
       KALMANET_UNROLL
       for (int i = 1; i >= 0; --i) {
         const int64_t t = 2 * thread + i;
-        const float beta = t < n ? scalar_at<float>(job.beta, piece.row, piece.begin + t, head, 1.0)
-                                 : 0.0f;
+        const float beta =
+            t < n ? scalar_at<float>(job.beta, piece.row, piece.begin + t, head, 1.0) : 0.0f;
         shared.weight[t] = beta * beta * static_cast<float>(exp(after));
         after += r.gate[i];
       }
