@@ -106,6 +106,9 @@ void Sequence::make_room_for_gradients() {
   Random random{12};
   d_o = uniform(random, dtype, values, -1.7f, 1.7f);
   x = Array(scalars, keys);
+  segment_states =
+      Array(state_dtype(dtype), recipe.shape.H * (recipe.shape.T / kSegmentTokens) *
+                                    gka_segment_state_size(recipe.shape.K, recipe.shape.V));
   dq = Array(dtype, keys);
   dk = Array(dtype, keys);
   dv = Array(dtype, values);
@@ -121,6 +124,8 @@ GkaReport Sequence::run(Pass pass, const Method& method) {
   if (both) {
     make_room_for_gradients();
     out.x = x.view({1, s.T, s.H, s.K});
+    out.segment_states =
+        segment_states.view({1, s.H, s.T / kSegmentTokens, gka_segment_state_size(s.K, s.V)});
   } else {
     out.h_final = h.view({1, s.H, s.K, s.K});
     out.u_final = u.view({1, s.H, s.K, s.V});
@@ -138,7 +143,7 @@ GkaReport Sequence::run(Pass pass, const Method& method) {
   grads.dalpha = dalpha.view({1, s.T, s.H});
   grads.dbeta = dbeta.view({1, s.T, s.H});
   if (!ridge.empty()) grads.d_ridge_ratio = dridge.view({1, s.T, s.H});
-  gka_backward(inputs(), out.x, output_grads, grads, method.options());
+  gka_backward(inputs(), {out.x, out.segment_states}, output_grads, grads, method.options());
   return report;
 }
 
@@ -150,7 +155,7 @@ double Sequence::bytes(Pass pass) const {
   if (pass == Pass::forward) {
     add({&q, &k, &v, &g, &g, &alpha, &beta, &ridge, &o, &h, &u}, 1);
   } else {  // inputs once for each of the two calls; x is written by the one and read by the other
-    add({&q, &k, &v, &g, &g, &alpha, &beta, &ridge, &x}, 2);
+    add({&q, &k, &v, &g, &g, &alpha, &beta, &ridge, &x, &segment_states}, 2);
     add({&o, &d_o, &dq, &dk, &dv, &dg, &dgk, &dalpha, &dbeta, &dridge}, 1);
   }
   return bytes;
@@ -158,8 +163,9 @@ double Sequence::bytes(Pass pass) const {
 
 double Sequence::held_bytes() const {
   double bytes = 0;
-  for (const Array* array : {&q, &k, &v,  &g,  &alpha, &beta, &ridge, &d_o,    &o,     &x,
-                             &h, &u, &dq, &dk, &dv,    &dg,   &dgk,   &dalpha, &dbeta, &dridge}) {
+  for (const Array* array :
+       {&q, &k, &v,  &g,  &alpha, &beta, &ridge, &d_o,    &o,     &x,     &segment_states,
+        &h, &u, &dq, &dk, &dv,    &dg,   &dgk,   &dalpha, &dbeta, &dridge}) {
     bytes += array->bytes();
   }
   return bytes;

@@ -55,7 +55,7 @@ class Sequence {
   const Recipe recipe;
   Array q, k, v, g, alpha, beta, ridge, d_o;  // g is both gates; ridge is empty where it is scalar
   // Results. h [1,H,K,K], u [1,H,K,V]: the states after the last token.
-  Array o, x, h, u;
+  Array o, x, segment_states, h, u;
   Array dq, dk, dv, dg, dgk, dalpha, dbeta, dridge;
 
   GkaInputs inputs() const;

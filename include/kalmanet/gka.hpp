@@ -81,7 +81,16 @@ struct GkaOutputs {
   // float32: x_t rounded to 16 bits has lost what the gradients of small ridge ratios need.
   View x;
   View residual;  // [B,T,H] optional: |(H_t + lambda_t I) x_t - q_t| / |q_t|, 0 where f_t or q_t is
+  // [B,H,T/kSegmentTokens,gka_segment_state_size(K,V)] optional, of the states' dtype: the states
+  // after every kSegmentTokens tokens of a sequence, which spare the backward a pass over all keys
+  // and values. How they lie inside is the backward's affair. Of gka_forward on Backend::cpu, with
+  // a chunk_size that is 0 or a power of two.
+  View segment_states;
 };
+
+// The backward keeps the states before every chunk between two saved ones: 4 MiB a thread at K = V
+// = 128, beside 256 bytes a token and head for what is saved, half of what x takes.
+inline constexpr int64_t kSegmentTokens = 512;
 
 struct GkaOptions {
   std::optional<double> scale;  // absent: K^-1/2
@@ -146,9 +155,22 @@ struct GkaReport {
 KALMANET_API GkaReport gka_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
                                    const GkaOptions& options = {});
 
-// Gradients by implicit differentiation: x_t is treated as the exact solution. `saved_x` is
-// GkaOutputs::x of the forward (of its dtype or float32), or absent (x is then solved for again).
-KALMANET_API GkaReport gka_backward(const GkaInputs& inputs, ConstView saved_x,
+// What the backward may be given of the forward, so as not to compute it again.
+struct GkaSaved {
+  ConstView x;               // GkaOutputs::x, of its dtype or float32
+  ConstView segment_states;  // GkaOutputs::segment_states of a forward with the same chunk_size
+
+  GkaSaved() = default;
+  // x alone may be passed as it is.
+  GkaSaved(const View& x_) : x(x_) {}  // NOLINT(google-explicit-constructor)
+  GkaSaved(const ConstView& x_)        // NOLINT(google-explicit-constructor)
+      : x(x_) {}
+  GkaSaved(const ConstView& x_, const ConstView& segment_states_)
+      : x(x_), segment_states(segment_states_) {}
+};
+
+// Gradients by implicit differentiation: x_t is treated as the exact solution.
+KALMANET_API GkaReport gka_backward(const GkaInputs& inputs, const GkaSaved& saved,
                                     const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
                                     const GkaOptions& options = {});
 
@@ -160,6 +182,9 @@ KALMANET_API GkaReport gka_step(const GkaInputs& inputs, const GkaOutputs& outpu
 // Steps that Chebyshev needs for a relative error `tolerance` at ridge ratio `ridge_ratio`:
 // the smallest r with 2 R^r <= tolerance, R = (sqrt(kappa)-1)/(sqrt(kappa)+1), kappa = (1+a)/a.
 KALMANET_API int chebyshev_num_iter(double ridge_ratio, double tolerance);
+
+// Numbers of one of GkaOutputs::segment_states: H and U, their rows padded to multiples of 16.
+KALMANET_API int64_t gka_segment_state_size(int64_t key_dim, int64_t value_dim);
 
 // Bytes of the two float32 states of one sequence, H heads together.
 KALMANET_API int64_t gka_state_bytes(int64_t num_heads, int64_t key_dim, int64_t value_dim);

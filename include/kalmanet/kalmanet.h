@@ -247,7 +247,20 @@ typedef struct kalmanet_gka_outputs {
   kalmanet_tensor u_final;  /* [N,H,K,V] */
   kalmanet_tensor x;        /* [B,T,H,K] optional: x_t, which spares the backward one solve */
   kalmanet_tensor residual; /* [B,T,H] optional: |(H_t + lambda_t I) x_t - q_t| / |q_t| */
+  /* [B,H,T/KALMANET_SEGMENT_TOKENS,kalmanet_gka_segment_state_size] optional, of the states'
+   * dtype: spares the backward a pass over all keys and values. Of kalmanet_gka_forward on the CPU,
+   * with a chunk_size that is 0 or a power of two. */
+  kalmanet_tensor segment_states;
 } kalmanet_gka_outputs;
+#define KALMANET_SEGMENT_TOKENS 512
+
+/* What the backward may be given of the forward, so as not to compute it again. */
+typedef struct kalmanet_gka_saved {
+  uint32_t struct_size;
+  int32_t reserved;
+  kalmanet_tensor x;              /* kalmanet_gka_outputs.x, of its dtype or float32 */
+  kalmanet_tensor segment_states; /* of a forward with the same chunk_size */
+} kalmanet_gka_saved;
 
 /* Gradients of the loss with respect to the outputs. */
 typedef struct kalmanet_gka_output_grads {
@@ -278,7 +291,9 @@ typedef struct kalmanet_gka_input_grads {
    KALMANET_ABSENT, KALMANET_ABSENT, NULL, 0}
 #define KALMANET_GKA_OUTPUTS_INIT                                                                  \
   {(uint32_t)sizeof(kalmanet_gka_outputs), 0, KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT,   \
-   KALMANET_ABSENT, KALMANET_ABSENT}
+   KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT}
+#define KALMANET_GKA_SAVED_INIT                                                                    \
+  {(uint32_t)sizeof(kalmanet_gka_saved), 0, KALMANET_ABSENT, KALMANET_ABSENT}
 #define KALMANET_GKA_OUTPUT_GRADS_INIT                                                             \
   {(uint32_t)sizeof(kalmanet_gka_output_grads), 0, KALMANET_ABSENT, KALMANET_ABSENT,               \
    KALMANET_ABSENT}
@@ -314,10 +329,10 @@ KALMANET_API kalmanet_status kalmanet_gka_forward(const kalmanet_gka_plan* plan,
                                                   const kalmanet_gka_inputs* inputs,
                                                   const kalmanet_gka_outputs* outputs,
                                                   kalmanet_gka_report* report);
-/* Gradients by implicit differentiation. saved_x is the forward's x [B,T,H,K], or NULL. */
+/* Gradients by implicit differentiation. saved and report may be NULL. */
 KALMANET_API kalmanet_status kalmanet_gka_backward(const kalmanet_gka_plan* plan,
                                                    const kalmanet_gka_inputs* inputs,
-                                                   const kalmanet_tensor* saved_x,
+                                                   const kalmanet_gka_saved* saved,
                                                    const kalmanet_gka_output_grads* output_grads,
                                                    const kalmanet_gka_input_grads* grads,
                                                    kalmanet_gka_report* report);
@@ -333,6 +348,9 @@ KALMANET_API kalmanet_status kalmanet_gka_step(const kalmanet_gka_plan* plan,
 /* Steps that Chebyshev needs for a relative error `tolerance` of x at this ridge ratio. */
 KALMANET_API kalmanet_status kalmanet_chebyshev_num_iter(double ridge_ratio, double tolerance,
                                                          int32_t* num_iter);
+/* Numbers of one of kalmanet_gka_outputs.segment_states. */
+KALMANET_API kalmanet_status kalmanet_gka_segment_state_size(int64_t key_dim, int64_t value_dim,
+                                                             int64_t* size);
 /* Bytes of the two float32 states of one sequence, all heads together. */
 KALMANET_API kalmanet_status kalmanet_gka_state_bytes(int64_t num_heads, int64_t key_dim,
                                                       int64_t value_dim, int64_t* bytes);
@@ -350,7 +368,7 @@ typedef struct kalmanet_gka_shape {
   const int64_t* cu_seqlens; /* as in kalmanet_gka_inputs */
   int64_t num_offsets;
   int32_t saved_x; /* backward: 1 (the default) where x of the forward is passed in, else 0 */
-  int32_t reserved;
+  int32_t segment_states; /* backward: 1 where states of the forward are passed in, else 0 */
 } kalmanet_gka_shape;
 #define KALMANET_GKA_SHAPE_INIT \
   {(uint32_t)sizeof(kalmanet_gka_shape), KALMANET_FLOAT32, 1, 1, 1, 1, 1, 0, 0, 0, NULL, 0, 1, 0}

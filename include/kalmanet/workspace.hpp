@@ -19,7 +19,8 @@ struct GkaShape {
   DType dtype = DType::float32;    // of q
   // As in GkaInputs; empty: B sequences of T tokens.
   std::span<const int64_t> cu_seqlens;
-  bool saved_x = true;  // backward: x of the forward is passed in
+  bool saved_x = true;          // backward: x of the forward is passed in
+  bool segment_states = false;  // and its states
 };
 
 // An upper bound of the bytes that one call of the operation holds at a time, over all threads of

@@ -55,7 +55,7 @@ kalmanet_status kalmanet_gka_step(const kalmanet_gka_plan* plan, const kalmanet_
 
 kalmanet_status kalmanet_gka_backward(const kalmanet_gka_plan* plan,
                                       const kalmanet_gka_inputs* inputs,
-                                      const kalmanet_tensor* saved_x,
+                                      const kalmanet_gka_saved* saved,
                                       const kalmanet_gka_output_grads* output_grads,
                                       const kalmanet_gka_input_grads* grads,
                                       kalmanet_gka_report* report) {
@@ -63,7 +63,7 @@ kalmanet_status kalmanet_gka_backward(const kalmanet_gka_plan* plan,
     api::require(plan, "plan");
     api::check_report(report);
     api::write_report(
-        gka_backward(api::inputs_of(inputs), api::const_view(saved_x),
+        gka_backward(api::inputs_of(inputs), api::saved_of(saved),
                      api::output_grads_of(output_grads), api::input_grads_of(grads), plan->options),
         report);
   });
@@ -84,6 +84,13 @@ kalmanet_status kalmanet_chebyshev_num_iter(double ridge_ratio, double tolerance
   return api::guarded([&] {
     api::require(num_iter, "num_iter");
     *num_iter = chebyshev_num_iter(ridge_ratio, tolerance);
+  });
+}
+
+kalmanet_status kalmanet_gka_segment_state_size(int64_t key_dim, int64_t value_dim, int64_t* size) {
+  return api::guarded([&] {
+    api::require(size, "size");
+    *size = gka_segment_state_size(key_dim, value_dim);
   });
 }
 

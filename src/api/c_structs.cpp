@@ -36,6 +36,7 @@ static_assert(same(KALMANET_GKA_FORWARD, GkaOperation::forward) &&
               same(KALMANET_GKA_BACKWARD, GkaOperation::backward) &&
               same(KALMANET_GKA_STEP, GkaOperation::step));
 static_assert(KALMANET_MAX_RANK == kMaxRank && KALMANET_AUTO_NUM_ITER == kAutoNumIter);
+static_assert(KALMANET_SEGMENT_TOKENS == kSegmentTokens);
 static_assert(KALMANET_SAVED_STATE_HEADER_BYTES == kSavedStateHeaderBytes);
 
 // The defaults that C callers see are those of the C++ structs.
@@ -160,10 +161,19 @@ GkaInputs inputs_of(const kalmanet_gka_inputs* inputs) {
 
 GkaOutputs outputs_of(const kalmanet_gka_outputs* outputs) {
   using S = kalmanet_gka_outputs;
-  const S from = read_struct<S>(
-      "outputs", outputs, KALMANET_GKA_OUTPUTS_INIT,
-      {offsetof(S, h_final), offsetof(S, u_final), offsetof(S, x), offsetof(S, residual)});
-  return {view(from.o), view(from.h_final), view(from.u_final), view(from.x), view(from.residual)};
+  const S from = read_struct<S>("outputs", outputs, KALMANET_GKA_OUTPUTS_INIT,
+                                {offsetof(S, h_final), offsetof(S, u_final), offsetof(S, x),
+                                 offsetof(S, residual), offsetof(S, segment_states)});
+  return {view(from.o), view(from.h_final),  view(from.u_final),
+          view(from.x), view(from.residual), view(from.segment_states)};
+}
+
+GkaSaved saved_of(const kalmanet_gka_saved* saved) {
+  if (saved == nullptr) return {};
+  using S = kalmanet_gka_saved;
+  const S from =
+      read_struct<S>("saved", saved, KALMANET_GKA_SAVED_INIT, {offsetof(S, segment_states)});
+  return {const_view(from.x), const_view(from.segment_states)};
 }
 
 GkaOutputGrads output_grads_of(const kalmanet_gka_output_grads* grads) {
@@ -196,7 +206,8 @@ GkaInputGrads input_grads_of(const kalmanet_gka_input_grads* grads) {
 GkaShape shape_of(const kalmanet_gka_shape* shape) {
   using S = kalmanet_gka_shape;
   const S from = read_struct<S>("shape", shape, KALMANET_GKA_SHAPE_INIT,
-                                {offsetof(S, Hq), offsetof(S, cu_seqlens), offsetof(S, saved_x)});
+                                {offsetof(S, Hq), offsetof(S, cu_seqlens), offsetof(S, saved_x),
+                                 offsetof(S, segment_states)});
   GkaShape to;
   to.B = from.B;
   to.T = from.T;
@@ -209,6 +220,7 @@ GkaShape shape_of(const kalmanet_gka_shape* shape) {
   to.dtype = static_cast<DType>(from.dtype);
   to.cu_seqlens = offsets_of(from.cu_seqlens, from.num_offsets);
   to.saved_x = from.saved_x != 0;
+  to.segment_states = from.segment_states != 0;
   return to;
 }
 

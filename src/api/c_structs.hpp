@@ -56,6 +56,7 @@ View view(const kalmanet_tensor* tensor);
 GkaOptions options_of(const kalmanet_gka_options& options);
 GkaInputs inputs_of(const kalmanet_gka_inputs* inputs);
 GkaOutputs outputs_of(const kalmanet_gka_outputs* outputs);
+GkaSaved saved_of(const kalmanet_gka_saved* saved);  // null: nothing
 GkaOutputGrads output_grads_of(const kalmanet_gka_output_grads* grads);
 GkaInputGrads input_grads_of(const kalmanet_gka_input_grads* grads);
 GkaShape shape_of(const kalmanet_gka_shape* shape);

@@ -15,16 +15,20 @@ GkaReport gka_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
   return api::choose_backend(problem).forward(problem, outputs);
 }
 
-GkaReport gka_backward(const GkaInputs& inputs, ConstView saved_x,
+GkaReport gka_backward(const GkaInputs& inputs, const GkaSaved& saved,
                        const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
                        const GkaOptions& options) {
   const core::GkaProblem problem =
-      core::validate_backward(inputs, saved_x, output_grads, grads, options);
-  return api::choose_backend(problem).backward(problem, saved_x, output_grads, grads);
+      core::validate_backward(inputs, saved, output_grads, grads, options);
+  return api::choose_backend(problem).backward(problem, saved, output_grads, grads);
 }
 
 GkaReport gka_step(const GkaInputs& inputs, const GkaOutputs& outputs, const GkaOptions& options) {
   const core::GkaProblem problem = core::validate_forward(inputs, outputs, options);
+  if (outputs.segment_states.rank > 0 || outputs.segment_states.defined()) {
+    core::fail(ErrorCode::invalid_argument, "segment_states",
+               "is an output of gka_forward; leave it absent in gka_step");
+  }
   return api::choose_backend(problem).step(problem, outputs);
 }
 
@@ -37,7 +41,7 @@ int64_t gka_workspace_bytes(GkaOperation operation, const GkaShape& shape,
                           "; must be forward, backward or step"));
   }
   const core::GkaProblem problem = core::validate_shape(shape, options);
-  return api::choose_backend(problem).workspace_bytes(operation, problem, shape.saved_x);
+  return api::choose_backend(problem).workspace_bytes(operation, problem, shape);
 }
 
 }  // namespace kalmanet

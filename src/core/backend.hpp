@@ -18,7 +18,7 @@ class GkaBackend {
   virtual std::string refuses(const GkaProblem& problem) const = 0;
 
   virtual GkaReport forward(const GkaProblem& problem, const GkaOutputs& outputs) const = 0;
-  virtual GkaReport backward(const GkaProblem& problem, const ConstView& saved_x,
+  virtual GkaReport backward(const GkaProblem& problem, const GkaSaved& saved,
                              const GkaOutputGrads& output_grads,
                              const GkaInputGrads& grads) const = 0;
   virtual GkaReport step(const GkaProblem& problem, const GkaOutputs& outputs) const = 0;
@@ -26,7 +26,7 @@ class GkaBackend {
   // What the operation allocates at most, for a problem that has sizes but no tensors; throws
   // Error(unsupported) from a backend that does not say.
   virtual int64_t workspace_bytes(GkaOperation operation, const GkaProblem& problem,
-                                  bool saved_x) const = 0;
+                                  const GkaShape& shape) const = 0;
 };
 
 }  // namespace kalmanet::core

@@ -32,16 +32,29 @@ int chebyshev_num_iter(double ridge_ratio, double tolerance) {
   return steps < 1 ? 1 : static_cast<int>(steps);
 }
 
+namespace {
+
+void check_range(const char* argument, int64_t value, int64_t largest) {
+  if (value < 1 || value > largest) {
+    throw Error(ErrorCode::invalid_argument, argument,
+                core::text("got ", value, "; must be in 1..", largest));
+  }
+}
+
+}  // namespace
+
+int64_t gka_segment_state_size(int64_t key_dim, int64_t value_dim) {
+  check_range("key_dim", key_dim, kMaxHeadDim);
+  check_range("value_dim", value_dim, kMaxHeadDim);
+  const auto padded = [](int64_t width) { return (width + 15) / 16 * 16; };
+  return padded(key_dim) * (padded(key_dim) + padded(value_dim));
+}
+
 int64_t gka_state_bytes(int64_t num_heads, int64_t key_dim, int64_t value_dim) {
-  const auto check = [](const char* argument, int64_t value, int64_t largest) {
-    if (value < 1 || value > largest) {
-      throw Error(ErrorCode::invalid_argument, argument,
-                  core::text("got ", value, "; must be in 1..", largest));
-    }
-  };
-  check("num_heads", num_heads, int64_t{1} << 40);  // far from overflow: 2^40 * 512 KiB < 2^60
-  check("key_dim", key_dim, kMaxHeadDim);
-  check("value_dim", value_dim, kMaxHeadDim);
+  check_range("num_heads", num_heads,
+              int64_t{1} << 40);  // far from overflow: 2^40 * 512 KiB < 2^60
+  check_range("key_dim", key_dim, kMaxHeadDim);
+  check_range("value_dim", value_dim, kMaxHeadDim);
   return num_heads * key_dim * (key_dim + value_dim) * size_of(DType::float32);
 }
 

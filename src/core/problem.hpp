@@ -56,7 +56,7 @@ void check_arithmetic(const GkaProblem& problem);
 GkaProblem validate_shape(const GkaShape& shape, const GkaOptions& options);
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
                             const GkaOptions& options);
-GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
+GkaProblem validate_backward(const GkaInputs& inputs, const GkaSaved& saved,
                              const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
                              const GkaOptions& options);
 

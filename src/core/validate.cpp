@@ -1,6 +1,7 @@
 // Gated KalmaNet's arguments: everything a caller can get wrong is found here, before any work.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <string>
 #include <utility>
@@ -220,6 +221,29 @@ void check_state(const char* argument, const View& view, const GkaProblem& p, in
   check_dtype(argument, view, state_dtype(p), "states are float64 where q is, else float32");
 }
 
+void check_segment_states(const char* argument, const ConstView& view, const GkaProblem& p) {
+  if (!present(view)) return;
+  const int64_t size = gka_segment_state_size(p.K, p.V);
+  check_tensor(argument, view,
+               {{"B", p.B}, {"H", p.H}, {"T/512", p.T / kSegmentTokens}, {"state", size}});
+  check_dtype(argument, view, state_dtype(p), "states are float64 where q is, else float32");
+  if (view.numel() > 0 && view.stride[3] != 1) {
+    fail(ErrorCode::invalid_shape, argument,
+         text("stride ", view.stride[3], " of its last dimension; must be 1"));
+  }
+  const GkaOptions& options = p.options;
+  if (options.backend != Backend::automatic && options.backend != Backend::cpu) {
+    fail(ErrorCode::unsupported, argument,
+         text("is for backend cpu; leave it absent with backend ", name(options.backend)));
+  }
+  if (options.chunk_size > 0 && !std::has_single_bit(static_cast<uint64_t>(options.chunk_size))) {
+    fail(ErrorCode::invalid_argument, argument,
+         text("needs chunks that end where states are kept; pass a chunk_size that is 0 or a power "
+              "of two, not ",
+              options.chunk_size, ", or leave it absent"));
+  }
+}
+
 std::vector<Named> named_inputs(const GkaInputs& in) {
   return {{"q", in.q},       {"k", in.k},
           {"v", in.v},       {"g", in.g},
@@ -251,9 +275,15 @@ GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
   check_mixed_output("residual", out.residual, p, {{"B", p.B}, {"T", p.T}, {"H", p.H}});
   check_state("h_final", out.h_final, p, p.K, "K");
   check_state("u_final", out.u_final, p, p.V, "V");
+  check_segment_states("segment_states", out.segment_states, p);
+  if (present(out.segment_states)) {
+    check_writable("segment_states", out.segment_states,
+                   {{"B", {}}, {"H", {}}, {"T/512", {}}, {"state", {}}});
+  }
   check_in_place("h_final", out.h_final, "h0", inputs.h0);
   check_in_place("u_final", out.u_final, "u0", inputs.u0);
-  const std::array<Named, 5> written = {{{"o", out.o},
+  const std::array<Named, 6> written = {{{"o", out.o},
+                                         {"segment_states", out.segment_states},
                                          {"x", out.x},
                                          {"residual", out.residual},
                                          {"h_final", out.h_final},
@@ -262,7 +292,7 @@ GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& out,
   return p;
 }
 
-GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
+GkaProblem validate_backward(const GkaInputs& inputs, const GkaSaved& saved,
                              const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
                              const GkaOptions& options) {
   check_required("d_o", output_grads.d_o, {{"B", {}}, {"T", {}}, {"H", {}}, {"V", {}}});
@@ -279,10 +309,11 @@ GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
               {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"K", p.K}});
   check_input("d_u_final", output_grads.d_u_final, state_dtype(p),
               {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}});
-  if (present(saved_x)) {
-    check_tensor("saved_x", saved_x, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
-    check_mixed_dtype("saved_x", saved_x, p.dtype);
+  if (present(saved.x)) {
+    check_tensor("saved_x", saved.x, {{"B", p.B}, {"T", p.T}, {"H", p.H}, {"K", p.K}});
+    check_mixed_dtype("saved_x", saved.x, p.dtype);
   }
+  check_segment_states("segment_states", saved.segment_states, p);
 
   check_output("dq", grads.dq, p, {{"B", p.B}, {"T", p.T}, {"Hq", inputs.q.size[2]}, {"K", p.K}});
   check_output("dk", grads.dk, p, {{"B", p.B}, {"T", p.T}, {"Hk", inputs.k.size[2]}, {"K", p.K}});
@@ -323,7 +354,8 @@ GkaProblem validate_backward(const GkaInputs& inputs, const ConstView& saved_x,
                                           {"d_h0", grads.d_h0},
                                           {"d_u0", grads.d_u0}}};
   std::vector<Named> read = named_inputs(inputs);
-  read.insert(read.end(), {{"saved_x", saved_x},
+  read.insert(read.end(), {{"saved_x", saved.x},
+                           {"segment_states", saved.segment_states},
                            {"d_o", output_grads.d_o},
                            {"d_h_final", output_grads.d_h_final},
                            {"d_u_final", output_grads.d_u_final}});

@@ -32,17 +32,17 @@ class CpuBackend final : public core::GkaBackend {
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return cpu::forward(problem, outputs);
   }
-  GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+  GkaReport backward(const core::GkaProblem& problem, const GkaSaved& saved,
                      const GkaOutputGrads& output_grads,
                      const GkaInputGrads& grads) const override {
-    return cpu::backward(problem, saved_x, output_grads, grads);
+    return cpu::backward(problem, saved, output_grads, grads);
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return cpu::step(problem, outputs);
   }
   int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
-                          bool saved_x) const override {
-    return cpu::workspace_bytes(operation, problem, saved_x);
+                          const GkaShape& shape) const override {
+    return cpu::workspace_bytes(operation, problem, shape);
   }
 };
 

@@ -190,7 +190,7 @@ void key_products(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
 // r^2-fold. So a chunk solved in float64 has its products summed in float64 too (Vec = Wide).
 template <class Vec, class S>
 void ridge_norms(Chunk<S>& c, const S* h, bool h_is_zero, S* hk_lanes) {
-  c.start_norm2 = h_is_zero ? 0.0 : squared_norm<Vec>(h, c.Kp, c.K, c.Kp);
+  c.start_norm2 = h_is_zero ? 0.0 : symmetric_squared_norm<Vec>(h, c.Kp, c.K);
   key_products<Vec>(c, h, h_is_zero, hk_lanes);
   const ChunkDecay<S>& d = *c.h_decay;
   for (int64_t t = 0; t < kLanes; ++t) {

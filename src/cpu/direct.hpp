@@ -219,6 +219,14 @@ int direct_steps(double ratio, double tolerance) {
   return steps > 0.0 ? static_cast<int>(steps) : 0;
 }
 
+// The largest ratio for which direct_steps says `steps`, but for rounding.
+template <class Vec>
+double widest_ratio(int steps, double tolerance) {
+  const double r = std::pow(tolerance / 2, 1.0 / (steps + 1));
+  const double root = (1.0 + r) / (1.0 - r);
+  return root * root * (1.0 - 1e-9);
+}
+
 // (I + delta_t M_t^{-1}) x_t = M_t^{-1} b_t for every token of the chunk that append_chunk and
 // load_shifts took last. b, x, other: [Kp][t]; returns which of x and other holds the solution.
 template <class Vec, class B>

@@ -113,6 +113,7 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
   // A new block for one, two, ... chunks: the shifts of later ones by extrapolation.
   double best = 0.0;
   double sum = 0.0;
+  int64_t expected = 0;  // chunks that the cheapest block would have
   for (int64_t l = 1; l <= window_chunks && l <= d.capacity; ++l) {
     const double tail = r.slope * own * static_cast<double>(l - 1);
     const double high = r.high * std::exp(tail);
@@ -127,6 +128,7 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
     if (l == 1 || sum < best) {
       best = sum;
       plan.mu = std::sqrt(high * r.low);
+      expected = l;
     }
   }
   plan.way = ChunkWay::new_block;
@@ -147,6 +149,12 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
   if (plan.way == ChunkWay::new_block) {
     const double ratio = r.high / plan.mu > plan.mu / r.low ? r.high / plan.mu : plan.mu / r.low;
     plan.steps = direct_steps<Vec>(ratio, tolerance);
+    if (expected > 1) {
+      // Shifts mostly grow: as large a mu as these steps allow for the smallest of them leaves the
+      // most room for the chunks to come.
+      const double largest = r.low * widest_ratio<Vec>(plan.steps, tolerance);
+      plan.mu = largest > plan.mu ? largest : plan.mu;
+    }
   }
   const bool overflows = plan.way == ChunkWay::new_block && r.since_start < kSmallestDecay;
   if (overflows || costs.chebyshev(fallback) < best) {

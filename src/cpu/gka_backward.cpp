@@ -19,6 +19,7 @@ struct Backward {
   const GkaKernels<S>& table;
   const core::GkaProblem& problem;
   const ConstView& saved_x;
+  const ConstView& segment_states;
   const GkaOutputGrads& output_grads;
   const GkaInputGrads& grads;
   int64_t chunk_size;
@@ -27,12 +28,9 @@ struct Backward {
   int64_t V() const { return problem.V; }
   int64_t floats() const { return state_floats(problem.K, problem.V); }
 
-  // About sqrt(chunks) chunks a segment: the states before each segment and before each chunk of
-  // one segment are what is kept, 2 sqrt(chunks) of them instead of one a chunk.
   Segments segments_of(const core::Sequence& sequence) const {
-    const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
-    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))));
-    return cut(sequence, chunk_size, whole_windows(root, problem.options.solver));
+    return backward_segments(sequence, chunk_size, problem.options.solver,
+                             segment_states.defined());
   }
   int64_t chunk_state_floats(const Segments& s) const { return (s.tokens / chunk_size) * floats(); }
 
@@ -63,13 +61,33 @@ struct Backward {
     return job;
   }
 
+  // The states before segment i; `starts`: those of all segments or, where they were saved, of the
+  // first.
+  S* start_of(const Unit& unit, const Segments& s, int64_t i, S* starts) const {
+    if (i == 0 || !segment_states.defined()) return starts + i * floats();
+    return segment_states_of<S>(segment_states, unit.sequence->row, unit.head).at(s.begin_of(i));
+  }
+  // Fills `starts`; h, u: which of the two.
+  int64_t start_floats(const Segments& s) const {
+    return (segment_states.defined() ? 1 : s.count) * floats();
+  }
+  void scan_starts(const Unit& unit, Segments s, S* starts, bool h, bool u, S* scratch) const {
+    if (segment_states.defined()) s.count = 1;
+    scan_segment_states(table, problem, unit, s, chunk_size, starts, h, u, scratch);
+  }
+
+  // The kernels carry D as D' + omega H: omega is 0 at first, and H the state before the sequence
+  // at last.
   void load_carry(const Unit& unit, const StateBuffers<S>& carry) const {
     const int64_t n = unit.sequence->index;
     load_state(output_grads.d_h_final, n, unit.head, K(), K(), carry.h);
     load_state(output_grads.d_u_final, n, unit.head, K(), V(), carry.u);
   }
-  void store_carry(const Unit& unit, const StateBuffers<S>& carry) const {
-    const int64_t n = unit.sequence->index;
+  void store_carry(const Unit& unit, const StateBuffers<S>& carry, double omega, const S* h) const {
+    const int64_t n = unit.sequence->index, floats = padded(K()) * padded(K());
+    for (int64_t i = 0; grads.d_h0.defined() && i < floats; ++i) {
+      carry.h[i] = static_cast<S>(carry.h[i] + omega * h[i]);
+    }
     store_state(carry.h, grads.d_h0, n, unit.head, K(), K());
     store_state(carry.u, grads.d_u0, n, unit.head, K(), V());
   }
@@ -84,8 +102,10 @@ int64_t lease_floats(const Backward<S>& b, const Segments& s) {
 }
 
 template <class S>
-void assign_lease(const Backward<S>& b, const Segments& s, S* lease, GkaBackwardJob<S>& job) {
+void assign_lease(const Backward<S>& b, const Segments& s, S* lease, double* omega,
+                  GkaBackwardJob<S>& job) {
   job.carry = state_at(lease, b.K());
+  job.carry_weight = omega;
   job.chunk_states = lease + b.floats();
   job.scratch = lease + b.floats() + b.chunk_state_floats(s);
 }
@@ -96,21 +116,22 @@ void backward_head(const Backward<S>& b, const Unit& unit, const SharedGradients
                    SolverCount& count) {
   const Segments s = b.segments_of(*unit.sequence);
   // One lease for all, so that a call in steady state allocates nothing.
-  const int64_t start_floats = s.count * b.floats();
+  const int64_t start_floats = b.start_floats(s);
   ScratchLease<S> whole(start_floats + lease_floats(b, s));
   S* const starts = whole.data();
   S* const lease = starts + start_floats;
-  scan_segment_states(b.table, b.problem, unit, s, b.chunk_size, starts, true, true, lease);
+  b.scan_starts(unit, s, starts, true, true, lease);
+  double omega = 0;
   b.load_carry(unit, state_at(lease, b.K()));
   for (int64_t i = s.count - 1; i >= 0; --i) {
-    GkaBackwardJob<S> job = b.job_of(unit, s, i, starts + i * b.floats());
-    assign_lease(b, s, lease, job);
+    GkaBackwardJob<S> job = b.job_of(unit, s, i, b.start_of(unit, s, i, starts));
+    assign_lease(b, s, lease, &omega, job);
     shared.redirect(job);
     job.count = &count;
     b.table.gka_backward(job);
   }
   shared.finish(unit.head);
-  b.store_carry(unit, state_at(lease, b.K()));
+  b.store_carry(unit, state_at(lease, b.K()), omega, starts);
 }
 
 // Three passes: states before all segments, all segments' solves, then the gradients in order.
@@ -123,14 +144,17 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
     int64_t segment;
   };
   std::vector<Segments> segments(units.size());
-  std::vector<int64_t> first_state(units.size());
+  std::vector<int64_t> first_piece(units.size()), first_state(units.size());
+  int64_t state_floats = 0;
   std::vector<Piece> pieces;
   for (size_t i = 0; i < units.size(); ++i) {
     segments[i] = b.segments_of(*units[i].sequence);
-    first_state[i] = static_cast<int64_t>(pieces.size()) * b.floats();
+    first_piece[i] = static_cast<int64_t>(pieces.size());
+    first_state[i] = state_floats;
+    state_floats += b.start_floats(segments[i]);
     for (int64_t j = 0; j < segments[i].count; ++j) pieces.push_back({i, j});
   }
-  ScratchLease<S> states(static_cast<int64_t>(pieces.size()) * b.floats());
+  ScratchLease<S> states(state_floats);
   S* const starts = states.data();
   const int64_t row_floats = problem.H * problem.K;
   const int64_t solution_floats = problem.B * problem.T * row_floats;
@@ -144,17 +168,17 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
     const auto i = static_cast<size_t>(task / 2);
     const bool h = task % 2 == 0;
     ScratchLease<S> scratch(scan_scratch_floats(b.K(), b.V()));
-    scan_segment_states(b.table, problem, units[i], segments[i], b.chunk_size,
-                        starts + first_state[i], h, !h, scratch.data());
+    b.scan_starts(units[i], segments[i], starts + first_state[i], h, !h, scratch.data());
   });
   counts.resize(pieces.size());
   const auto run_piece = [&](size_t p, typename GkaBackwardJob<S>::Phase phase, S* lease,
-                             const SharedGradients* shared) {
+                             double* omega, const SharedGradients* shared) {
     const Piece& piece = pieces[p];
     const Unit& unit = units[piece.unit];
-    GkaBackwardJob<S> job = b.job_of(unit, segments[piece.unit], piece.segment,
-                                     starts + first_state[piece.unit] + piece.segment * b.floats());
-    assign_lease(b, segments[piece.unit], lease, job);
+    const Segments& s = segments[piece.unit];
+    S* const start = b.start_of(unit, s, piece.segment, starts + first_state[piece.unit]);
+    GkaBackwardJob<S> job = b.job_of(unit, s, piece.segment, start);
+    assign_lease(b, s, lease, omega, job);
     job.phase = phase;
     job.z_rows = solution_rows(z, unit);
     if (!b.saved_x.defined()) job.x_rows = solution_rows(x, unit);
@@ -165,7 +189,7 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
   problem.executor->run(static_cast<int64_t>(pieces.size()), [&](int64_t p) {
     const auto at = static_cast<size_t>(p);
     ScratchLease<S> lease(lease_floats(b, segments[pieces[at].unit]));
-    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data(), nullptr);
+    run_piece(at, GkaBackwardJob<S>::solve_only, lease.data(), nullptr, nullptr);
   });
   const int64_t tasks = static_cast<int64_t>(units.size()) / group;
   problem.executor->run(tasks, [&](int64_t task) {
@@ -178,14 +202,15 @@ void backward_by_segments(const Backward<S>& b, const std::vector<Unit>& units, 
       const auto i = static_cast<size_t>(u);
       const Segments& s = segments[i];
       const StateBuffers<S> carry = state_at(lease.data(), b.K());
+      double omega = 0;
       b.load_carry(units[i], carry);
-      const auto first = static_cast<size_t>(first_state[i] / b.floats());
+      const auto first = static_cast<size_t>(first_piece[i]);
       for (int64_t j = s.count - 1; j >= 0; --j) {
         run_piece(first + static_cast<size_t>(j), GkaBackwardJob<S>::gradients_only, lease.data(),
-                  &shared);
+                  &omega, &shared);
       }
       shared.finish(units[i].head);
-      b.store_carry(units[i], carry);
+      b.store_carry(units[i], carry, omega, starts + first_state[i]);
     }
   });
 }
@@ -199,16 +224,17 @@ void pass_carry_through(const Backward<S>& b) {
     const StateBuffers<S> carry = state_at(lease.data(), b.K());
     for (int64_t head = 0; head < b.problem.H; ++head) {
       b.load_carry({&sequence, head}, carry);
-      b.store_carry({&sequence, head}, carry);
+      b.store_carry({&sequence, head}, carry, 0.0, carry.h);
     }
   }
 }
 
 template <class S>
-GkaReport backward_stored(const core::GkaProblem& problem, const ConstView& saved_x,
+GkaReport backward_stored(const core::GkaProblem& problem, const GkaSaved& saved,
                           const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
   GkaReport report{Backend::cpu, instruction_set(), chosen_chunk_size(problem), 0, 0};
-  const Backward<S> b{kernels_of<S>(kernels()), problem, saved_x, output_grads, grads,
+  const Backward<S> b{kernels_of<S>(kernels()), problem,      saved.x,
+                      saved.segment_states,     output_grads, grads,
                       report.chunk_size};
   const std::vector<Unit> units = units_of(problem);
   const int64_t group = std::lcm(std::lcm(problem.q_group, problem.k_group), problem.v_group);
@@ -234,11 +260,11 @@ GkaReport backward_stored(const core::GkaProblem& problem, const ConstView& save
 
 }  // namespace
 
-GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+GkaReport backward(const core::GkaProblem& problem, const GkaSaved& saved,
                    const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
   return problem.dtype == DType::float64
-             ? backward_stored<double>(problem, saved_x, output_grads, grads)
-             : backward_stored<float>(problem, saved_x, output_grads, grads);
+             ? backward_stored<double>(problem, saved, output_grads, grads)
+             : backward_stored<float>(problem, saved, output_grads, grads);
 }
 
 }  // namespace kalmanet::cpu

@@ -12,6 +12,11 @@
 //        - sum_{i>=t} M_it ( z_i (x_i . k_t) + x_i (z_i . k_t) )
 //   E <- e^{Gamma_C} E + scale sum_i e^{Gamma_i} m_i do_i^T
 //   D <- e^{G_C} D - sum_i e^{G_i} z_i x_i^T - (sum_i w_i e^{2G_i}) H_0 - sum_j h_j k_j k_j^T
+//
+// D's part along H is carried as a number, D = D' + omega H: so no update has to read H_0. With
+// omega of the chunk's end, H_C = e^{G_C} H_0 + sum_j e^{G_C-G_j} k_j k_j^T adds
+//   -omega e^{G_C} e^{G_C-G_t} to h_t      -omega e^{G_C-G_t} e^{G_C-G_j} to P_tj
+// and omega <- omega e^{2G_C} - sum_i w_i e^{2G_i}.
 #pragma once
 
 #include "cpu/gka_backward_gradients.hpp"
@@ -45,6 +50,7 @@ void backward_solve(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBac
                     const StateBuffers<S>& start, const ChunkPlace& place) {
   Chunk<S>& c = b.c;
   const int64_t t0 = place.t0, n = place.n;
+  for (double& product : b.z_h_x) product = 0.0;
   load_chunk<Vec>(c, job.in, t0, n);
   if (place.h_is_zero) {
     ridge_norms<typename Vec::Wide>(c, start.h, true, b.hk);
@@ -78,6 +84,10 @@ void backward_solve(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBac
   }
   lanes_dot<Vec>(b.z, b.x, c.K, b.z_dot_x);
   lanes_dot<Vec>(b.dm, b.x, c.K, b.dm_dot_x);
+  // While the caches hold H_0; the right-hand side's room is free.
+  if (!place.h_is_zero && job.dgk.data != nullptr) {
+    state_products<Vec>(b, start.h, work.out_k, b.z_h_x);
+  }
 }
 
 template <class Vec, class S = typename Vec::Elem>
@@ -98,10 +108,8 @@ void backward_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work,
   pair_products<Vec>(b, work, scale);
   gradient_of_values<Vec>(b, work, job.carry.u);
   gradient_of_keys<Vec>(b, work, job.carry.h, job.carry.u, h_is_zero, scale);
-  // The solver's second buffer is free by now, whichever holds z.
-  S* free_lanes = b.z == b.solve_z[0] ? b.solve_z[1] : b.solve_z[0];
-  gradient_of_gates<Vec>(b, work, job, start, h_is_zero, free_lanes);
-  carry_gradients<Vec>(b, work, job, start.h, h_is_zero, scale);
+  gradient_of_gates<Vec>(b, work, job, start, h_is_zero);
+  carry_gradients<Vec>(b, work, job, scale);
   store_gradients<Vec>(b, work, job);
 }
 

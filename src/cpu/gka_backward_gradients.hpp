@@ -10,7 +10,7 @@
 
 namespace kalmanet::cpu {
 
-// w_t, h_t and P; the gradients of alpha and of the ridge ratio.
+// w_t, h_t and P, the carried weight taken in; the gradients of alpha and of the ridge ratio.
 template <class Vec, class S = typename Vec::Elem>
 void ridge_gradient(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job) {
   Chunk<S>& c = b.c;
@@ -35,6 +35,18 @@ void ridge_gradient(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBac
       for (int64_t j = 0; j < kLanes; ++j) work.p[t * kLanes + j] += weight * mi[j];
     }
   }
+  // omega H_C is as one more -w_i H_i at the chunk's end.
+  const double omega = *job.carry_weight, total = d.total;
+  double h_weight = -omega * total * total;
+  for (int64_t t = 0; t < kLanes; ++t) {
+    h_weight += work.w[t] * d.since_start64[t] * d.since_start64[t];
+    work.h_sum[t] -= omega * total * d.to_end[t];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      work.p[t * kLanes + j] -= omega * d.to_end[t] * d.to_end[j];
+    }
+  }
+  work.omega = omega;
+  *job.carry_weight = -h_weight;
 }
 
 // The small token-by-token products that several gradients share.
@@ -90,7 +102,13 @@ void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d
     tile.each([&](int64_t at, int, Reg acc) { Vec::store(work.out_k + n * kLanes + at, acc); });
   }
   lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, work.carry_k);
-  for (int64_t t = 0; t < kLanes; ++t) work.carry_k[t] *= 0.5;
+  // Of omega H_C its product with k_t alone: the rest is in h_t and P.
+  for (int64_t t = 0; t < kLanes; ++t) {
+    const S* const to_end = c.h_decay->to_end;
+    double k_h_k = static_cast<double>(c.h_decay->total) * c.kappa[t];  // k_t^T H_C k_t
+    for (int64_t j = 0; j < c.n; ++j) k_h_k += to_end[j] * c.gram2[j][t];
+    work.carry_k[t] = 0.5 * work.carry_k[t] + work.omega * to_end[t] * k_h_k;
+  }
 
   // Weights [4 * kLanes][t] of the stacked rows m, z, k, x.
   alignas(64) S s[4 * kLanes * kLanes];
@@ -132,43 +150,10 @@ void gradient_of_keys(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const S* d
   }
 }
 
-// z_t^T H_0 x_t. Where few keys have been seen z and x are long and all but orthogonal to them: the
-// product is then a small part of |z| |H_0| |x| and needs float64. Random vectors beside a mature
-// state come to about 1 / K of it.
-template <class Vec>
-void state_products(const BackwardChunk<Vec>& b, const typename Vec::Elem* h,
-                    typename Vec::Elem* zh, double* z_h_x) {
-  constexpr double kSmallestShare = 1e-3;
-  const auto& c = b.c;
-  lanes_product<Vec>(h, c.Kp, c.K, c.Kp, b.z, zh);
-  lanes_dot<Vec>(zh, b.x, c.K, z_h_x);
-  if constexpr (!kHasWider<Vec>) return;
-  double x2[kLanes], z2[kLanes], product2 = 0.0, size2 = 0.0;
-  lanes_dot<Vec>(b.x, b.x, c.K, x2);
-  lanes_dot<Vec>(b.z, b.z, c.K, z2);
-  for (int64_t t = 0; t < c.n; ++t) {
-    product2 += z_h_x[t] * z_h_x[t];
-    size2 += x2[t] * z2[t] * c.start_norm2;
-  }
-  if (!(product2 < kSmallestShare * kSmallestShare * size2)) return;
-  using WideTile = Tile<typename Vec::Wide>;
-  alignas(64) double product[WideTile::kRows * kLanes];
-  for (int64_t t = 0; t < kLanes; ++t) z_h_x[t] = 0.0;
-  for (int64_t n = 0; n < c.Kp; n += WideTile::kRows) {
-    WideTile tile;
-    tile.clear();
-    tile.accumulate(h + n, c.Kp, c.K, b.z);
-    tile.store(product);
-    for (int64_t i = 0; i < WideTile::kRows * kLanes; ++i) {
-      z_h_x[i % kLanes] += product[i] * b.x[n * kLanes + i];
-    }
-  }
-}
-
 // dgk and dg of the chunk's tokens, from D, E (after the chunk) and H_0, U_0.
 template <class Vec, class S = typename Vec::Elem>
 void gradient_of_gates(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job,
-                       const StateBuffers<S>& start, bool h_is_zero, S* zh) {
+                       const StateBuffers<S>& start, bool h_is_zero) {
   Chunk<S>& c = b.c;
   double out[kLanes];
   if (job.dg.data != nullptr) {
@@ -188,8 +173,6 @@ void gradient_of_gates(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const Gka
     for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dg, c.t0 + t, out[t]);
   }
   if (job.dgk.data == nullptr) return;
-  double z_h_x[kLanes] = {};
-  if (!h_is_zero) state_products<Vec>(b, start.h, zh, z_h_x);
   Interactions<Vec> h;
   const ChunkDecay<S>& d = *c.h_decay;
   for (int64_t i = 0; i < c.n; ++i) {
@@ -204,20 +187,26 @@ void gradient_of_gates(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const Gka
           -mi[j] * (static_cast<double>(work.z_k[i * kLanes + j]) * work.x_k[i * kLanes + j] +
                     work.w[i] * k_h_k);
     }
-    h.a[i][kLanes] = -e * (z_h_x[i] + work.w[i] * start_norm);
+    h.a[i][kLanes] = -e * (b.z_h_x[i] + work.w[i] * start_norm);
     h.a[kLanes][i] = work.carry_k[i];
   }
-  h.a[kLanes][kLanes] =
-      h_is_zero ? 0.0 : d.total * frobenius_dot<Vec>(job.carry.h, start.h, c.Kp, c.K, c.Kp);
+  h.a[kLanes][kLanes] = 0.0;
+  if (!h_is_zero) {  // <D', H_0> + omega <H_C, H_0>
+    const double total = d.total;
+    double of_h = total * c.start_norm2;
+    for (int64_t j = 0; j < c.n; ++j) of_h += d.to_end[j] * c.kappa[j];
+    h.a[kLanes][kLanes] =
+        total * (frobenius_dot<Vec>(job.carry.h, start.h, c.Kp, c.K, c.Kp) + work.omega * of_h);
+  }
   for (int64_t i = c.n; i < kLanes; ++i) h.a[i][kLanes] = 0.0;
   h.crossing_sums(c.n, out);
   for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dgk, c.t0 + t, out[t]);
 }
 
-// D and E from after the chunk to before it. Consumes stack_rows.
+// D' and E from after the chunk to before it. Consumes stack_rows.
 template <class Vec, class S = typename Vec::Elem>
 void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBackwardJob<S>& job,
-                     const S* h, bool h_is_zero, S scale) {
+                     S scale) {
   Chunk<S>& c = b.c;
   const ChunkDecay<S>& dh = *c.h_decay;
   const ChunkDecay<S>& du = *c.u_decay;
@@ -225,11 +214,9 @@ void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
   S* m_rows = work.stack_rows;
   S* z_rows = m_rows + kLanes * row;
   const S* k_rows = z_rows + kLanes * row;
-  double h_weight = 0.0;
   for (int64_t i = 0; i < kLanes; ++i) {
     const S wm = scale * du.since_start[i];
     const S wz = -dh.since_start[i];
-    h_weight += work.w[i] * dh.since_start[i] * dh.since_start[i];
     for (int64_t n = 0; n < row; ++n) {
       m_rows[i * row + n] *= wm;
       z_rows[i * row + n] *= wz;
@@ -244,14 +231,8 @@ void carry_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
       weighted_keys[i * row + n] = static_cast<S>(-work.h_sum[i] * k_rows[i * row + n]);
     }
   }
-  RankUpdateFrom<S> start{job.carry.h, dh.total};
-  if (!h_is_zero && h_weight != 0.0) {
-    const double h_norm = std::sqrt(c.start_norm2);
-    start.extra = h;
-    start.weight = static_cast<S>(-h_weight * h_norm);
-    start.inner = h_norm > 0.0 ? static_cast<S>(1.0 / h_norm) : 0;
-  }
-  rank_update<Vec>(job.carry.h, start, row, c.K, row, weighted_keys, row, k_rows, row, 2 * kLanes);
+  rank_update<Vec>(job.carry.h, {job.carry.h, dh.total}, row, c.K, row, weighted_keys, row, k_rows,
+                   row, 2 * kLanes);
 }
 
 // dq; dk and dv back through beta, and dbeta.
@@ -266,13 +247,22 @@ void store_gradients(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBa
   if (job.dk.data != nullptr) store_lanes<Vec>(work.out_k, beta, job.dk, c.t0, c.n, c.K);
   if (job.dv.data != nullptr) store_lanes<Vec>(work.out_v, beta, job.dv, c.t0, c.n, c.V);
   if (job.dbeta.data != nullptr) {
-    // With the keys and values as they came: dividing by beta would fail where it is zero.
+    // The lanes hold beta k and beta v. Where beta is all but zero, k and v are read again: as they
+    // came.
+    constexpr double kSmallestBeta = 0x1p-20;
+    bool divide = true;
+    for (int64_t t = 0; t < c.n; ++t) divide = divide && std::abs(beta[t]) >= kSmallestBeta;
+    if (!divide) {
+      load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
+      load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
+    }
     double dk_k[kLanes], dv_v[kLanes];
-    load_lanes<Vec>(in.k, c.t0, c.n, c.K, c.k_lanes);
-    load_lanes<Vec>(in.v, c.t0, c.n, c.V, b.v_lanes);
     lanes_dot<Vec>(work.out_k, c.k_lanes, c.K, dk_k);
     lanes_dot<Vec>(work.out_v, b.v_lanes, c.V, dv_v);
-    for (int64_t t = 0; t < c.n; ++t) set_value<S>(job.dbeta, c.t0 + t, dk_k[t] + dv_v[t]);
+    for (int64_t t = 0; t < c.n; ++t) {
+      const double own = divide ? static_cast<double>(beta[t]) : 1.0;
+      set_value<S>(job.dbeta, c.t0 + t, (dk_k[t] + dv_v[t]) / own);
+    }
   }
   if (job.dq.data != nullptr) {
     using Reg = typename Vec::Reg;

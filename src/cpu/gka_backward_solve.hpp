@@ -18,6 +18,7 @@ struct BackwardChunk {
   S* hk;          // lanes: H_0 k_t
   S *v_lanes, *do_lanes;
   double z_dot_x[kLanes], dm_dot_x[kLanes];
+  double z_h_x[kLanes];  // z_t^T H_0 x_t
 };
 
 // What one chunk after the other uses: the solvers, and room for a chunk's gradients.
@@ -31,6 +32,7 @@ struct BackwardWork {
   S* stack_rows;  // [4 * kLanes][Kp]: rows of m, z, k, x, in this order
   S* out_k;       // lanes [Kp][t]: dq, dk
   S *do_rows, *out_v;
+  double omega;                   // the carried weight after the chunk
   double w[kLanes];               // w_t; with h_t and P in float64, for 1 / f^3 overflows float32
   double h_sum[kLanes];           // h_t
   double p[kLanes * kLanes];      // P
@@ -93,6 +95,39 @@ void gradient_of_mix(BackwardChunk<Vec>& b, const S* u, S scale, S* inter) {
     tile.accumulate(c.k_rows + n, c.Kp, c.n, s);
     tile.each(
         [&](int64_t at, int, Reg acc) { Vec::store(b.dm + n * kLanes + at, Vec::mul(gain, acc)); });
+  }
+}
+
+// z_t^T H_0 x_t. Where few keys have been seen z and x are long and all but orthogonal to them: the
+// product is then a small part of |z| |H_0| |x| and needs float64. Random vectors beside a mature
+// state come to about 1 / K of it.
+template <class Vec>
+void state_products(const BackwardChunk<Vec>& b, const typename Vec::Elem* h,
+                    typename Vec::Elem* zh, double* z_h_x) {
+  constexpr double kSmallestShare = 1e-3;
+  const auto& c = b.c;
+  lanes_product<Vec>(h, c.Kp, c.K, c.Kp, b.z, zh);
+  lanes_dot<Vec>(zh, b.x, c.K, z_h_x);
+  if constexpr (!kHasWider<Vec>) return;
+  double x2[kLanes], z2[kLanes], product2 = 0.0, size2 = 0.0;
+  lanes_dot<Vec>(b.x, b.x, c.K, x2);
+  lanes_dot<Vec>(b.z, b.z, c.K, z2);
+  for (int64_t t = 0; t < c.n; ++t) {
+    product2 += z_h_x[t] * z_h_x[t];
+    size2 += x2[t] * z2[t] * c.start_norm2;
+  }
+  if (!(product2 < kSmallestShare * kSmallestShare * size2)) return;
+  using WideTile = Tile<typename Vec::Wide>;
+  alignas(64) double product[WideTile::kRows * kLanes];
+  for (int64_t t = 0; t < kLanes; ++t) z_h_x[t] = 0.0;
+  for (int64_t n = 0; n < c.Kp; n += WideTile::kRows) {
+    WideTile tile;
+    tile.clear();
+    tile.accumulate(h + n, c.Kp, c.K, b.z);
+    tile.store(product);
+    for (int64_t i = 0; i < WideTile::kRows * kLanes; ++i) {
+      z_h_x[i % kLanes] += product[i] * b.x[n * kLanes + i];
+    }
   }
 }
 

@@ -21,6 +21,8 @@ GkaForwardJob<S> forward_job(const core::GkaProblem& problem, const GkaOutputs& 
   job.o = out_rows_of(outputs.o, row, unit.head);
   job.x = out_rows_of(outputs.x, row, unit.head);
   job.residual = out_column_of(outputs.residual, row, unit.head);
+  job.segment_states = segment_states_of<S>(outputs.segment_states, row, unit.head);
+  job.sequence_begin = unit.sequence->begin;
   return job;
 }
 

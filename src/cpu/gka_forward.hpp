@@ -155,6 +155,12 @@ void gka_forward_segment(const GkaForwardJob<typename Vec::Elem>& job) {
     store_lanes<Vec>(o, nullptr, job.o, t0, n, c.V);
     advance_h<Vec>(c, job.state.h, job.state.h, narrow.m);
     advance_u<Vec>(c, job.state.u, job.state.u, narrow.m);
+    if (job.segment_states.data != nullptr && (t0 + n - job.sequence_begin) % kSegmentTokens == 0) {
+      S* const to = job.segment_states.at(t0 + n);
+      const int64_t h_floats = c.Kp * c.Kp, u_floats = c.Kp * c.Vp;
+      for (int64_t i = 0; i < h_floats; ++i) to[i] = job.state.h[i];
+      for (int64_t i = 0; i < u_floats; ++i) to[h_floats + i] = job.state.u[i];
+    }
     h_is_zero = false;
   }
 }

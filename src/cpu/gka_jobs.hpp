@@ -75,6 +75,14 @@ OutRows out_rows_of(const View& view, int64_t row, int64_t head);
 Column column_of(const ConstView& view, int64_t row, int64_t head);  // of [B,T,H]
 OutColumn out_column_of(const View& view, int64_t row, int64_t head);
 
+// A head's slots of a [B,H,slots,size] view.
+template <class S>
+SegmentStates<S> segment_states_of(const ConstView& view, int64_t row, int64_t head) {
+  if (!view.defined()) return {};
+  const int64_t at = row * view.stride[0] + head * view.stride[1];
+  return {const_cast<S*>(static_cast<const S*>(view.data)) + at, view.stride[2]};
+}
+
 // One head's state of a [N,H,rows,cols] view to and from a padded buffer
 // [padded(rows)][padded(cols)] of the view's own dtype, S. An absent view loads zeros.
 template <class S>

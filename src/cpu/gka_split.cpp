@@ -2,6 +2,7 @@
 #include "cpu/gka_split.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/dispatch.hpp"
@@ -36,6 +37,14 @@ Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_
   s.tokens = chunk_size * chunks_per_segment;
   s.count = (sequence.length() + s.tokens - 1) / s.tokens;
   return s;
+}
+
+Segments backward_segments(const core::Sequence& sequence, int64_t chunk_size, Solver solver,
+                           bool segment_states) {
+  const int64_t chunks = (sequence.length() + chunk_size - 1) / chunk_size;
+  const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))));
+  const int64_t most = segment_states ? std::min(kSegmentTokens / chunk_size, chunks) : root;
+  return cut(sequence, chunk_size, whole_windows(most, solver));
 }
 
 template <class S>

@@ -33,6 +33,12 @@ struct Segments {
 int64_t whole_windows(int64_t chunks, Solver solver);
 Segments cut(const core::Sequence& sequence, int64_t chunk_size, int64_t chunks_per_segment);
 
+// The backward's: as the saved states lie; without them about sqrt(chunks) chunks a segment, since
+// the states before each segment and before each chunk of one segment are what is kept: 2
+// sqrt(chunks) of them instead of one a chunk.
+Segments backward_segments(const core::Sequence& sequence, int64_t chunk_size, Solver solver,
+                           bool segment_states);
+
 // states[i] (state_floats each, i < segments.count) <- the states before segment i, H and/or U.
 // `scratch`: scan_scratch_floats(K, V).
 template <class S>

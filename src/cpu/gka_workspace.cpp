@@ -83,17 +83,19 @@ int64_t shared_bytes(const Sizes& s, int64_t tasks) {
   return std::min(s.threads, std::max<int64_t>(tasks, 1)) * bytes;
 }
 
-int64_t backward_bytes(const Sizes& s, int64_t group, bool saved_x) {
+int64_t backward_bytes(const Sizes& s, int64_t group, const GkaShape& shape) {
   const int64_t tasks = s.units / group;
   const bool by_units = enough_units(tasks, static_cast<int>(s.threads));
-  int64_t pieces = 0, most_segments = 0, most_states = 0;
+  // A tensor of them without elements is as good as none.
+  const bool kept_states = shape.segment_states && s.problem.T >= kSegmentTokens;
+  int64_t pieces = 0, starts = 0, most_segments = 0, most_states = 0;
   for (const core::Sequence& sequence : s.problem.sequences) {
     if (sequence.length() == 0) continue;
-    const auto root =
-        static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(s.chunks(sequence)))));
-    const Segments segments = cut(sequence, s.chunk_size, whole_windows(root, s.solver));
+    const Segments segments = backward_segments(sequence, s.chunk_size, s.solver, kept_states);
     pieces += s.problem.H * segments.count;
-    most_segments = std::max(most_segments, segments.count * s.floats);
+    const int64_t kept = kept_states ? 1 : segments.count;
+    starts += s.problem.H * kept * s.floats;
+    most_segments = std::max(most_segments, kept * s.floats);
     most_states = std::max(most_states, segments.tokens / s.chunk_size * s.floats);
   }
   const int64_t lease =
@@ -104,14 +106,15 @@ int64_t backward_bytes(const Sizes& s, int64_t group, bool saved_x) {
            s.scratch_bytes(tasks, most_segments);
   }
   const int64_t solutions = s.problem.B * s.problem.T * s.problem.H * s.K;
-  return list_bytes(s.problem, pieces) + shared_bytes(s, tasks) + s.bytes_of(pieces * s.floats) +
-         (saved_x ? 1 : 2) * s.bytes_of(solutions) +
+  return list_bytes(s.problem, pieces) + shared_bytes(s, tasks) + s.bytes_of(starts) +
+         (shape.saved_x ? 1 : 2) * s.bytes_of(solutions) +
          s.scratch_bytes(std::max(pieces, 2 * s.units), lease);
 }
 
 }  // namespace
 
-int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem, bool saved_x) {
+int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
+                        const GkaShape& shape) {
   const Sizes sizes(problem);
   // Heads of a backward task, as in backward().
   const int64_t group = std::lcm(std::lcm(problem.q_group, problem.k_group), problem.v_group);
@@ -120,7 +123,7 @@ int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
     case GkaOperation::forward:
       return forward_bytes(sizes);
     case GkaOperation::backward:
-      return backward_bytes(sizes, group, saved_x);
+      return backward_bytes(sizes, group, shape);
     case GkaOperation::step:
       break;
   }

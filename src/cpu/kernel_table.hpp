@@ -90,6 +90,16 @@ struct SolverCount {
   int64_t bf16_chunks = 0;     // with products in bfloat16
 };
 
+// GkaOutputs::segment_states of one head: the state after token p - 1 of the batch row (H, then U),
+// p a multiple of kSegmentTokens from the sequence's first token, lies in slot p / kSegmentTokens
+// - 1. Two such p are always that far apart, so each has a slot of its own in packed rows too.
+template <class S>
+struct SegmentStates {
+  S* data = nullptr;   // null: none
+  int64_t stride = 0;  // from slot to slot
+  S* at(int64_t p) const { return data + (p / kSegmentTokens - 1) * stride; }
+};
+
 // Tokens [begin, end) of one head, chunk by chunk; `state` goes from before `begin` to after `end`.
 template <class S>
 struct GkaForwardJob {
@@ -99,7 +109,9 @@ struct GkaForwardJob {
   bool h_is_zero = false;        // state.h is all zeros at `begin`
   bool starts_sequence = false;  // `begin` is the call's first token of the sequence
   StateBuffers<S> state;
-  OutRows o, x;          // x optional
+  OutRows o, x;                     // x optional
+  SegmentStates<S> segment_states;  // optional
+  int64_t sequence_begin = 0;
   OutColumn residual;    // optional
   S* scratch = nullptr;  // forward_scratch_floats(K, V)
   SolverCount* count = nullptr;
@@ -129,7 +141,10 @@ struct GkaBackwardJob {
   bool h_is_zero = false;     // start.h is all zeros
   StateBuffers<S> start;      // states before `begin` (read only)
   S* chunk_states = nullptr;  // room for the states before each chunk of the segment
-  StateBuffers<S> carry;   // D and E: gradients of the states after `end`, in; before `begin`, out
+  // D' and E, and omega (gka_backward.hpp): gradients of the states after `end`, in; before
+  // `begin`, out.
+  StateBuffers<S> carry;
+  double* carry_weight = nullptr;
   Rows saved_x;            // x of the forward; absent: solved for again
   OutRows z_rows, x_rows;  // between the phases: z, and x where saved_x is absent
   Rows d_o;

@@ -160,19 +160,16 @@ void lanes_dot(const A* a, const B* b, int64_t rows, double* dot) {
   for (int64_t t = 0; t < kLanes; ++t) dot[t] = even[t] + odd[t];
 }
 
-// What a rank update starts from: decay * from (+ weight * (inner * extra), where there is one: two
-// factors, for either alone may leave the range of float32).
+// What a rank update starts from: decay * from.
 template <class S>
 struct RankUpdateFrom {
   const S* from;
   S decay;
-  const S* extra = nullptr;
-  S weight = 0, inner = 0;
 };
 
 // M[c][n] = decay * from[c][n] + sum_{j < count} A[j][c] B[j][n] for c < rows, n < cols (a multiple
 // of kLanes). The new terms are summed first: what many chunks have gathered is the largest, and so
-// is rounded once. M, from and extra are row-major with stride ldm, A and B with lda and ldb.
+// is rounded once. M and from are row-major with stride ldm, A and B with lda and ldb.
 template <class Vec, int kRows, int kVecs, class S>
 KALMANET_INLINE void rank_update_block(S* m, const RankUpdateFrom<S>& start, int64_t at,
                                        int64_t ldm, const S* a, int64_t lda, const S* b,
@@ -193,18 +190,6 @@ KALMANET_INLINE void rank_update_block(S* m, const RankUpdateFrom<S>& start, int
       const Reg aj = Vec::set1(a[j * lda + r]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::fma(aj, bj[v], acc[r][v]);
-    }
-  }
-  if (start.extra != nullptr) {
-    const Reg weight = Vec::set1(start.weight), inner = Vec::set1(start.inner);
-    const S* const extra = start.extra + at;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        const Reg e = Vec::mul(inner, Vec::load(extra + r * ldm + v * Vec::kWidth));
-        acc[r][v] = Vec::fma(weight, e, acc[r][v]);
-      }
     }
   }
   const Reg d = Vec::set1(start.decay);
@@ -284,6 +269,19 @@ double squared_norm(const S* m, int64_t ld, int64_t rows, int64_t cols) {
     const double e = m[c * ld + n];
     return e * e;
   });
+}
+
+// The same of a symmetric matrix [ld][ld] with rows < K: blocks of kLanes above the diagonal count
+// twice, those below are not read.
+template <class Vec, class S>
+double symmetric_squared_norm(const S* m, int64_t ld, int64_t K) {
+  double diagonal = 0.0, above = 0.0;
+  for (int64_t c = 0; c < K; c += kLanes) {
+    const int64_t rows = K - c < kLanes ? K - c : kLanes, next = c + kLanes;
+    diagonal += squared_norm<Vec>(m + c * ld + c, ld, rows, kLanes);
+    if (next < ld) above += squared_norm<Vec>(m + c * ld + next, ld, rows, ld - next);
+  }
+  return diagonal + 2.0 * above;
 }
 
 // <M, N> of two row-major [rows, cols] blocks with the same stride, cols a multiple of kLanes.

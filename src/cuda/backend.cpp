@@ -152,14 +152,14 @@ class CudaBackend final : public core::GkaBackend {
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return run(problem, outputs, true);
   }
-  GkaReport backward(const core::GkaProblem&, const ConstView&, const GkaOutputGrads&,
+  GkaReport backward(const core::GkaProblem&, const GkaSaved&, const GkaOutputGrads&,
                      const GkaInputGrads&) const override {
     throw Error(ErrorCode::unsupported, "backend",
                 "the cuda backend has no backward yet; pass backend cpu, with tensors in the "
                 "processor's memory");
   }
   int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
-                          bool) const override {
+                          const GkaShape&) const override {
     if (operation == GkaOperation::backward) backward(problem, {}, {}, {});
     const DeviceInfo& device = device_info();
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);

@@ -22,15 +22,15 @@ class ReferenceBackend final : public core::GkaBackend {
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return reference::forward<double>(problem, outputs);
   }
-  GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,
+  GkaReport backward(const core::GkaProblem& problem, const GkaSaved& saved,
                      const GkaOutputGrads& output_grads,
                      const GkaInputGrads& grads) const override {
-    return reference::backward<double>(problem, saved_x, output_grads, grads);
+    return reference::backward<double>(problem, saved.x, output_grads, grads);
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
     return reference::forward<double>(problem, outputs);
   }
-  int64_t workspace_bytes(GkaOperation, const core::GkaProblem&, bool) const override {
+  int64_t workspace_bytes(GkaOperation, const core::GkaProblem&, const GkaShape&) const override {
     throw Error(ErrorCode::unsupported, "backend",
                 "the reference backend does not say how much memory it takes; ask about the cpu");
   }

@@ -68,6 +68,7 @@ inline kalmanet_gka_outputs c_outputs(const GkaOutputs& out) {
   c.u_final = c_tensor(out.u_final);
   c.x = c_tensor(out.x);
   c.residual = c_tensor(out.residual);
+  c.segment_states = c_tensor(out.segment_states);
   return c;
 }
 
@@ -125,10 +126,11 @@ template <class T>
 kalmanet_status c_backward(const kalmanet_gka_plan* plan, Case<T>& c,
                            kalmanet_gka_report* report = nullptr, bool saved_x = true) {
   const kalmanet_gka_inputs in = c_inputs(c.inputs());
-  const kalmanet_tensor x = c_tensor(c.x.view());
+  kalmanet_gka_saved saved = KALMANET_GKA_SAVED_INIT;
+  saved.x = c_tensor(c.x.view());
   const kalmanet_gka_output_grads d_out = c_output_grads(c.output_grads());
   const kalmanet_gka_input_grads grads = c_input_grads(c.grads());
-  return kalmanet_gka_backward(plan, &in, saved_x ? &x : nullptr, &d_out, &grads, report);
+  return kalmanet_gka_backward(plan, &in, saved_x ? &saved : nullptr, &d_out, &grads, report);
 }
 
 }  // namespace kalmanet::testing

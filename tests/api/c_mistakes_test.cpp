@@ -42,7 +42,7 @@ struct Call {
   kalmanet_gka_options options = KALMANET_GKA_OPTIONS_INIT;
   kalmanet_gka_inputs in = testing::c_inputs(c.inputs());
   kalmanet_gka_outputs out = testing::c_outputs(c.outputs());
-  kalmanet_tensor saved_x = testing::c_tensor(c.x.view());
+  kalmanet_gka_saved saved = {sizeof(kalmanet_gka_saved), 0, testing::c_tensor(c.x.view()), {}};
   kalmanet_gka_output_grads d_out = testing::c_output_grads(c.output_grads());
   kalmanet_gka_input_grads grads = testing::c_input_grads(c.grads());
   kalmanet_gka_report report = KALMANET_GKA_REPORT_INIT;
@@ -64,7 +64,7 @@ struct Call {
     if (operation == forward) status = kalmanet_gka_forward(p, i, o, &report);
     if (operation == step) status = kalmanet_gka_step(p, i, o, &report);
     if (operation == backward) {
-      status = kalmanet_gka_backward(p, i, &saved_x, no_d_out ? nullptr : &d_out,
+      status = kalmanet_gka_backward(p, i, &saved, no_d_out ? nullptr : &d_out,
                                      no_grads ? nullptr : &grads, &report);
     }
     kalmanet_gka_plan_destroy(plan);
@@ -211,8 +211,16 @@ TEST(CMistakes, OfTheBackward) {
       {"no d_o", [](Call& m) { m.d_out.d_o = {}; }, KALMANET_INVALID_ARGUMENT, "d_o", "required"},
       {"the gradient of what is absent", [](Call& m) { m.in.alpha = {}; },
        KALMANET_INVALID_ARGUMENT, "dalpha", "the input alpha is absent"},
-      {"saved x of another T", [](Call& m) { m.saved_x.size[1] = 4; }, KALMANET_INVALID_SHAPE,
+      {"saved x of another T", [](Call& m) { m.saved.x.size[1] = 4; }, KALMANET_INVALID_SHAPE,
        "saved_x", "[2, 4, 4, 6]"},
+      {"saved of size 5", [](Call& m) { m.saved.struct_size = 5; }, KALMANET_INVALID_ARGUMENT,
+       "saved", "struct_size is 5"},
+      {"segment states of rank 1",
+       [](Call& m) {
+         m.saved.segment_states = m.saved.x;
+         m.saved.segment_states.rank = 1;
+       },
+       KALMANET_INVALID_SHAPE, "segment_states", "[B, H, T/512, state]"},
       {"dk in float64", [](Call& m) { m.grads.dk.dtype = KALMANET_FLOAT64; },
        KALMANET_INVALID_DTYPE, "dk", "float64"},
   };

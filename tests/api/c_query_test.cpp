@@ -164,22 +164,24 @@ TEST(CQuery, WorkspaceBytes) {
   const testing::CPlan plan;
   kalmanet_gka_shape shape = KALMANET_GKA_SHAPE_INIT;
   shape.B = 2;
-  shape.T = 300;
+  shape.T = 600;
   shape.H = 4;
   shape.K = 32;
   shape.V = 24;
   shape.Hk = 2;
   shape.saved_x = 0;
+  shape.segment_states = 1;
   GkaShape cpp;
   cpp.B = 2;
-  cpp.T = 300;
+  cpp.T = 600;
   cpp.H = 4;
   cpp.K = 32;
   cpp.V = 24;
   cpp.Hk = 2;
   cpp.saved_x = false;
+  cpp.segment_states = true;
   int64_t bytes = 0;
-  const std::vector<int64_t> offsets = {0, 100, 300};
+  const std::vector<int64_t> offsets = {0, 60, 600};
   for (bool packed : {false, true}) {
     if (packed) {
       shape.B = cpp.B = 1;

@@ -26,14 +26,16 @@ using testing::ok;
 constexpr GkaOperation kOperations[] = {GkaOperation::forward, GkaOperation::backward,
                                         GkaOperation::step};
 
-void run(GkaOperation operation, Case<float>& c, const GkaOptions& options, bool saved_x) {
+// Of the forward, for the backward.
+enum class Saved { nothing, x, x_and_states };
+
+void run(GkaOperation operation, Case<float>& c, const GkaOptions& options, const GkaSaved& saved) {
   switch (operation) {
     case GkaOperation::forward:
       gka_forward(c.inputs(), c.outputs(), options);
       return;
     case GkaOperation::backward:
-      gka_backward(c.inputs(), saved_x ? c.x.view() : ConstView(), c.output_grads(), c.grads(),
-                   options);
+      gka_backward(c.inputs(), saved, c.output_grads(), c.grads(), options);
       return;
     case GkaOperation::step:
       gka_step(c.inputs(), c.outputs(), options);
@@ -43,14 +45,25 @@ void run(GkaOperation operation, Case<float>& c, const GkaOptions& options, bool
 
 // The most that one call holds at a time, on threads that have kept no scratch from earlier ones.
 int64_t measured(GkaOperation operation, Case<float>& c, GkaOptions options, int threads,
-                 bool saved_x) {
+                 Saved what) {
+  const CaseSpec& spec = c.spec;
+  const int64_t slots = spec.T / kSegmentTokens, size = gka_segment_state_size(spec.K, spec.V);
+  const std::vector<float> states(static_cast<size_t>(spec.B * spec.H * slots * size));
+  GkaSaved saved;
+  if (what != Saved::nothing) saved.x = c.x.view();
+  if (what == Saved::x_and_states) {
+    saved.segment_states.data = states.data();
+    saved.segment_states.rank = 4;
+    saved.segment_states.size = {spec.B, spec.H, slots, size};
+    saved.segment_states.stride = {spec.H * slots * size, slots * size, size, 1};
+  }
   int64_t bytes = 0;
   std::thread([&] {
     const std::unique_ptr<Executor> executor = make_executor(threads);
     options.executor = executor.get();
     const int64_t before = testing::live_bytes;
     testing::peak_bytes = before;
-    run(operation, c, options, saved_x);
+    run(operation, c, options, saved);
     bytes = testing::peak_bytes - before;
   }).join();
   return bytes;
@@ -115,8 +128,8 @@ TEST(Workspace, IsWhatAnOperationTakesAtMost) {
     ways.emplace_back(Solver::chebyshev, Arithmetic::bfloat16);
     for (const auto& [solver, arithmetic] : ways) {
       for (GkaOperation operation : kOperations) {
-        for (bool saved_x : {true, false}) {
-          if (saved_x && operation != GkaOperation::backward) continue;
+        for (Saved saved : {Saved::nothing, Saved::x, Saved::x_and_states}) {
+          if (saved != Saved::nothing && operation != GkaOperation::backward) continue;
           for (int threads : {1, 3}) {
             GkaOptions options;
             options.solver = solver;
@@ -124,11 +137,13 @@ TEST(Workspace, IsWhatAnOperationTakesAtMost) {
             const std::unique_ptr<Executor> executor = make_executor(threads);
             options.executor = executor.get();
             GkaShape shape = shape_of(c);
-            shape.saved_x = saved_x;
+            shape.saved_x = saved != Saved::nothing;
+            shape.segment_states = saved == Saved::x_and_states;
             const int64_t said = gka_workspace_bytes(operation, shape, options);
-            const int64_t taken = measured(operation, c, options, threads, saved_x);
+            const int64_t taken = measured(operation, c, options, threads, saved);
             const std::string what = std::string(name(operation)) + " " + name(solver) + " " +
-                                     name(arithmetic) + (saved_x ? ", saved x" : "") + ", " +
+                                     name(arithmetic) + (shape.saved_x ? ", saved x" : "") +
+                                     (shape.segment_states ? " and states" : "") + ", " +
                                      std::to_string(threads) + " threads, " + describe(spec);
             EXPECT_LE(taken, said) << what;
             // Of several threads some may come too late for any work.
@@ -177,10 +192,10 @@ TEST(Workspace, ScratchIsKept) {
             GkaOptions options;
             options.executor = &executor;
             options.solver = solver;
-            run(operation, c, options, false);
+            run(operation, c, options, {});
             const int64_t before = testing::live_bytes;
             testing::peak_bytes = before;
-            run(operation, c, options, false);
+            run(operation, c, options, {});
             EXPECT_LE(testing::peak_bytes - before, 8192)
                 << name(operation) << " " << name(solver) << ", cut for " << concurrency
                 << " threads, " << describe(spec);

@@ -36,10 +36,42 @@ TEST(Validation, MistakesInGradients) {
        "d_o",
        {"float64"}},
       {"saved_x of another T",
-       [](Call& m) { m.saved_x.size[1] = 1; },
+       [](Call& m) { m.saved.x.size[1] = 1; },
        kShape,
        "saved_x",
        {"[2, 1, 4, 6]", "[2, 5, 4, 6]"}},
+      {"segment states of another T",
+       [](Call& m) {
+         m.saved.segment_states = m.states(2);
+         m.saved.segment_states.size[2] = 1;
+       },
+       kShape,
+       "segment_states",
+       {"[2, 4, 1, 512]", "[2, 4, 0, 512]"}},
+      {"segment states in float64",
+       [](Call& m) {
+         m.saved.segment_states = m.states(2);
+         m.saved.segment_states.dtype = DType::float64;
+       },
+       kDType,
+       "segment_states",
+       {"float64"}},
+      {"segment states of chunks of 12",
+       [](Call& m) {
+         m.saved.segment_states = m.states(2);
+         m.options.chunk_size = 12;
+       },
+       kArgument,
+       "segment_states",
+       {"power of two", "not 12"}},
+      {"segment states for the oracle",
+       [](Call& m) {
+         m.saved.segment_states = m.states(2);
+         m.options.backend = Backend::reference;
+       },
+       ErrorCode::unsupported,
+       "segment_states",
+       {"backend cpu", "reference"}},
       {"d_h_final of the wrong N",
        [](Call& m) { m.d_out.d_h_final.size[0] = 1; },
        kShape,

@@ -19,7 +19,7 @@ struct Call {
   Case<float> c;
   GkaInputs in;
   GkaOutputs out;
-  ConstView saved_x;
+  GkaSaved saved;
   GkaOutputGrads d_out;
   GkaInputGrads grads;
   GkaOptions options;
@@ -30,9 +30,18 @@ struct Call {
   Call() : c(spec()) {
     in = c.inputs();
     out = c.outputs();
-    saved_x = c.x.view();
+    saved.x = c.x.view();
     d_out = c.output_grads();
     grads = c.grads();
+  }
+  // What segment states of so few tokens are: a tensor without elements.
+  View states(int64_t batch) {
+    View view;
+    view.data = memory;
+    view.rank = 4;
+    view.size = {batch, 4, 0, gka_segment_state_size(6, 3)};
+    view.stride = {0, 0, 512, 1};
+    return view;
   }
   static CaseSpec spec() {
     CaseSpec s;
@@ -65,7 +74,7 @@ inline void expect_error(const Mistake& mistake, Entry entry) {
     if (entry == Entry::forward) {
       core::validate_forward(call.in, call.out, call.options);
     } else {
-      core::validate_backward(call.in, call.saved_x, call.d_out, call.grads, call.options);
+      core::validate_backward(call.in, call.saved, call.d_out, call.grads, call.options);
     }
     ADD_FAILURE() << mistake.what << ": accepted";
   } catch (const Error& e) {

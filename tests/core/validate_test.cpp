@@ -69,7 +69,7 @@ TEST(Validation, AcceptsAndResolvesWhatIsRight) {
   EXPECT_EQ(p.executor, &default_executor());
   EXPECT_EQ(p.sequences[1].row, 1);
   EXPECT_EQ(p.sequences[1].length(), 5);
-  core::validate_backward(call.in, call.saved_x, call.d_out, call.grads, call.options);
+  core::validate_backward(call.in, call.saved, call.d_out, call.grads, call.options);
   core::validate_backward(call.in, {}, call.d_out, {}, call.options);  // nothing asked for is fine
 
   call.options.scale = 0.5;

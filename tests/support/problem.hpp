@@ -165,7 +165,7 @@ struct Case {
     return options;
   }
   GkaOutputs outputs() {
-    return {o.view(), h_final.view(), u_final.view(), x.view(), residual.view()};
+    return {o.view(), h_final.view(), u_final.view(), x.view(), residual.view(), {}};
   }
   GkaOutputGrads output_grads() const { return {d_o.view(), d_h_final.view(), d_u_final.view()}; }
   GkaInputGrads grads() {
