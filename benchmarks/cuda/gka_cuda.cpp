@@ -2,7 +2,7 @@
 // median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
 // case.
 //
-//   gka_cuda [step] [forward] [quick]        (default: step and forward)
+//   gka_cuda [step] [forward] [backward] [quick]        (default: all but quick)
 //
 // quick: forward of one size, for a profiler.
 //
@@ -244,6 +244,122 @@ void time_forward(const Problem& p, GkaOptions options, int times) {
   report("forward", p, options, ms, error, "");
 }
 
+// The gradients that training asks for, of a loss with a random gradient of o.
+struct Backward {
+  Device q, k, v, g, d_o, dq, dk, dv, dg, dgk, o;
+  GkaInputs in;
+  GkaOutputs out;
+  GkaOutputGrads of;
+  GkaInputGrads to;
+
+  explicit Backward(const Problem& p)
+      : q(p.q),
+        k(p.k),
+        v(p.v),
+        g(p.g),
+        d_o(output_gradient(p)),
+        dq(p.q.size() * 2),
+        dk(p.q.size() * 2),
+        dv(p.q.size() * 2),
+        dg(p.g.size() * 4),
+        dgk(p.g.size() * 4),
+        o(p.q.size() * 2) {
+    const auto rows = [&](const Device& d) {
+      return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
+    };
+    const auto gates = [&](const Device& d) {
+      return dense(static_cast<float*>(d.data), {p.B, p.T, p.H});
+    };
+    in.q = rows(q), in.k = rows(k), in.v = rows(v), in.g = in.gk = gates(g);
+    out.o = rows(o), of.d_o = rows(d_o);
+    to.dq = rows(dq), to.dk = rows(dk), to.dv = rows(dv), to.dg = gates(dg), to.dgk = gates(dgk);
+  }
+  static std::vector<uint16_t> output_gradient(const Problem& p) {
+    std::mt19937 random(2);
+    std::normal_distribution<float> normal;
+    std::vector<uint16_t> all;
+    for (size_t i = 0; i < p.v.size(); ++i) all.push_back(to_bfloat16(normal(random)));
+    return all;
+  }
+};
+
+// The worst of the gradients' relative errors against the float64 oracle, at `tokens` tokens of two
+// heads.
+double backward_error_of(const Problem& p, int64_t tokens, const GkaOptions& with) {
+  const Problem small(1, tokens, 2, p.K);
+  Backward on_gpu(small);
+  gka_backward(on_gpu.in, {}, on_gpu.of, on_gpu.to, with);
+  const auto wide = [](const std::vector<uint16_t>& from) {
+    std::vector<double> all;
+    for (uint16_t e : from) all.push_back(from_bfloat16(e));
+    return all;
+  };
+  const std::vector<double> q = wide(small.q), k = wide(small.k), v = wide(small.v);
+  const std::vector<double> d_o = wide(Backward::output_gradient(small));
+  const std::vector<double> g(small.g.begin(), small.g.end());
+  std::vector<double> want[5];
+  GkaInputs in;
+  GkaOutputGrads of;
+  GkaInputGrads to;
+  const auto rows = [&](auto& from) { return dense(from.data(), {1, tokens, 2, p.K}); };
+  const auto gates = [&](auto& from) { return dense(from.data(), {1, tokens, 2}); };
+  for (int i = 0; i < 5; ++i) want[i].resize(i < 3 ? q.size() : g.size());
+  in.q = rows(q), in.k = rows(k), in.v = rows(v), in.g = in.gk = gates(g), of.d_o = rows(d_o);
+  to.dq = rows(want[0]), to.dk = rows(want[1]), to.dv = rows(want[2]);
+  to.dg = gates(want[3]), to.dgk = gates(want[4]);
+  GkaOptions options = with;
+  options.backend = Backend::reference;
+  gka_backward(in, {}, of, to, options);
+  const Device* const got[5] = {&on_gpu.dq, &on_gpu.dk, &on_gpu.dv, &on_gpu.dg, &on_gpu.dgk};
+  double worst = 0;
+  for (int i = 0; i < 5; ++i) {
+    std::vector<double> ours;
+    if (i < 3) {
+      std::vector<uint16_t> half(want[i].size());
+      check(cudaMemcpy(half.data(), got[i]->data, half.size() * 2, cudaMemcpyDeviceToHost), "copy");
+      ours = wide(half);
+    } else {
+      std::vector<float> all(want[i].size());
+      check(cudaMemcpy(all.data(), got[i]->data, all.size() * 4, cudaMemcpyDeviceToHost), "copy");
+      ours.assign(all.begin(), all.end());
+    }
+    double difference = 0, norm = 0;
+    for (size_t j = 0; j < ours.size(); ++j) {
+      difference += (ours[j] - want[i][j]) * (ours[j] - want[i][j]);
+      norm += want[i][j] * want[i][j];
+    }
+    const double error = std::sqrt(difference / norm);
+    if (!(error <= worst)) worst = error;  // NaN is the worst
+  }
+  return worst;
+}
+
+void time_backward(const Problem& p, const GkaOptions& options, int times) {
+  Backward b(p);
+  const double error = backward_error_of(p, 600, options);
+  if (!(error < 0.1)) {
+    std::fprintf(stderr, "gradients are off by %g\n", error);
+    std::exit(1);
+  }
+  const auto backward = [&] { gka_backward(b.in, {}, b.of, b.to, options); };
+  const double ms = median_ms(backward, nullptr, times);
+  const double both = median_ms(
+      [&] {
+        gka_forward(b.in, b.out, options);
+        backward();
+      },
+      nullptr, times);
+  GkaShape shape;
+  shape.B = p.B, shape.T = p.T, shape.H = p.H, shape.K = shape.V = p.K;
+  shape.dtype = DType::bfloat16;
+  const double bytes =
+      static_cast<double>(gka_workspace_bytes(GkaOperation::backward, shape, options));
+  char more[128];
+  std::snprintf(more, sizeof more, ", \"with_forward_ms\": %.4f, \"workspace_MiB\": %.0f", both,
+                bytes / (1 << 20));
+  report("backward", p, options, ms, error, more);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -286,6 +402,13 @@ int main(int argc, char** argv) {
     Problem p(1, 8192, 32, 128);
     time_forward(p, options, 1);
     time_forward(p, direct, 1);
+  }
+  if (asked("backward")) {
+    for (const auto& [B, T, H] :
+         {std::array<int64_t, 3>{1, 2048, 32}, {1, 8192, 32}, {1, 8192, 8}, {8, 2048, 32}}) {
+      const Problem p(B, T, H, 128);
+      time_backward(p, options, 5);
+    }
   }
   return 0;
 }

@@ -7,27 +7,16 @@
 
 #include "core/half.hpp"
 #include "core/text.hpp"
+#include "cuda/backward_plan.hpp"
+#include "cuda/choose_solver.hpp"
 #include "cuda/direct_kernel.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/plan.hpp"
+#include "cuda/workspace.hpp"
 #include "kalmanet/error.hpp"
 
 namespace kalmanet::cuda {
 namespace {
-
-// Stream-ordered memory that is given back, also where a launch throws.
-class Workspace {
- public:
-  Workspace(int64_t bytes, Stream stream) : data_(allocate(bytes, stream)), stream_(stream) {}
-  ~Workspace() { release(data_, stream_); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* data() const noexcept { return data_; }
-
- private:
-  void* data_;
-  Stream stream_;
-};
 
 GkaReport report_of(const core::GkaProblem& problem) {
   GkaReport report;
@@ -129,15 +118,15 @@ class CudaBackend final : public core::GkaBackend {
   std::string describe() const override {
     const DeviceInfo& device = device_info();
     if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", device.problem);
-    return core::text("forward and step; chebyshev, direct; ", device.count,
+    return core::text("forward, backward and step; chebyshev, direct, auto; ", device.count,
                       device.count == 1 ? " GPU: " : " GPUs; current: ", device.current);
   }
 
   std::string refuses(const core::GkaProblem& problem) const override {
     const GkaOptions& options = problem.options;
-    if (options.solver == Solver::cg || options.solver == Solver::automatic) {
-      return core::text("solver ", name(options.solver),
-                        " is not available on the cuda backend; pass solver chebyshev or direct");
+    if (options.solver == Solver::cg) {
+      return "solver cg is not available on the cuda backend; pass solver chebyshev, direct or "
+             "auto";
     }
     // A grid's second dimension counts heads.
     if (problem.H > 65535) {
@@ -147,21 +136,43 @@ class CudaBackend final : public core::GkaBackend {
   }
 
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return run(problem, outputs, false);
+    return with_solver(problem, [&](const auto& p) { return run(p, outputs, false); });
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return run(problem, outputs, true);
+    return with_solver(problem, [&](const auto& p) { return run(p, outputs, true); });
   }
-  GkaReport backward(const core::GkaProblem&, const GkaSaved&, const GkaOutputGrads&,
-                     const GkaInputGrads&) const override {
-    throw Error(ErrorCode::unsupported, "backend",
-                "the cuda backend has no backward yet; pass backend cpu, with tensors in the "
-                "processor's memory");
-  }
-  int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
-                          const GkaShape&) const override {
-    if (operation == GkaOperation::backward) backward(problem, {}, {}, {});
+  // x is solved for again, saved or not: what it was rounded to would show in the gradients.
+  GkaReport backward(const core::GkaProblem& problem, const GkaSaved&,
+                     const GkaOutputGrads& output_grads,
+                     const GkaInputGrads& grads) const override {
     const DeviceInfo& device = device_info();
+    if (device.count == 0) {
+      throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
+    }
+    if (problem.options.arithmetic != Arithmetic::standard &&
+        !fits_backward_chunks(problem, output_grads, grads, device)) {
+      throw Error(
+          ErrorCode::unsupported, "backend",
+          "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
+          "= V = 128, dense in their last dimension; pass arithmetic standard");
+    }
+    return with_solver(problem, [&](const auto& p) {
+      GkaReport report = report_of(p);
+      if (run_backward(p, output_grads, grads, device)) {
+        report.chunk_size = ChunkLayout::kTokens;
+        report.bfloat16_instructions = true;
+        if (p.options.arithmetic != Arithmetic::standard) report.bfloat16_solves = report.solves;
+      }
+      return report;
+    });
+  }
+  int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& asked,
+                          const GkaShape&) const override {
+    // A shape does not say whether each token has its own ridge ratio: direct, which takes more.
+    core::GkaProblem problem = asked;
+    if (problem.options.solver == Solver::automatic) problem.options.solver = Solver::direct;
+    const DeviceInfo& device = device_info();
+    if (operation == GkaOperation::backward) return most_backward_bytes(problem, device);
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
     const int64_t n = static_cast<int64_t>(pieces.size());
     // (As if the matrix-unit kernels computed it, which take more.)

@@ -114,6 +114,11 @@ struct ChunkBody : ChunkState<Group> {
   // x of the chunk's systems into registers.x. right and middle are free before and after.
   KALMANET_KERNEL void solve(int steps, int split) {
     load_queries();
+    iterate(steps, split);
+  }
+
+  // The same for the right-hand sides in registers.r. Begins after a barrier.
+  KALMANET_KERNEL void iterate(int steps, int split) {
     this->each_tile([&](Registers& r, int, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) r.x[m][tile][i] = r.d[m][tile][i] = 0;
@@ -191,7 +196,7 @@ struct ChunkBody : ChunkState<Group> {
     dot_columns(1, [&](Registers& r, int, int m, int tile, int i) {
       return r.y[m][tile][i] * r.y[m][tile][i];
     });
-    store_outputs();
+    store_tiles(job.o, head);
     group.barrier();
     group.each([&](int thread, Registers&) {
       if (thread >= n) return;
@@ -206,9 +211,9 @@ struct ChunkBody : ChunkState<Group> {
     group.barrier();
   }
 
-  KALMANET_KERNEL void store_outputs() {
-    uint16_t* const base =
-        static_cast<uint16_t*>(job.o.data) + offset_of(job.o, piece.row, t0, head);
+  // registers.y into a bfloat16 tensor's rows.
+  KALMANET_KERNEL void store_tiles(const Array& a, int64_t a_head) {
+    uint16_t* const base = static_cast<uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
     KALMANET_UNROLL
     for (int m = 0; m < 2; ++m) {
       KALMANET_UNROLL
@@ -223,7 +228,7 @@ struct ChunkBody : ChunkState<Group> {
           const int token = thread / 128 * 32 + tile * 8 + thread % 32 / 4;
           const int dim = thread / 32 % 4 * 32 + m * 16 + thread % 4 * 2;
           if (token >= n) return;
-          uint16_t* const to = base + token * job.o.stride[1] + dim;
+          uint16_t* const to = base + token * a.stride[1] + dim;
           memcpy(to, &r.t[0], 4);
           memcpy(to + 8, &r.t[1], 4);
         });

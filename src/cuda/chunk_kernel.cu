@@ -26,26 +26,36 @@ __global__ void __launch_bounds__(256) gka_sums(const __grid_constant__ GkaJob j
   if (e < job.K * (job.K + job.V)) run_segment_sums<float>(job, blockIdx.x, blockIdx.y, e);
 }
 
+// A block a piece and head, with its shared memory.
+template <class Kernel>
+dim3 grid_with(Kernel kernel, const GkaJob& job) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(chunk_shared_bytes())),
+        "cudaFuncSetAttribute");
+  return {static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)};
+}
+
 }  // namespace
 
 int64_t chunk_shared_bytes() {
   return static_cast<int64_t>(sizeof(ChunkShared));
 }
 
-void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
+void launch_chunk_states(const GkaJob& job, Stream stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const int shared = static_cast<int>(chunk_shared_bytes());
   const dim3 grid(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H));
-  check(cudaFuncSetAttribute(gka_chunks, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-        "cudaFuncSetAttribute");
-  if (segmented) {
-    gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
-    const int64_t elements = job.K * (job.K + job.V);
-    gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 255) / 256)), 256, 0, s>>>(
-        job);
-  }
+  gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
+  const int64_t elements = job.K * (job.K + job.V);
+  gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 255) / 256)), 256, 0, s>>>(job);
+  check(cudaGetLastError(), "launch of gka_states");
+}
+
+void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
+  if (segmented) launch_chunk_states(job, stream);
   if (job.direct) return launch_direct(job, stream);
-  gka_chunks<<<grid, ChunkLayout::kThreads, shared, s>>>(job);
+  const dim3 grid = grid_with(gka_chunks, job);
+  gka_chunks<<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
+               static_cast<cudaStream_t>(stream)>>>(job);
   check(cudaGetLastError(), "launch of gka_chunks");
 }
 

@@ -170,6 +170,10 @@ struct ChunkProducts {
   // y <- main right + columns mask(weight o (rows right)). One barrier inside; right may be written
   // again afterwards, middle after one more barrier.
   KALMANET_KERNEL void apply(bool split, const Left* columns, const float* weight) {
+    apply(split, shared.rows, columns, weight);
+  }
+  KALMANET_KERNEL void apply(bool split, const Left* token_rows, const Left* columns,
+                             const float* weight) {
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int n = 0; n < 4; ++n) {
@@ -190,7 +194,7 @@ struct ChunkProducts {
             r.b[1][n][0] = low.part[0], r.b[1][n][1] = low.part[1];
           }
         }
-        const Left rows = shared.rows[(thread / 32 % 4 * 8 + k) * 32 + thread % 32];
+        const Left rows = token_rows[(thread / 32 % 4 * 8 + k) * 32 + thread % 32];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) r.a[0][0][i] = rows.part[i];
       });

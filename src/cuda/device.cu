@@ -28,6 +28,7 @@ DeviceInfo ask_device() {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   info.max_shared = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
+  info.multiprocessors = properties.multiProcessorCount;
   info.current = std::string(properties.name) + ", compute capability " +
                  std::to_string(properties.major) + "." + std::to_string(properties.minor) + ", " +
                  std::to_string(properties.multiProcessorCount) + " multiprocessors";

@@ -16,6 +16,7 @@ struct DeviceInfo {
   std::string problem;     // why there is none
   std::string current;     // "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 multiprocessors"
   int64_t max_shared = 0;  // bytes a block
+  int multiprocessors = 0;
 };
 const DeviceInfo& device_info();  // of the calling thread's device
 
@@ -38,6 +39,7 @@ void launch_segments(const GkaJob& job, bool float64, Stream stream);
 
 // The same, and the outputs, on matrix units; what was left over is for launch_tokens.
 int64_t chunk_shared_bytes();
+void launch_chunk_states(const GkaJob& job, Stream stream);
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream);
 int64_t direct_shared_bytes();
 void launch_direct(const GkaJob& job, Stream stream);  // (called by launch_chunks)

@@ -7,7 +7,6 @@
 #include "cuda/chunk_body.hpp"
 
 namespace kalmanet::cuda {
-namespace {
 
 Array array_of(const ConstView& view) {
   Array a;
@@ -17,14 +16,17 @@ Array array_of(const ConstView& view) {
   return a;
 }
 
-// Eight elements can be read and written as 16 bytes.
+bool in_pairs(const ConstView& view) {
+  return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 2 == 0 &&
+         view.stride[1] % 2 == 0 && view.stride[2] % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
+}
+
 bool in_vectors(const ConstView& view) {
   return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 8 == 0 &&
          view.stride[1] % 8 == 0 && view.stride[2] % 8 == 0 &&
          reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
 }
-
-}  // namespace
 
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;

@@ -1,6 +1,7 @@
 // The body of the token kernel: states in, tokens one after the other, states out.
 #pragma once
 
+#include "cuda/token_memory.hpp"
 #include "cuda/token_solve.hpp"
 
 namespace kalmanet::cuda {
@@ -57,6 +58,7 @@ template <class Group, class S, int KP>
 struct TokenBody {
   using Layout = TokenLayout<S, KP>;
   using Registers = TokenRegisters<S, KP>;
+  using Solver = TokenSolver<Group, S, KP>;
   static constexpr bool kHasWider = sizeof(S) == 4;
   static constexpr int kRows = 4;  // of U that a thread has on their way at a time
 
@@ -66,7 +68,7 @@ struct TokenBody {
   Piece piece;
   int64_t head;
   StateView<S> u;  // what U is worked on in
-  TokenSolver<Group, S, KP> solver;
+  Solver solver;
 
   KALMANET_KERNEL void load_h() {
     const StateView<S> from = piece.first ? state_view<S>(job.h0, piece.sequence, head)
@@ -195,7 +197,7 @@ struct TokenBody {
     } else if (job.direct) {
       solver.direct(system, static_cast<int>(job.K));
     } else {
-      solver.template chebyshev<A>(system, num_iter);
+      solver.template chebyshev<A>(system, num_iter, shared.q);
     }
     group.each([&](int thread, Registers& r) {
       A m[2];
@@ -384,56 +386,29 @@ struct TokenBody {
   }
 };
 
-// Bytes of scratch that a block needs beside shared memory: U where it has no final place (always
-// counted: whether it is needed depends on the piece), what H spills, the factor.
-template <class S, int KP>
-constexpr int64_t token_scratch_bytes(int64_t K, int64_t V, bool direct, bool spill_is_shared) {
-  using L = TokenLayout<S, KP>;
-  int64_t bytes = K * V * static_cast<int64_t>(sizeof(S));
-  bytes = (bytes + 31) / 32 * 32;
-  if (!spill_is_shared) bytes += L::kSpilled * static_cast<int64_t>(sizeof(S));
-  if (!L::kParkedIsShared) bytes += L::kParked * static_cast<int64_t>(sizeof(S));
-  if (direct && !L::kFactorIsShared) bytes += L::kFactor * 8;
-  return (bytes + 255) / 256 * 256;
+// Whether the matrix-unit kernels have done the piece.
+KALMANET_KERNEL bool is_done(const GkaJob& job, int64_t piece_index, int64_t head) {
+  return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
+         job.left_over[piece_index * job.H + head] == 0;
 }
 
-template <class S, int KP>
-constexpr int64_t token_shared_bytes(bool direct, bool spill_is_shared) {
-  using L = TokenLayout<S, KP>;
-  int64_t bytes = (static_cast<int64_t>(sizeof(TokenShared<S, KP>)) + 31) / 32 * 32;
-  if (spill_is_shared) bytes += L::kSpilled * static_cast<int64_t>(sizeof(S));
-  if (L::kParkedIsShared) bytes += L::kParked * static_cast<int64_t>(sizeof(S));
-  if (direct && L::kFactorIsShared) bytes += L::kFactor * 8;
-  return bytes;
-}
-
-// The work of block (piece_index, head). `shared_memory`: token_shared_bytes, 32-byte aligned.
+// The work of block (piece_index, head).
 template <class S, int KP, class Group>
 KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob& job,
                                 int64_t piece_index, int64_t head) {
-  using L = TokenLayout<S, KP>;
-  auto& shared = *reinterpret_cast<TokenShared<S, KP>*>(shared_memory);
-  char* in_shared = shared_memory + (sizeof(TokenShared<S, KP>) + 31) / 32 * 32;
-  char* in_scratch =
-      static_cast<char*>(job.scratch) + (piece_index * job.H + head) * job.scratch_bytes;
+  if (is_done(job, piece_index, head)) return;
   const Piece piece = piece_of(job, piece_index);
-  if (job.left_over != nullptr && piece.always == 0 &&
-      job.left_over[piece_index * job.H + head] == 0) {
-    return;
-  }
+  const TokenMemory<S, KP> memory(shared_memory, job, piece_index, head);
   StateView<S> u = state_view<S>(job.u_final, piece.sequence, head);
-  if (!piece.last || u.data == nullptr) u = {reinterpret_cast<S*>(in_scratch), job.V, 1};
-  in_scratch += (job.K * job.V * static_cast<int64_t>(sizeof(S)) + 31) / 32 * 32;
-  S* spilled = nullptr;
-  if (L::kSpilled > 0) {
-    spilled = reinterpret_cast<S*>(job.spill_is_shared ? in_shared : in_scratch);
-    (job.spill_is_shared ? in_shared : in_scratch) += L::kSpilled * static_cast<int64_t>(sizeof(S));
-  }
-  S* const parked = reinterpret_cast<S*>(L::kParkedIsShared ? in_shared : in_scratch);
-  (L::kParkedIsShared ? in_shared : in_scratch) += L::kParked * static_cast<int64_t>(sizeof(S));
-  double* factor = reinterpret_cast<double*>(L::kFactorIsShared ? in_shared : in_scratch);
+  if (!piece.last || u.data == nullptr) u = {memory.u, job.V, 1};
   TokenBody<Group, S, KP> body{
-      group, shared, job, piece, head, u, {{group, shared, spilled, parked, factor}}};
+      group,
+      memory.shared,
+      job,
+      piece,
+      head,
+      u,
+      {{group, memory.shared, memory.spilled, memory.parked, memory.factor}}};
   body.run();
 }
 

@@ -3,13 +3,10 @@
 #include "cuda/launch.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/token_body.hpp"
+#include "cuda/token_variants.hpp"
 
 namespace kalmanet::cuda {
 namespace {
-
-// At KP = 128 in float32 two blocks a multiprocessor: while one solves, the other's states travel.
-template <class S, int KP>
-constexpr int kBlocksAMultiprocessor = sizeof(S) == 4 && KP <= 128 ? 256 / KP : 1;
 
 template <class S, int KP>
 __global__ void __launch_bounds__(TokenLayout<S, KP>::kThreads, kBlocksAMultiprocessor<S, KP>)
@@ -31,18 +28,6 @@ template <class S>
 __global__ void __launch_bounds__(256) gka_segment_sums(const __grid_constant__ GkaJob job) {
   const int64_t e = static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x;
   if (e < job.K * (job.K + job.V)) run_segment_sums<S>(job, blockIdx.x, blockIdx.y, e);
-}
-
-// f(S(), std::integral_constant of KP): the one list of variants.
-template <class F>
-void with_variant(bool float64, int64_t K, F&& f) {
-  const auto with_width = [&](auto s) {
-    if (K <= 64) return f(s, std::integral_constant<int, 64>());
-    if (K <= 128) return f(s, std::integral_constant<int, 128>());
-    return f(s, std::integral_constant<int, 256>());
-  };
-  if (float64) return with_width(double());
-  return with_width(float());
 }
 
 dim3 grid_of(const GkaJob& job, int64_t z) {

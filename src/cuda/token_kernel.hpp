@@ -28,7 +28,8 @@ struct TokenLayout {
   static constexpr int kMostHeld = 64 * 4 / static_cast<int>(sizeof(S));
   static constexpr int kHeld = kElements < kMostHeld ? kElements : kMostHeld;
   static constexpr int64_t kSpilled = static_cast<int64_t>(kElements - kHeld) * kThreads;
-  static constexpr int64_t kFactor = static_cast<int64_t>(KP) * (KP + 1) / 2 + KP;  // of float64
+  // Of float64: the factor and two right-hand sides.
+  static constexpr int64_t kFactor = static_cast<int64_t>(KP) * (KP + 1) / 2 + 2 * KP;
   // Where what the registers hold of H is put aside for float64 work, which needs them.
   static constexpr int64_t kParked = sizeof(S) == 4 ? static_cast<int64_t>(kHeld) * kThreads : 0;
   static constexpr bool kParkedIsShared = KP <= 128;
@@ -76,7 +77,7 @@ struct TokenState {
   TokenShared<S, KP>& shared;
   S* spilled;      // [element - kHeld][thread]
   S* parked;       // [element][thread]
-  double* factor;  // packed lower triangle by rows, and a row of right-hand sides
+  double* factor;  // packed lower triangle by rows, and right-hand sides
 
   KALMANET_KERNEL S get(const Registers& r, int thread, int e) const {
     if (e < Layout::kHeld) return r.h[e];

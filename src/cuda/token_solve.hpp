@@ -62,9 +62,9 @@ struct TokenSolver : TokenState<Group, S, KP> {
     }
   }
 
-  // x into registers and (in S) shared.x[0].
-  template <class A>
-  KALMANET_KERNEL void chebyshev(const TokenSystem& system, int num_iter) {
+  // x of the right-hand side q (in shared memory) into registers and (in S) shared.x[0].
+  template <class A, class Q>
+  KALMANET_KERNEL void chebyshev(const TokenSystem& system, int num_iter, const Q* q) {
     const A lambda = static_cast<A>(system.lambda), f = static_cast<A>(system.f);
     const A step = divide(A{2}, A{2} * lambda + f);
     const A rho = divide(A{0.5}, A{2} * static_cast<A>(system.ridge) + A{1});
@@ -73,7 +73,7 @@ struct TokenSolver : TokenState<Group, S, KP> {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int row = Layout::row(thread, i);
-        const A x = step * static_cast<A>(this->shared.q[row]);
+        const A x = step * static_cast<A>(q[row]);
         x_of(r, A())[i] = x;
         previous_of(r, A())[i] = 0;
       }
@@ -91,8 +91,7 @@ struct TokenSolver : TokenState<Group, S, KP> {
         for (int i = 0; i < 2; ++i) {
           const int row = Layout::row(thread, i);
           const A x = x_of(r, A())[i];
-          const A residual =
-              lambda * x + product_of(r, A())[i] - static_cast<A>(this->shared.q[row]);
+          const A residual = lambda * x + product_of(r, A())[i] - static_cast<A>(q[row]);
           const A moved = momentum * (x - previous_of(r, A())[i]) + x - gain * residual;
           previous_of(r, A())[i] = x;
           x_of(r, A())[i] = moved;
@@ -112,13 +111,19 @@ struct TokenSolver : TokenState<Group, S, KP> {
     group.barrier();
   }
 
+  KALMANET_KERNEL double* second_row() {
+    return this->factor + static_cast<int64_t>(KP) * (KP + 1) / 2 + KP;
+  }
+
   // The same by A = L D L^T in float64, column by column: one barrier each, because columns stay
   // unscaled (c_ij = l_ij d_j). q rides along as one more row, which makes of it D^{-1}-weighted
-  // forward substitution for nothing.
-  KALMANET_KERNEL void direct(const TokenSystem& system, int K) {
+  // forward substitution for nothing; and so does `other` (if not null) as a second one, whose
+  // solution stays in the second row.
+  KALMANET_KERNEL void direct(const TokenSystem& system, int K, const double* other = nullptr) {
     double* const c = this->factor;
     const auto at = [](int i, int j) { return static_cast<int64_t>(i) * (i + 1) / 2 + j; };
-    double* const y = c + at(KP, 0);
+    double* const y = second_row() - KP;
+    const int last = other != nullptr ? K + 1 : K;
     this->for_each([&](Registers& r, int thread, int e, int row, int column) {
       if (column <= row && row < K) {
         c[at(row, column)] =
@@ -127,16 +132,17 @@ struct TokenSolver : TokenState<Group, S, KP> {
     });
     group.each([&](int thread, Registers&) {
       if (thread < K) y[thread] = this->shared.q[thread];
+      if (thread < K && other != nullptr) y[KP + thread] = other[thread];
     });
     group.barrier();
     for (int j = 0; j < K; ++j) {
       const double inverse = 1.0 / c[at(j, j)];
       group.each([&](int thread, Registers&) {
-        // Rows j+1..K (K: the right-hand side), 8 threads a row.
-        for (int i = j + 1 + thread / 8; i <= K; i += Layout::kThreads / 8) {
-          double* const row = i == K ? y : c + at(i, 0);
+        // Rows j+1..K (from K on: right-hand sides), 8 threads a row.
+        for (int i = j + 1 + thread / 8; i <= last; i += Layout::kThreads / 8) {
+          double* const row = i >= K ? y + (i - K) * KP : c + at(i, 0);
           const double l = row[j] * inverse;
-          const int end = i == K ? K - 1 : i;
+          const int end = i >= K ? K - 1 : i;
           for (int k = j + 1 + thread % 8; k <= end; k += 8) row[k] -= l * c[at(k, j)];
         }
       });
@@ -144,10 +150,18 @@ struct TokenSolver : TokenState<Group, S, KP> {
     }
     for (int j = K - 1; j >= 0; --j) {
       const double x = y[j] / c[at(j, j)];
+      const double x2 = other != nullptr ? y[KP + j] / c[at(j, j)] : 0.0;
       group.each([&](int thread, Registers&) {
-        if (thread < j) y[thread] -= c[at(j, thread)] * x;
+        if (thread >= j) return;
+        y[thread] -= c[at(j, thread)] * x;
+        if (other != nullptr) y[KP + thread] -= c[at(j, thread)] * x2;
       });
       group.barrier();
+    }
+    if (other != nullptr) {
+      group.each([&](int thread, Registers&) {
+        if (thread < K) y[KP + thread] /= c[at(thread, thread)];
+      });
     }
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL

@@ -28,6 +28,11 @@ class DeviceCase {
     outputs_ = c.outputs();
     upload(outputs_.o, c.o), upload(outputs_.x, c.x), upload(outputs_.residual, c.residual);
     upload(outputs_.h_final, c.h_final), upload(outputs_.u_final, c.u_final);
+    output_grads_ = c.output_grads();
+    upload(output_grads_.d_o, c.d_o);
+    upload(output_grads_.d_h_final, c.d_h_final), upload(output_grads_.d_u_final, c.d_u_final);
+    grads_ = c.grads();
+    for_each_grad([&](View& view, auto& tensor) { upload(view, tensor); });
   }
   ~DeviceCase() {
     for (void* memory : memories_) cuda::release(memory, nullptr);
@@ -37,15 +42,25 @@ class DeviceCase {
 
   GkaInputs& inputs() { return inputs_; }
   GkaOutputs& outputs() { return outputs_; }
+  GkaOutputGrads& output_grads() { return output_grads_; }
+  GkaInputGrads& grads() { return grads_; }
 
   // What was computed, gaps included, into the case.
   void download() {
     download(outputs_.o, case_.o), download(outputs_.x, case_.x);
     download(outputs_.residual, case_.residual);
     download(outputs_.h_final, case_.h_final), download(outputs_.u_final, case_.u_final);
+    for_each_grad([&](View& view, auto& tensor) { download(view, tensor); });
   }
 
  private:
+  template <class F>
+  void for_each_grad(F&& f) {
+    f(grads_.dq, case_.dq), f(grads_.dk, case_.dk), f(grads_.dv, case_.dv);
+    f(grads_.dg, case_.dg), f(grads_.dgk, case_.dgk), f(grads_.dalpha, case_.dalpha);
+    f(grads_.dbeta, case_.dbeta), f(grads_.d_ridge_ratio, case_.d_ridge_ratio);
+    f(grads_.d_h0, case_.d_h0), f(grads_.d_u0, case_.d_u0);
+  }
   template <class V, class E>
   void upload(V& view, const Tensor<E>& tensor) {
     if (!tensor.defined()) return;
@@ -65,6 +80,8 @@ class DeviceCase {
   Case<T, G>& case_;
   GkaInputs inputs_;
   GkaOutputs outputs_;
+  GkaOutputGrads output_grads_;
+  GkaInputGrads grads_;
   std::deque<void*> memories_;
 };
 

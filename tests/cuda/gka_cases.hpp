@@ -61,4 +61,33 @@ void expect_oracle(const Case<T, G>& c, GkaOptions options, const Where& where) 
   }
 }
 
+// Gradients: of the same inputs, with x solved for (16-bit results may also have what rounding the
+// right answer once costs). The CPU's published bounds (tests/cpu/gka_oracle.hpp): 1e-4 at ridge
+// ratios from 0.005 up; direct ten times its tolerance in addition. Or another `bound`.
+template <class T, class G>
+void expect_oracle_gradients(const Case<T, G>& c, GkaOptions options, const Where& where,
+                             WorstErrors& worst, double bound = 0) {
+  Case<double> d = to_double(c);
+  d.clear_results();
+  options.backend = Backend::reference;
+  options.arithmetic = Arithmetic::standard;
+  gka_backward(d.inputs(), {}, d.output_grads(), d.grads(), options);
+  const bool float64 = std::is_same_v<T, double>;
+  if (bound == 0) {
+    bound = float64 ? 1e-8 : 1e-4;
+    if (options.solver == Solver::direct && !float64) bound += 1e-4;
+  }
+  for_each_gradient(c, d, [&](const char* tensor, ConstView got, ConstView expected) {
+    std::vector<double> want = values(expected), rounded = want;
+    for (double& e : rounded) {
+      if (got.dtype == DType::bfloat16) e = BFloat16(e);
+      if (got.dtype == DType::float16) e = Float16(e);
+    }
+    const double rounding = 1.05 * relative_error(rounded, want);
+    EXPECT_TRUE(within(where, tensor, values(got), want, bound + rounding));
+    worst.add(std::string(tensor) + (float64 ? " float64" : ""),
+              relative_error(values(got), want) - (rounding > 0 ? rounding : 0));
+  });
+}
+
 }  // namespace kalmanet::testing

@@ -9,21 +9,12 @@
 
 #include "cuda/device_case.hpp"
 #include "cuda/gka_cases.hpp"
+#include "cuda/gpu_fixture.hpp"
 #include "cuda/job.hpp"
 #include "support/message_of.hpp"
 
 namespace kalmanet::testing {
 namespace {
-
-class CudaGpu : public ::testing::Test {
- protected:
-  void SetUp() override {
-    for (const BackendInfo& info : backends()) {
-      if (info.backend != Backend::cuda) continue;
-      if (!info.available) GTEST_SKIP() << "NOT TESTED, no GPU here: " << info.detail;
-    }
-  }
-};
 
 template <class T, class G>
 GkaReport run(Case<T, G>& c, GkaOptions options, bool step) {

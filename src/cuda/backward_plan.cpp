@@ -1,0 +1,149 @@
+// The backward: sizes of its workspace, and the order of its kernels.
+#include "cuda/backward_plan.hpp"
+
+#include <algorithm>
+
+#include "cuda/backward_launch.hpp"
+#include "cuda/chunk_kernel.hpp"
+#include "cuda/plan.hpp"
+#include "cuda/workspace.hpp"
+
+namespace kalmanet::cuda {
+
+BackwardJob backward_job_of(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                            const GkaInputGrads& grads) {
+  BackwardJob job;
+  job.in = job_of(problem, {});
+  job.d_o = array_of(output_grads.d_o);
+  job.d_h_final = array_of(output_grads.d_h_final);
+  job.d_u_final = array_of(output_grads.d_u_final);
+  job.dq = array_of(grads.dq);
+  job.dk = array_of(grads.dk);
+  job.dv = array_of(grads.dv);
+  job.dg = array_of(grads.dg);
+  job.dgk = array_of(grads.dgk);
+  job.dalpha = array_of(grads.dalpha);
+  job.dbeta = array_of(grads.dbeta);
+  job.d_ridge = array_of(grads.d_ridge_ratio);
+  job.d_h0 = array_of(grads.d_h0);
+  job.d_u0 = array_of(grads.d_u0);
+  job.bp_lambda = problem.options.bp_lambda;
+  return job;
+}
+
+int64_t BackwardBytes::total() const {
+  return pieces + states + decays + adjoints + solve + 2 * solutions + weights + since + gradients +
+         dq_parts + dk_parts + dv_parts + chunk_scratch + left_over;
+}
+
+bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                          const GkaInputGrads& grads, const DeviceInfo& device) {
+  const GkaInputs& in = problem.inputs;
+  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_pairs(in.q) &&
+         in_vectors(in.k) && in_vectors(in.v) && in_pairs(output_grads.d_o) &&
+         (!grads.dq.defined() || in_pairs(grads.dq)) &&
+         (!grads.dk.defined() || in_pairs(grads.dk)) &&
+         (!grads.dv.defined() || in_pairs(grads.dv)) &&
+         backward_chunk_shared_bytes() <= device.max_shared;
+}
+
+BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, int64_t pieces,
+                             int64_t own, bool chunks, const DeviceInfo& device, bool all) {
+  const bool float64 = problem.dtype == DType::float64;
+  const int64_t item = size_of(core::state_dtype(problem));
+  const int64_t places = problem.B * problem.T * problem.H;
+  const int64_t doubles = static_cast<int64_t>(sizeof(double));
+  BackwardBytes bytes = {};
+  bytes.pieces = pieces * static_cast<int64_t>(sizeof(Piece));
+  bytes.adjoints = states_bytes(problem, own);
+  if (own > problem.N) {
+    bytes.states = states_bytes(problem, own);
+    bytes.decays = decays_bytes(problem, own);
+  }
+  job.in.num_pieces = pieces;
+  bytes.solve = plan_tokens(job.in, float64, false, device.max_shared);
+  bytes.solutions = places * problem.K * item;
+  bytes.weights = places * doubles;
+  bytes.since = 2 * places * doubles;
+  const auto parts = [&](const Array& gradient, int64_t group, int64_t width) {
+    return group > 1 && (all || gradient.data != nullptr) ? places * width * item : 0;
+  };
+  bytes.dq_parts = parts(job.dq, problem.q_group, problem.K);
+  bytes.dk_parts = parts(job.dk, problem.k_group, problem.K);
+  bytes.dv_parts = parts(job.dv, problem.v_group, problem.V);
+  if (chunks) {
+    bytes.chunk_scratch = own * problem.H * chunk_scratch_bytes();
+    bytes.left_over = own * problem.H * static_cast<int64_t>(sizeof(int32_t));
+  }
+  // Two blocks a multiprocessor hide each other's waits (one on matrix units, whose shared memory
+  // has room for no more); any number gives the same bits.
+  bytes.blocks = std::min(own * problem.H, int64_t{chunks ? 1 : 2} * device.multiprocessors);
+  job.block_bytes = gradient_block_bytes(float64, problem.K, problem.V);
+  const int64_t of_chunks = chunks ? gradient_chunk_block_bytes() : 0;
+  bytes.gradients = bytes.blocks * std::max(job.block_bytes, of_chunks);
+  return bytes;
+}
+
+int64_t most_backward_bytes(const core::GkaProblem& problem, const DeviceInfo& device) {
+  BackwardJob job = backward_job_of(problem, {}, {});
+  const bool chunks = problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
+                      problem.dtype == DType::bfloat16;
+  const std::vector<Piece> pieces = chunks ? chunk_pieces_of(problem) : pieces_of(problem, false);
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  return backward_bytes(problem, job, count, num_chunk_pieces(pieces), chunks, device, true)
+      .total();
+}
+
+bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                  const GkaInputGrads& grads, const DeviceInfo& device) {
+  const Stream stream = problem.options.stream;
+  const bool float64 = problem.dtype == DType::float64;
+  const bool chunks = fits_backward_chunks(problem, output_grads, grads, device);
+  const std::vector<Piece> pieces = chunks ? chunk_pieces_of(problem) : pieces_of(problem, false);
+  const int64_t all = static_cast<int64_t>(pieces.size()), own = num_chunk_pieces(pieces);
+  if (all == 0) return chunks;
+  BackwardJob job = backward_job_of(problem, output_grads, grads);
+  const BackwardBytes bytes = backward_bytes(problem, job, all, own, chunks, device, false);
+  const Workspace list(bytes.pieces, stream), states(bytes.states, stream);
+  const Workspace decays(bytes.decays, stream), adjoints(bytes.adjoints, stream);
+  const Workspace x(bytes.solutions, stream), z(bytes.solutions, stream);
+  const Workspace w(bytes.weights, stream), since(bytes.since, stream);
+  const Workspace dq_parts(bytes.dq_parts, stream), left_over(bytes.left_over, stream);
+  copy_to_device(list.data(), pieces.data(), bytes.pieces, stream);
+  job.in.split = problem.options.arithmetic == Arithmetic::standard;
+  job.in.pieces = static_cast<const Piece*>(list.data());
+  job.in.states = states.data();
+  job.in.decays = static_cast<double*>(decays.data());
+  job.adjoints = adjoints.data();
+  job.x = x.data();
+  job.z = z.data();
+  job.w = static_cast<double*>(w.data());
+  job.since = static_cast<double*>(since.data());
+  job.dq_parts = dq_parts.data();
+  {
+    const Workspace scratch(bytes.solve, stream), chunk_scratch(bytes.chunk_scratch, stream);
+    job.in.scratch = scratch.data();
+    job.in.chunk_scratch = chunk_scratch.data();
+    job.in.left_over = static_cast<int32_t*>(left_over.data());
+    job.in.num_pieces = own;
+    if (bytes.states != 0 && chunks) launch_chunk_states(job.in, stream);
+    if (bytes.states != 0 && !chunks) launch_segments(job.in, float64, stream);
+    if (chunks) launch_backward_chunks(job, stream);
+    job.in.num_pieces = all;
+    launch_backward_solve(job, float64, stream);
+    job.in.num_pieces = own;
+  }
+  if (chunks) launch_adjoint_chunks(job, stream);
+  launch_adjoints(job, float64, stream);
+  const Workspace dk_parts(bytes.dk_parts, stream), dv_parts(bytes.dv_parts, stream);
+  const Workspace scratch(bytes.gradients, stream);
+  job.dk_parts = dk_parts.data();
+  job.dv_parts = dv_parts.data();
+  job.block_scratch = scratch.data();
+  if (chunks) launch_gradient_chunks(job, bytes.blocks, stream);
+  launch_gradients(job, float64, bytes.blocks, stream);
+  launch_head_sums(job, problem.B, float64, stream);
+  return chunks;
+}
+
+}  // namespace kalmanet::cuda

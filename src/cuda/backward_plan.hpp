@@ -1,0 +1,39 @@
+// From a validated problem to the backward's job, and its kernels in their order.
+#pragma once
+
+#include <vector>
+
+#include "core/problem.hpp"
+#include "cuda/backward_job.hpp"
+#include "cuda/launch.hpp"
+
+namespace kalmanet::cuda {
+
+// All but pieces and workspace.
+BackwardJob backward_job_of(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                            const GkaInputGrads& grads);
+
+// Whether x and z are solved for on matrix units.
+bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                          const GkaInputGrads& grads, const DeviceInfo& device);
+
+// Bytes of a backward's workspace, each array of it.
+struct BackwardBytes {
+  int64_t pieces, states, decays, adjoints, solve, solutions, weights, since, gradients;
+  int64_t dq_parts, dk_parts, dv_parts;
+  int64_t chunk_scratch, left_over;  // of the matrix-unit kernels
+  int64_t blocks;                    // of the gradients' kernel
+  int64_t total() const;
+};
+// `pieces`: of which the first `own` are the sequences' whole pieces, all but where `chunks`
+// (plan.hpp). `all`: as if every gradient were asked for. Plans the job's token kernel.
+BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, int64_t pieces,
+                             int64_t own, bool chunks, const DeviceInfo& device, bool all);
+// The same of a problem that has sizes but no tensors, at most.
+int64_t most_backward_bytes(const core::GkaProblem& problem, const DeviceInfo& device);
+
+// Puts the whole backward on the problem's stream; returns whether on matrix units.
+bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                  const GkaInputGrads& grads, const DeviceInfo& device);
+
+}  // namespace kalmanet::cuda

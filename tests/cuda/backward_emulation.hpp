@@ -1,0 +1,191 @@
+// The backward's kernels' bodies run by the CPU (emulation.hpp), in the order of the backend.
+#pragma once
+
+#include "cuda/backward_adjoint_chunk.hpp"
+#include "cuda/backward_chunk_body.hpp"
+#include "cuda/backward_gradient_body.hpp"
+#include "cuda/backward_gradient_chunk.hpp"
+#include "cuda/backward_plan.hpp"
+#include "cuda/backward_solve_body.hpp"
+#include "cuda/emulation.hpp"
+
+namespace kalmanet::cuda {
+
+template <class S, int KP>
+void emulate_backward_solve(BackwardJob job, const Emulation& how) {
+  GkaJob& in = job.in;
+  in.spill_is_shared = how.spill_is_shared && TokenLayout<S, KP>::kSpilled > 0;
+  in.scratch_bytes = token_scratch_bytes<S, KP>(in.K, in.V, in.direct, in.spill_is_shared);
+  Poisoned scratch(in.scratch_bytes * in.num_pieces * in.H);
+  in.scratch = scratch.data();
+  for (int64_t piece = 0; piece < in.num_pieces; ++piece) {
+    for (int64_t head = 0; head < in.H; ++head) {
+      Poisoned shared(token_shared_bytes<S, KP>(in.direct, in.spill_is_shared));
+      HostGroup<TokenRegisters<S, KP>> group(TokenLayout<S, KP>::kThreads, how.backwards);
+      run_backward_solve<S, KP>(group, shared.data(), job, piece, head);
+    }
+  }
+}
+
+template <class S>
+void emulate_adjoints(const BackwardJob& job, const Emulation& how) {
+  const int64_t K = job.in.K, V = job.in.V;
+  for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.in.H; ++head) {
+      for (int64_t tile = 0; tile < AdjointLayout::tiles(K, V); ++tile) {
+        Poisoned shared(sizeof(AdjointShared<S>));
+        HostGroup<AdjointRegisters<S>> group(AdjointLayout::kThreads, how.backwards);
+        run_adjoint_segment<S>(group, *reinterpret_cast<AdjointShared<S>*>(shared.data()), job,
+                               piece, head, tile);
+      }
+    }
+  }
+  for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.in.H; ++head) {
+      for (int64_t e = 0; e < K * (K + V); ++e) run_adjoint_sums<S>(job, piece, head, e);
+    }
+  }
+}
+
+template <class S>
+void emulate_gradients(BackwardJob job, int64_t blocks, const Emulation& how) {
+  job.block_bytes = GradientLayout<S>::block_bytes(job.in.K, job.in.V);
+  Poisoned scratch(blocks * job.block_bytes);
+  job.block_scratch = scratch.data();
+  for (int64_t block = 0; block < blocks; ++block) {
+    Poisoned shared(GradientLanes<S>::shared_bytes(job.in.K, job.in.V));
+    HostGroup<GradientRegisters<S>> group(GradientLayout<S>::kThreads, how.backwards);
+    run_gradients<S>(group, shared.data(), job, block, blocks);
+  }
+}
+
+template <class S>
+void emulate_head_sums(const BackwardJob& job, int64_t B) {
+  const auto sum = [&](const Array& gradient, const void* parts, int64_t group, int64_t width) {
+    if (parts == nullptr) return;
+    for (int64_t row = 0; row < B; ++row) {
+      for (int64_t t = 0; t < job.in.T; ++t) {
+        for (int64_t head = 0; head < job.in.H / group; ++head) {
+          for (int64_t c = 0; c < width; ++c) {
+            run_head_sum<S>(job, gradient, parts, group, width, row, t, head, c);
+          }
+        }
+      }
+    }
+  };
+  sum(job.dq, job.dq_parts, job.in.q_group, job.in.K);
+  sum(job.dk, job.dk_parts, job.in.k_group, job.in.K);
+  sum(job.dv, job.dv_parts, job.in.v_group, job.in.V);
+}
+
+// A job's workspace, all of it poisoned.
+struct BackwardMemory {
+  std::vector<Piece> pieces;
+  Poisoned states, decays, adjoints, x, z, w, since, dq_parts, dk_parts, dv_parts;
+
+  BackwardMemory(const core::GkaProblem& problem, BackwardJob& job, bool chunks = false)
+      : pieces(chunks ? chunk_pieces_of(problem) : pieces_of(problem, false)),
+        states(states_bytes(problem, count())),
+        decays(decays_bytes(problem, count())),
+        adjoints(states_bytes(problem, count())),
+        x(places(problem) * problem.K * 8),
+        z(places(problem) * problem.K * 8),
+        w(places(problem) * 8),
+        since(places(problem) * 16),
+        dq_parts(places(problem) * problem.K * 8),
+        dk_parts(places(problem) * problem.K * 8),
+        dv_parts(places(problem) * problem.V * 8) {
+    job.in.pieces = pieces.data();
+    job.in.num_pieces = count();
+    job.in.states = states.data();
+    job.in.decays = reinterpret_cast<double*>(decays.data());
+    job.adjoints = adjoints.data();
+    job.x = x.data();
+    job.z = z.data();
+    job.w = reinterpret_cast<double*>(w.data());
+    job.since = reinterpret_cast<double*>(since.data());
+    if (problem.q_group > 1 && job.dq.data != nullptr) job.dq_parts = dq_parts.data();
+    if (problem.k_group > 1 && job.dk.data != nullptr) job.dk_parts = dk_parts.data();
+    if (problem.v_group > 1 && job.dv.data != nullptr) job.dv_parts = dv_parts.data();
+  }
+  int64_t count() const { return static_cast<int64_t>(pieces.size()); }
+  static int64_t places(const core::GkaProblem& p) { return p.B * p.T * p.H; }
+};
+
+inline void emulate_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
+                             const GkaInputGrads& grads, const Emulation& how) {
+  BackwardJob job = backward_job_of(problem, output_grads, grads);
+  const BackwardMemory memory(problem, job);
+  const auto run = [&]<class S>(S) {
+    if (memory.count() > problem.N) emulate_segments<S>(job.in, how);
+    if (problem.K <= 64) {
+      emulate_backward_solve<S, 64>(job, how);
+    } else if (problem.K <= 128) {
+      emulate_backward_solve<S, 128>(job, how);
+    } else {
+      emulate_backward_solve<S, 256>(job, how);
+    }
+    emulate_adjoints<S>(job, how);
+    emulate_gradients<S>(job, how.backwards ? 1 : 3, how);  // any number gives the same bits
+    emulate_head_sums<S>(job, problem.B);
+  };
+  if (problem.dtype == DType::float64) {
+    run(double());
+  } else {
+    run(float());
+  }
+}
+
+// The same with x and z solved for on matrix units; returns what part of the pieces and heads was
+// left over to the token kernel.
+inline double emulate_backward_chunks(const core::GkaProblem& problem,
+                                      const GkaOutputGrads& output_grads,
+                                      const GkaInputGrads& grads, const Emulation& how) {
+  BackwardJob job = backward_job_of(problem, output_grads, grads);
+  const BackwardMemory memory(problem, job, true);
+  const int64_t own = num_chunk_pieces(memory.pieces);
+  Poisoned scratch(own * problem.H * chunk_scratch_bytes());
+  std::vector<int32_t> left_over(static_cast<size_t>(own * problem.H), -1);
+  job.in.chunk_scratch = scratch.data();
+  job.in.left_over = left_over.data();
+  job.in.split = problem.options.arithmetic == Arithmetic::standard;
+  job.in.num_pieces = own;
+  if (own > problem.N) {
+    emulate_states(job.in, how);
+    emulate_segment_sums<float>(job.in);
+  }
+  for (int64_t piece = 0; piece < own; ++piece) {
+    for (int64_t head = 0; head < problem.H; ++head) {
+      Poisoned shared(sizeof(BackwardChunkShared));
+      HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+      run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
+                          head);
+    }
+  }
+  job.in.num_pieces = memory.count();
+  emulate_backward_solve<float, 128>(job, how);
+  job.in.num_pieces = own;
+  for (int64_t i = 0; i < own * problem.H * 2; ++i) {
+    Poisoned shared(sizeof(GradientChunkShared));
+    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+    run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job,
+                       i / 2 / problem.H, i / 2 % problem.H, i % 2 == 1);
+  }
+  emulate_adjoints<float>(job, how);
+  const int64_t blocks = how.backwards ? 1 : 3;
+  Poisoned states(blocks * 4 * GradientChunkBody<HostGroup<ChunkRegisters>>::kScratchFloats);
+  job.block_scratch = states.data();
+  for (int64_t block = 0; block < blocks; ++block) {
+    Poisoned shared(sizeof(GradientChunkShared));
+    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+    run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job, block,
+                        blocks);
+  }
+  emulate_gradients<float>(job, blocks, how);
+  emulate_head_sums<float>(job, problem.B);
+  double sum = 0;
+  for (int32_t e : left_over) sum += e;
+  return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
+}
+
+}  // namespace kalmanet::cuda
