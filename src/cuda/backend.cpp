@@ -1,7 +1,7 @@
 // The CUDA backend: what it refuses, and the order of its kernels.
 #include "cuda/backend.hpp"
 
-#include <limits>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,7 +9,7 @@
 #include "core/text.hpp"
 #include "cuda/backward_plan.hpp"
 #include "cuda/choose_solver.hpp"
-#include "cuda/chunk_kernel.hpp"
+#include "cuda/direct_kernel.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/workspace.hpp"
@@ -44,7 +44,7 @@ GkaReport run_by_chunks(const core::GkaProblem& problem, const GkaOutputs& outpu
   GkaJob job = job_of(problem, outputs);
   job.split = problem.options.arithmetic == Arithmetic::standard;
   const int64_t all = static_cast<int64_t>(pieces.size()), own = num_chunk_pieces(pieces);
-  job.num_pieces = all;
+  job.num_pieces = own;
   const Memory memory = {
       Workspace(all * static_cast<int64_t>(sizeof(Piece)), stream),
       Workspace(states_bytes(problem, own), stream),
@@ -63,10 +63,10 @@ GkaReport run_by_chunks(const core::GkaProblem& problem, const GkaOutputs& outpu
   job.scratch = memory.scratch.data();
   job.num_pieces = own;
   launch_chunks(job, own > problem.N, stream);
-  job.num_pieces = all;
   launch_tokens(job, false, stream);
+  launch_first_tokens(job, all, stream);
   GkaReport report = report_of(problem);
-  report.chunk_size = ChunkLayout::kTokens;
+  report.chunk_size = job.direct ? DirectLayout::kTokens : ChunkLayout::kTokens;
   report.bfloat16_instructions = true;
   if (!job.split) report.bfloat16_solves = report.solves;
   return report;
@@ -77,7 +77,7 @@ GkaReport run(const core::GkaProblem& problem, const GkaOutputs& outputs, bool w
   const DeviceInfo& device = device_info();
   if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
   if (!whole && problem.T > 0 && problem.N > 0 && fits_chunks(problem, outputs) &&
-      chunk_shared_bytes() <= device.max_shared) {
+      std::max(chunk_shared_bytes(), direct_shared_bytes()) <= device.max_shared) {
     return run_by_chunks(problem, outputs, device);
   }
   if (!whole && problem.options.arithmetic != Arithmetic::standard) {
@@ -182,7 +182,6 @@ class CudaBackend final : public core::GkaBackend {
                     n * static_cast<int64_t>(sizeof(Piece));
     if (operation == GkaOperation::forward && problem.K == ChunkLayout::kDim &&
         problem.V == ChunkLayout::kDim && core::is_half(problem.dtype)) {
-      bytes *= 2;  // first tokens apart
       bytes += n * problem.H * (chunk_scratch_bytes() + static_cast<int64_t>(sizeof(int32_t)));
     }
     if (operation == GkaOperation::forward) {

@@ -158,8 +158,8 @@ struct BackwardChunkBody : BackwardProducts<Group> {
 
   // Returns whether the token kernel must do the piece instead.
   KALMANET_KERNEL bool run() {
-    this->load_state(false, false);
-    this->load_state(true, false);
+    this->load_state(false);
+    this->load_state(true);
     group.each([&](int thread, Registers&) {
       if (thread == 0) shared.ill = 0;
     });

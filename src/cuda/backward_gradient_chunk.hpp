@@ -291,8 +291,8 @@ struct GradientChunkBody : GradientChunkGates<Group> {
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
     states = scratch;
-    this->load_state(false, false);
-    this->load_state(true, false);
+    this->load_state(false);
+    this->load_state(true);
     load_carry();
     for (int i = 0; i + 1 < chunks; ++i) {
       load_chunk(piece.begin + i * L::kTokens, false);

@@ -40,7 +40,7 @@ bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads&
                           const GkaInputGrads& grads, const DeviceInfo& device) {
   const GkaInputs& in = problem.inputs;
   return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_pairs(in.q) &&
-         in_pairs(in.k) && in_pairs(in.v) && in_pairs(output_grads.d_o) &&
+         in_vectors(in.k) && in_vectors(in.v) && in_pairs(output_grads.d_o) &&
          (!grads.dq.defined() || in_pairs(grads.dq)) &&
          (!grads.dk.defined() || in_pairs(grads.dk)) &&
          (!grads.dv.defined() || in_pairs(grads.dv)) &&

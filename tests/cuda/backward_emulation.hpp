@@ -151,7 +151,7 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   job.in.split = problem.options.arithmetic == Arithmetic::standard;
   job.in.num_pieces = own;
   if (own > problem.N) {
-    emulate_chunk_blocks(job.in, false, how);
+    emulate_states(job.in, how);
     emulate_segment_sums<float>(job.in);
   }
   for (int64_t piece = 0; piece < own; ++piece) {
