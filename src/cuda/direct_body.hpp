@@ -1,24 +1,87 @@
 // The body of the direct chunk kernel: a piece's outputs.
 #pragma once
 
-#include "cuda/direct_solve.hpp"
+#include "cuda/direct_factor.hpp"
 
 namespace kalmanet::cuda {
 
 // Products of factors split in float16 err by 2^-22 or so, which the amplification multiplies: up
 // to this, by less than a quarter of what rounding o to bfloat16 does.
 inline constexpr double kLargestDirectAmplification = 1000.0;
+
 template <class Group>
-struct DirectBody : DirectSolve<Group> {
-  using Base = DirectSolve<Group>;
+struct DirectBody : DirectFactor<Group> {
+  using Base = DirectFactor<Group>;
   using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
-      Base::n, Base::k_power, Base::v_power, Base::q_power, Base::exact;
+      Base::n, Base::k_power, Base::v_power, Base::q_power;
   using L = DirectLayout;
   using Registers = DirectRegisters;
 
+  // The queries into s.
+  KALMANET_KERNEL void take_queries() {
+    KALMANET_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      group.each([&](int thread, Registers& r) {
+        const Left left = shared.queries[(m * 8 + thread / 32) * 32 + thread % 32];
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) r.t[i] = left.part[i];
+      });
+      this->transpose_all();
+      group.each([&](int, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float (&v)[4] = r.s[2 * m + i % 2];
+          v[i / 2 * 2] = low_float16(r.t[i]), v[i / 2 * 2 + 1] = high_float16(r.t[i]);
+        }
+      });
+    }
+  }
+
+  KALMANET_KERNEL void solve() {
+    take_queries();
+    group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int tile = 0; tile < 4; ++tile) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) r.x[tile][i] = 0;
+      }
+    });
+    for (int k = 0; k < shared.steps; ++k) {
+      const Left* const right = k == 0 ? shared.queries : shared.right;
+      group.barrier();
+      this->template multiply_tokens<true, false>(shared.gains[0], shared.gains[1], right, nullptr);
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if (this->tile_row(thread, i) > this->tile_column(thread, i)) r.g[0][i] = 0;
+          r.g[0][i] = -r.g[0][i];
+        }
+      });
+      this->put_middle();
+      this->template multiply_inverse<true>(right);
+      group.barrier();
+      this->template add_middle<true>(typename Base::TakeZ());
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 4; ++tile) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int t = this->token_of(thread, tile, i);
+            const float gain = shared.gain[k][t], gp = gain * (1.0f / kInverseScale) * r.y[tile][i];
+            r.x[tile][i] += gp;
+            r.s[tile][i] -= gain * r.s[tile][i] + shared.delta[t] * gp;
+          }
+        }
+      });
+      if (k + 1 < shared.steps) {
+        this->put_right(shared.right, nullptr, [](Registers& r) -> float (&)[4][4] { return r.s; });
+      }
+    }
+  }
+
   // o of the chunk from x.
   KALMANET_KERNEL void read_out() {
-    this->take_queries();
+    take_queries();
     this->dot_columns(0, [&](Registers& r, int thread, int tile, int i) {
       const float x = r.x[tile][i] * shared.solution_scale[this->token_of(thread, tile, i)];
       return x * x;
@@ -95,7 +158,7 @@ struct DirectBody : DirectSolve<Group> {
     store_outputs();
     group.barrier();
     group.each([&](int t, Registers&) {
-      if (t >= n || exact(t)) return;
+      if (t >= n || this->exact(t)) return;
       // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it is
       // not small, and where it is these are a sequence's first tokens.
       const double weight = shared.alpha[t] * job.scale / q_power;
@@ -119,7 +182,7 @@ struct DirectBody : DirectSolve<Group> {
       group.each([&](int thread, Registers& r) {
         const int token = tile * 8 + thread % 32 / 4;
         const int dim = thread / 32 * 16 + thread % 4 * 2;
-        if (token >= n || exact(token)) return;
+        if (token >= n || this->exact(token)) return;
         uint16_t* const to = base + token * job.o.stride[1] + dim;
         memcpy(to, &r.t[0], 4);
         memcpy(to + 8, &r.t[1], 4);
@@ -166,7 +229,7 @@ struct DirectBody : DirectSolve<Group> {
       group.new_part();
       if (shared.steps > 0) this->factor();
       group.new_part();
-      this->solve();
+      solve();
       group.barrier();
       group.new_part();
       read_out();

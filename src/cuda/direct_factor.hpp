@@ -1,4 +1,4 @@
-// The chunk's solves: shifts and their one mu, the factors, and x of all its tokens.
+// The direct chunk kernel: a chunk's shifts and mu, and the factors that go with them.
 #pragma once
 
 #include "cuda/chunk_body.hpp"
@@ -36,7 +36,7 @@ struct NodeOrder {
 KALMANET_CONSTANT NodeOrder kNodeOrder;
 
 template <class Group>
-struct DirectSolve : DirectState<Group> {
+struct DirectFactor : DirectState<Group> {
   using Base = DirectState<Group>;
   using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
       Base::n, Base::k_power, Base::v_power, Base::q_power;
@@ -227,68 +227,6 @@ struct DirectSolve : DirectState<Group> {
       for (int i = 0; i < 4; ++i) r.a[0][i] = r.z[0][k][i], r.a[1][i] = r.z[1][k][i];
     }
   };
-
-  // The queries into s.
-  KALMANET_KERNEL void take_queries() {
-    KALMANET_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      group.each([&](int thread, Registers& r) {
-        const Left left = shared.queries[(m * 8 + thread / 32) * 32 + thread % 32];
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) r.t[i] = left.part[i];
-      });
-      this->transpose_all();
-      group.each([&](int, Registers& r) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float (&v)[4] = r.s[2 * m + i % 2];
-          v[i / 2 * 2] = low_float16(r.t[i]), v[i / 2 * 2 + 1] = high_float16(r.t[i]);
-        }
-      });
-    }
-  }
-
-  KALMANET_KERNEL void solve() {
-    take_queries();
-    group.each([&](int, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 4; ++tile) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) r.x[tile][i] = 0;
-      }
-    });
-    for (int k = 0; k < shared.steps; ++k) {
-      const Left* const right = k == 0 ? shared.queries : shared.right;
-      group.barrier();
-      this->template multiply_tokens<true, false>(shared.gains[0], shared.gains[1], right, nullptr);
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          if (this->tile_row(thread, i) > this->tile_column(thread, i)) r.g[0][i] = 0;
-          r.g[0][i] = -r.g[0][i];
-        }
-      });
-      this->put_middle();
-      this->template multiply_inverse<true>(right);
-      group.barrier();
-      this->template add_middle<true>(TakeZ());
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int tile = 0; tile < 4; ++tile) {
-          KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const int t = this->token_of(thread, tile, i);
-            const float gain = shared.gain[k][t], gp = gain * (1.0f / kInverseScale) * r.y[tile][i];
-            r.x[tile][i] += gp;
-            r.s[tile][i] -= gain * r.s[tile][i] + shared.delta[t] * gp;
-          }
-        }
-      });
-      if (k + 1 < shared.steps) {
-        this->put_right(shared.right, nullptr, [](Registers& r) -> float (&)[4][4] { return r.s; });
-      }
-    }
-  }
 };
 
 }  // namespace kalmanet::cuda
