@@ -39,9 +39,6 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor | None, ...]) ->
     return q.shape[0], q.shape[1], H, q.shape[3], v.shape[3]
 
 
-_SEGMENT = 512  # tokens from one kept state to the next
-
-
 def _padded(width: int) -> int:
     return (width + 15) // 16 * 16
 
@@ -70,7 +67,7 @@ def _(
         q.new_empty((N, H, K, V), dtype=fine),
         q.new_empty((B, T, H, K), dtype=fine) if save_x else _none(q),
         q.new_empty((B, T, H), dtype=fine) if want_residual else _none(q),
-        q.new_empty((B, H, T // _SEGMENT, _padded(K) * (_padded(K) + _padded(V))), dtype=fine)
+        q.new_empty((B, H, T, _padded(K) * (_padded(K) + _padded(V)) // 512), dtype=fine)
         if save_x and _keeps_segments(q, chunk_size, backend)
         else _none(q),
     )

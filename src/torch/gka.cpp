@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -93,6 +94,35 @@ bool keeps_segments(const Call& call) {
           std::has_single_bit(static_cast<uint64_t>(options.chunk_size)));
 }
 
+// The operators' [B,H,T,size/512] as kalmanet's [B,H,T/512,size], the same numbers in the same
+// order: a shape that says T and not T/512 is one that compiled and exported programs need no
+// special cases for. (A state's size, of rows padded to 16, is a multiple of 512.)
+template <class AnyView>
+AnyView as_segments(AnyView view) {
+  if (!view.defined()) return view;
+  if (view.rank != 4 || view.stride[3] != 1 || view.stride[2] != view.size[3]) {
+    throw Error(
+        ErrorCode::invalid_shape, "segment_states",
+        "is not the [B,H,T,size/512] that gka_forward returned; pass that, or leave it out");
+  }
+  view.size[2] /= kSegmentTokens;
+  view.size[3] *= kSegmentTokens;
+  view.stride[2] = view.size[3];
+  return view;
+}
+
+// What no state is written to: the rest of each head after its last one; of packed sequences, whose
+// ends say what that is, all of it. An operator's results are the same whenever it is called.
+void clear_rest(const View& states, DType dtype, bool packed) {
+  const auto [B, H, T, numbers] = states.size;
+  const int64_t kept = packed ? 0 : T / kSegmentTokens * kSegmentTokens;
+  for (int64_t i = 0; i < B * H; ++i) {
+    char* const head = static_cast<char*>(states.data) + i * T * numbers * size_of(dtype);
+    std::memset(head + kept * numbers * size_of(dtype), 0,
+                static_cast<size_t>((T - kept) * numbers * size_of(dtype)));
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
     const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
@@ -121,16 +151,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
   Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.fine_dtype) : no_tensor(q);
   Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.fine_dtype) : no_tensor(q);
   const bool segments = save_x && keeps_segments(call);
-  Tensor states = segments ? new_tensor(q, {B, H, T / kSegmentTokens, gka_segment_state_size(K, V)},
-                                        call.state_dtype)
-                           : no_tensor(q);
+  const int64_t numbers = gka_segment_state_size(K, V) / kSegmentTokens;
+  Tensor states = segments ? new_tensor(q, {B, H, T, numbers}, call.state_dtype) : no_tensor(q);
   GkaOutputs outputs;
   outputs.o = mutable_view(o, "o");
   outputs.h_final = mutable_view(h, "h_final");
   outputs.u_final = mutable_view(u, "u_final");
   if (save_x) outputs.x = mutable_view(x, "x");
   if (want_residual) outputs.residual = mutable_view(residual, "residual");
-  if (segments) outputs.segment_states = mutable_view(states, "segment_states");
+  if (segments) {
+    const View whole = mutable_view(states, "segment_states");
+    clear_rest(whole, call.state_dtype, cu_seqlens.has_value());
+    outputs.segment_states = as_segments(whole);
+  }
   gka_forward(call.inputs, outputs, call.options);
   return {o, h, u, x, residual, states};
 }
@@ -199,7 +232,8 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
   Tensor dridge = gate(ridge, grads.d_ridge_ratio, "dridge");
   Tensor dh0 = state(h0, K, grads.d_h0, "dh0");
   Tensor du0 = state(u0, V, grads.d_u0, "du0");
-  const GkaSaved saved{const_view(x, "x"), const_view(segment_states, "segment_states")};
+  const GkaSaved saved{const_view(x, "x"),
+                       as_segments(const_view(segment_states, "segment_states"))};
   gka_backward(call.inputs, saved, output_grads, grads, call.options);
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }

@@ -70,14 +70,16 @@ def test_segment_states_change_no_bit(lengths):
         p[name] = p[name].expand(N, *p[name].shape[1:]).contiguous()
     B, T, H, K = 1, 1160, p["g"].shape[2], p["q"].shape[3]
     o, _h, _u, x, _r, states = ops.gka_forward(**p, cu_seqlens=cu, save_x=True)
-    assert states.shape[:3] == (B, H, T // 512) and states.dtype == torch.float32
-    assert states.shape[3] == 16 * (-(-K // 16)) * 16 * (-(-K // 16) + -(-o.shape[3] // 16))
+    assert states.shape[:3] == (B, H, T) and states.dtype == torch.float32
+    assert states.shape[3] == 16 * (-(-K // 16)) * 16 * (-(-K // 16) + -(-o.shape[3] // 16)) // 512
     d_o = torch.ones_like(o)
     got = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x, segment_states=states)
     want = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     other = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x, segment_states=2 * states)
     assert not torch.equal(other[1], want[1]), "not read"
+    with pytest.raises(RuntimeError, match="segment_states: is not the"):
+        ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x, segment_states=states[:, :, ::2])
     for options in ({"chunk_size": 12}, {"backend": "reference"}):
         assert ops.gka_forward(**p, cu_seqlens=cu, save_x=True, **options)[5].numel() == 0
 
