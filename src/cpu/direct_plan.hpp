@@ -149,9 +149,9 @@ ChunkPlan plan_direct(const Chunk<S>& c, const DirectBlock<Vec>& d, bool h_is_ze
   if (plan.way == ChunkWay::new_block) {
     const double ratio = r.high / plan.mu > plan.mu / r.low ? r.high / plan.mu : plan.mu / r.low;
     plan.steps = direct_steps<Vec>(ratio, tolerance);
-    if (expected > 1) {
-      // Shifts mostly grow: as large a mu as these steps allow for the smallest of them leaves the
-      // most room for the chunks to come.
+    if (expected > 1 && r.ridge_low == r.ridge_high) {
+      // With one ratio for all tokens shifts mostly grow: as large a mu as these steps allow for
+      // the smallest of them leaves the most room for the chunks to come.
       const double largest = r.low * widest_ratio<Vec>(plan.steps, tolerance);
       plan.mu = largest > plan.mu ? largest : plan.mu;
     }
