@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/backward_chunk_products.hpp"
+#include "cuda/backward_first_body.hpp"
 
 namespace kalmanet::cuda {
 
@@ -137,7 +138,7 @@ struct BackwardChunkBody : BackwardProducts<Group> {
     group.each([&](int thread, Registers& r) {
       if (thread >= L::kTokens) return;
       const bool exact = piece.first && job.h0.data == nullptr &&
-                         t0 + thread < piece.begin + kExactTokens;
+                         t0 + thread < piece.begin + BackwardFirstLayout::kTokens;
       const bool counts = thread < n && !exact;
       shared.norm2[thread] = counts ? this->dot(0, thread) * this->dot(1, thread) : 0.0;
       shared.gate[0][thread] = counts ? r.sum * r.sum : 0.0;
