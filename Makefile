@@ -1,6 +1,6 @@
 # The front door: each target sets up what it needs first. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup build wheel demo test test-cpp test-python properties bench format lint docs fuzz clean
+.PHONY: help setup build wheel wheel-test demo test test-cpp test-python properties bench format lint docs fuzz clean
 
 # Seconds for each fuzzer of `make fuzz`.
 FUZZ_SECONDS ?= 600
@@ -24,8 +24,14 @@ build: setup  ## compile everything, preset release, in build/release
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release --parallel $(JOBS)
 
-wheel: setup  ## the Python package as a wheel in dist/ (tools/wheel --test tries it out)
+wheel: setup  ## the Python package as a wheel in dist/, checked
 	@tools/wheel
+
+# The oldest PyTorch, the one that .venv is made with, and a newer one. VERSION@PYTHON names another
+# Python: make wheel-test WHEEL_TORCH="2.11.0@python3.10 2.13.0"
+WHEEL_TORCH ?= 2.11.0 2.13.0 2.14.1
+wheel-test: wheel  ## the wheel beside other PyTorch versions (gigabytes, half an hour)
+	@tools/wheel --test-only $(WHEEL_TORCH)
 
 demo: setup  ## train a small model on real text and talk to it (about five minutes)
 	cmake --preset release $(CMAKE_ARGS)
@@ -62,6 +68,7 @@ lint: build  ## formatting, order of the rooms, clang-tidy, ruff
 	@tools/check_layers
 	@tools/python_reference --check
 	@tools/check_isa
+	@tools/check_kernels
 	@tools/tidy
 
 docs: build  ## check the docs: links, commands, flags and quoted code

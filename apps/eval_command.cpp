@@ -8,6 +8,7 @@
 #include <string>
 
 #include "command.hpp"
+#include "models/device.hpp"
 #include "models/io.hpp"
 #include "terminal.hpp"
 #include "train/checkpoint.hpp"
@@ -19,7 +20,7 @@ namespace {
 
 struct EvalCommand {
   CLI::App* app = nullptr;
-  std::string model_path, text;
+  std::string model_path, text, device = "cpu";
   int64_t window = 2048, max_bytes = 0;
   int threads = 0;
   bool json = false, quiet = false;
@@ -34,6 +35,7 @@ struct EvalCommand {
     app->add_option("--max-bytes", max_bytes, "Stop after so many; 0 reads all")
         ->capture_default_str()
         ->check(CLI::NonNegativeNumber);
+    app->add_option("--device", device, "cpu, cuda or cuda:N")->capture_default_str();
     app->add_option("--threads", threads, "0 for PyTorch's choice")
         ->capture_default_str()
         ->check(CLI::Range(0, 4096));
@@ -43,7 +45,9 @@ struct EvalCommand {
 
   int run() {
     if (threads > 0) at::set_num_threads(threads);
-    models::HybridLanguageModel model = models::load_model(train::resolve_model_folder(model_path));
+    const at::Device where = models::device_named(device);
+    models::HybridLanguageModel model =
+        models::load_model(train::resolve_model_folder(model_path), {.device = where});
     model->eval();
     const train::InterruptGuard guard;
     std::unique_ptr<ProgressBar> bar;

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "command.hpp"
+#include "models/device.hpp"
 #include "models/files.hpp"
 #include "models/generate.hpp"
 #include "models/io.hpp"
@@ -86,7 +87,7 @@ class Statistics {
 
 struct GenerateCommand {
   CLI::App* app = nullptr;
-  std::string model_path, prompt, prompt_file;
+  std::string model_path, prompt, prompt_file, device = "cpu";
   models::SamplingOptions sampling;
   int threads = 0;
   bool stats = false, no_echo = false;
@@ -106,6 +107,7 @@ struct GenerateCommand {
     app->add_option("--top-p", sampling.top_p, "Keep the likeliest that reach p together")
         ->capture_default_str();
     app->add_option("--seed", sampling.seed, "The same seed, the same text")->capture_default_str();
+    app->add_option("--device", device, "cpu, cuda or cuda:N")->capture_default_str();
     app->add_option("--threads", threads, "0 for PyTorch's choice")->capture_default_str();
     app->add_flag("--stats", stats, "Memory and speed, first and last thousand tokens");
     app->add_flag("--no-echo", no_echo, "Print the continuation without the prompt");
@@ -127,7 +129,9 @@ struct GenerateCommand {
     if (threads < 0) throw UsageError("--threads must be 0 or more");
     if (threads > 0) at::set_num_threads(threads);
     const models::Sampler checked(sampling);  // says what is wrong before the model is loaded
-    models::HybridLanguageModel model = models::load_model(train::resolve_model_folder(model_path));
+    const at::Device where = models::device_named(device);
+    models::HybridLanguageModel model =
+        models::load_model(train::resolve_model_folder(model_path), {.device = where});
     model->eval();
     const models::ByteTokenizer tokenizer;
     const std::string text = read_prompt();

@@ -116,6 +116,8 @@ struct TrainCommand {
         "sequential");
     constexpr const char* kHow = "Running";
     option("--minutes", "minutes", options.minutes, "Time limit; 0 for none", kHow);
+    option("--device", "device", options.device, "cpu, cuda or cuda:N", kHow)
+        ->capture_default_str();
     option("--threads", "threads", options.threads, "0 for PyTorch's choice", kHow);
     option("--checkpoint-every", "checkpoint_every", options.checkpoint_every,
            "Steps between checkpoints", kHow);

@@ -8,6 +8,7 @@
 #include "command.hpp"
 #include "kalmanet/backend.hpp"
 #include "kalmanet/version.hpp"
+#include "models/device.hpp"
 
 namespace kalmanet::apps {
 namespace {
@@ -26,9 +27,8 @@ int print_version() {
   std::printf("kalmanet %s\n", version());
   std::printf("build            %s, %s%s\n", KALMANET_BUILD_TYPE, KALMANET_COMPILER, kSanitizers);
   std::printf("instruction set  %s (available: %s)\n", name(instruction_set()), available.c_str());
-  for (const BackendInfo& backend : backends()) {
-    std::printf("backend          %s: %s%s\n", name(backend.backend),
-                backend.available ? "" : "not available; ", backend.detail.c_str());
+  for (const std::string& line : models::backend_lines()) {
+    std::printf("backend          %s\n", line.c_str());
   }
   std::printf("PyTorch          %s\n", TORCH_VERSION);
   std::printf("threads          %d\n", at::get_num_threads());

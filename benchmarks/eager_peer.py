@@ -64,12 +64,15 @@ def make_inputs(T, H, K):
 
 
 def run_ours(inputs, d_o, solver):
-    """The operators as autograd calls them: x_t kept from the forward."""
+    """The operators as autograd calls them: x_t and segment states kept from the forward."""
     ops = torch.ops.kalmanet
     tensors = dict(inputs, gk=inputs["g"])
     settings = {"ridge_ratio": RIDGE, "num_iter": NUM_ITER, "solver": solver}
-    o, _, _, x, _ = ops.gka_forward(**tensors, **settings, save_x=True)
-    dq, dk, dv, dg, dgk, dalpha, dbeta = ops.gka_backward(**tensors, **settings, x=x, d_o=d_o)[:7]
+    o, _, _, x, _, states = ops.gka_forward(**tensors, **settings, save_x=True)
+    kept = {"x": x, "segment_states": states}
+    dq, dk, dv, dg, dgk, dalpha, dbeta = ops.gka_backward(**tensors, **settings, **kept, d_o=d_o)[
+        :7
+    ]
     return o, dq, dk, dv, dg + dgk, dalpha, dbeta
 
 

@@ -42,6 +42,11 @@ if(KALMANET_WITH_CUDA)
   # Machine code for Ampere and later, for Hopper, and PTX that a driver translates elsewhere.
   set(KALMANET_CUDA_TARGETS
     -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90a,code=sm_90a)
+  # Lines for profilers: more than half of an object file, and of no use inside a wheel.
+  set(KALMANET_CUDA_LINES -lineinfo)
+  if(KALMANET_PACKAGE)
+    set(KALMANET_CUDA_LINES)
+  endif()
 else()
   message(STATUS "CUDA kernels: none (KALMANET_CUDA=${KALMANET_CUDA}, nvcc: ${KALMANET_NVCC})")
 endif()
@@ -59,7 +64,7 @@ function(kalmanet_cuda_objects variable)
     add_custom_command(OUTPUT ${_object}
       COMMAND sh -c "\"$@\" 2>'${_object}.ptxas' || { cat '${_object}.ptxas' >&2; exit 1; }" sh
         ${KALMANET_NVCC} -c ${CMAKE_CURRENT_SOURCE_DIR}/${_file} -o ${_object}
-        -MD -MF ${_object}.d -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 -O3 -lineinfo
+        -MD -MF ${_object}.d -ccbin ${CMAKE_CXX_COMPILER} -std=c++20 -O3 ${KALMANET_CUDA_LINES}
         ${KALMANET_CUDA_TARGETS} -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,${_warnings}
         -I${PROJECT_SOURCE_DIR}/src -I${PROJECT_SOURCE_DIR}/include
       DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${_file} DEPFILE ${_object}.d

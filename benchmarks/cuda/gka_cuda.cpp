@@ -2,7 +2,9 @@
 // median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
 // case.
 //
-//   gka_cuda [step] [forward] [backward]        (default: all)
+//   gka_cuda [step] [forward] [backward] [quick]        (default: all but quick)
+//
+// quick: forward of one size, for a profiler.
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
@@ -251,8 +253,16 @@ struct Backward {
   GkaInputGrads to;
 
   explicit Backward(const Problem& p)
-      : q(p.q), k(p.k), v(p.v), g(p.g), d_o(output_gradient(p)), dq(p.q.size() * 2),
-        dk(p.q.size() * 2), dv(p.q.size() * 2), dg(p.g.size() * 4), dgk(p.g.size() * 4),
+      : q(p.q),
+        k(p.k),
+        v(p.v),
+        g(p.g),
+        d_o(output_gradient(p)),
+        dq(p.q.size() * 2),
+        dk(p.q.size() * 2),
+        dv(p.q.size() * 2),
+        dg(p.g.size() * 4),
+        dgk(p.g.size() * 4),
         o(p.q.size() * 2) {
     const auto rows = [&](const Device& d) {
       return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
@@ -354,7 +364,7 @@ void time_backward(const Problem& p, const GkaOptions& options, int times) {
 
 int main(int argc, char** argv) {
   const auto asked = [&](const char* what) {
-    if (argc < 2) return true;
+    if (argc < 2) return std::strcmp(what, "quick") != 0;
     return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, what); });
   };
   for (const BackendInfo& info : backends()) {
@@ -385,7 +395,13 @@ int main(int argc, char** argv) {
       Problem p(B, T, H, 128);
       time_forward(p, options, 9);
       time_forward(p, bf16, 9);
+      time_forward(p, direct, 9);
     }
+  }
+  if (asked("quick")) {
+    Problem p(1, 8192, 32, 128);
+    time_forward(p, options, 1);
+    time_forward(p, direct, 1);
   }
   if (asked("backward")) {
     for (const auto& [B, T, H] :

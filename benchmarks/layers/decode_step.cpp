@@ -100,7 +100,7 @@ void prefill(const GatedKalmaNetOptions& o, int64_t T, int rounds, Json& json) {
   const Tensor x = at::randn({1, T, o.hidden_size}), rows = at::randn({1, T, H * K});
   const Tensor weight = at::randn({H * K, 1, o.conv_size}), heads = at::randn({1, T, H, K});
   const Tensor logits = at::randn({1, T, H}), norm = at::ones({K});
-  const Tensor unit = layers::unit_heads(heads, 1e-6), gates = -at::rand({1, T, H}) / 50;
+  const Tensor unit = layers::unit_heads(heads), gates = -at::rand({1, T, H}) / 50;
   Samples all, conv, unit_norm, gate, out_norm, core;
   const auto time = [&](Samples& samples, auto&& work) {
     samples.add(1e3 * cpu_seconds_of(Cpu::thread, work));
@@ -114,7 +114,7 @@ void prefill(const GatedKalmaNetOptions& o, int64_t T, int rounds, Json& json) {
       for (int i = 0; i < 3; ++i) layers::causal_conv(rows, weight, {}, {}, true, true);
     });
     time(unit_norm, [&] {
-      for (int i = 0; i < 2; ++i) layers::unit_heads(heads, 1e-6);
+      for (int i = 0; i < 2; ++i) layers::unit_heads(heads);
     });
     time(gate, [&] {
       at::sigmoid(logits) + 1e-6;

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <span>
 
-#include "kalmanet/executor.hpp"
 #include "kalmanet/export.hpp"
+#include "kalmanet/placement.hpp"
 #include "kalmanet/tensor.hpp"
 
 namespace kalmanet {
@@ -29,15 +29,15 @@ struct ConvInputs {
 // `final_state` [N,D,W] (optional) receives the last W inputs, of the state too where a sequence is
 // shorter than W, zeros where there were none; it may be the very memory of `state`.
 KALMANET_API void causal_conv_forward(const ConvInputs& inputs, View y, View final_state, bool silu,
-                                      Executor* executor = nullptr);
+                                      const Placement& where = {});
 
 // dx [B,T,D], dweight [D,W], dstate [N,D,W]: each optional. d_final_state [N,D,W] optional.
 KALMANET_API void causal_conv_backward(const ConvInputs& inputs, ConstView dy,
                                        ConstView d_final_state, View dx, View dweight, View dstate,
-                                       bool silu, Executor* executor = nullptr);
+                                       bool silu, const Placement& where = {});
 
 // One token a sequence: x and y [N,D], state [N,D,W] updated in place.
 KALMANET_API void causal_conv_step(ConstView x, ConstView weight, View state, View y, bool silu,
-                                   Executor* executor = nullptr);
+                                   const Placement& where = {});
 
 }  // namespace kalmanet

@@ -85,7 +85,7 @@ struct GkaOutputs {
   // after every kSegmentTokens tokens of a sequence, which spare the backward a pass over all keys
   // and values. How they lie inside is the backward's affair. Of gka_forward on Backend::cpu, with
   // a chunk_size that is 0 or a power of two.
-  View segment_states;
+  View segment_states = {};
 };
 
 // The backward keeps the states before every chunk between two saved ones: 4 MiB a thread at K = V

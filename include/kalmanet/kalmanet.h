@@ -198,11 +198,16 @@ typedef struct kalmanet_gka_options {
   kalmanet_executor* executor; /* default NULL: the process-wide pool */
   int32_t arithmetic;          /* default KALMANET_ARITHMETIC_STANDARD */
   int32_t reserved;
+  /* KALMANET_BACKEND_CUDA: a cudaStream_t of the device that holds the tensors; default NULL: the
+   * default stream. Work is put on it and the call returns; the caller synchronises. A plan each
+   * for several streams. Other backends do not look at it. (Appended after 0.1's first structs: an
+   * older caller's options, which end before it, mean NULL.) */
+  void* stream;
 } kalmanet_gka_options;
 /* clang-format off */
 #define KALMANET_GKA_OPTIONS_INIT                                                                  \
   {(uint32_t)sizeof(kalmanet_gka_options), KALMANET_SOLVER_CHEBYSHEV, 30,                          \
-   KALMANET_BACKEND_AUTOMATIC, 0.02, 1e-5, 0.0, 1, 0, NULL, KALMANET_ARITHMETIC_STANDARD, 0}
+   KALMANET_BACKEND_AUTOMATIC, 0.02, 1e-5, 0.0, 1, 0, NULL, KALMANET_ARITHMETIC_STANDARD, 0, NULL}
 /* clang-format on */
 
 /* Checked options and an executor, to be used for any number of calls, layers and shapes. */

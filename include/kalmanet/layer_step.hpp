@@ -21,13 +21,9 @@
 
 #include "kalmanet/export.hpp"
 #include "kalmanet/gka.hpp"
+#include "kalmanet/norm.hpp"
 
 namespace kalmanet {
-
-enum class QkNorm {
-  official,  // x / (|x| + 1e-6)
-  fla,       // x / sqrt(|x|^2 + 1e-6)
-};
 
 // Letters as in gka.hpp, B = N sequences; W taps of the convolutions. Every tensor of the first
 // group has the dtype of q: float32, float64, bfloat16 or float16; those of the second have it

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Name -> the module of this package that has it.
-_LAZY = {"GatedKalmaNet": "layer", "State": "state", "load": "models", "save": "models"}
+_LAZY = {
+    "GatedKalmaNet": "layer",
+    "State": "state",
+    "backends": "_backends",
+    "load": "models",
+    "save": "models",
+}
 _MODULES = ("models", "ops")
 
 __all__ = ["__version__", *_LAZY, *_MODULES]
@@ -23,6 +29,7 @@ __all__ = ["__version__", *_LAZY, *_MODULES]
 if TYPE_CHECKING:
     from . import models as models
     from . import ops as ops
+    from ._backends import backends as backends
     from .layer import GatedKalmaNet as GatedKalmaNet
     from .models import load as load
     from .models import save as save

@@ -39,10 +39,27 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, gates: tuple[Tensor | None, ...]) ->
     return q.shape[0], q.shape[1], H, q.shape[3], v.shape[3]
 
 
+_SEGMENT = 512  # tokens from one kept state to the next
+
+
+def _padded(width: int) -> int:
+    return (width + 15) // 16 * 16
+
+
+def _keeps_segments(q: Tensor, chunk_size: int, backend: str) -> bool:
+    """As src/torch/gka.cpp."""
+    return (
+        not q.is_cuda
+        and backend in ("auto", "cpu")
+        and (chunk_size == 0 or chunk_size & (chunk_size - 1) == 0)
+    )
+
+
 @torch.library.register_fake("kalmanet::gka_forward")
 def _(
     q, k, v, g=None, gk=None, alpha=None, beta=None, ridge=None, h0=None, u0=None,
-    cu_seqlens=None, *, save_x=False, want_residual=False, **_options,
+    cu_seqlens=None, *, save_x=False, want_residual=False, chunk_size=0, backend="auto",
+    **_options,
 ):  # fmt: skip
     B, T, H, K, V = _sizes(q, k, v, (g, gk, alpha, beta, ridge))
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -53,13 +70,16 @@ def _(
         q.new_empty((N, H, K, V), dtype=fine),
         q.new_empty((B, T, H, K), dtype=fine) if save_x else _none(q),
         q.new_empty((B, T, H), dtype=fine) if want_residual else _none(q),
+        q.new_empty((B, H, T // _SEGMENT, _padded(K) * (_padded(K) + _padded(V))), dtype=fine)
+        if save_x and _keeps_segments(q, chunk_size, backend)
+        else _none(q),
     )
 
 
 @torch.library.register_fake("kalmanet::gka_backward")
 def _(
     d_o, q, k, v, g=None, gk=None, alpha=None, beta=None, ridge=None, h0=None, u0=None,
-    cu_seqlens=None, x=None, dh=None, du=None, **_options,
+    cu_seqlens=None, x=None, segment_states=None, dh=None, du=None, **_options,
 ):  # fmt: skip
     inputs = (q, k, v, g, gk, alpha, beta, ridge, h0, u0)
     fine = _fine(q.dtype)
@@ -119,25 +139,48 @@ def _(dy, o, gate, weight, *, eps=1e-6):
     return o.new_empty(o.shape), d_gate, weight.new_empty(weight.shape)
 
 
+@torch.library.register_fake("kalmanet::unit_norm_forward")
+def _(x, *, kind="official", eps=1e-6):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("kalmanet::unit_norm_backward")
+def _(dy, x, *, kind="official", eps=1e-6):
+    return x.new_empty(x.shape)
+
+
+# (load_state has none: the dtype and the sizes of what it gives are in its data.)
+@torch.library.register_fake("kalmanet::save_state")
+def _(h, u):
+    # A header of 128 bytes, then both states (docs/state-format.md).
+    return h.new_empty((128 + (h.numel() + u.numel()) * h.element_size(),), dtype=torch.uint8)
+
+
+@torch.library.register_fake("kalmanet::saved_state_bytes")
+def _(buffer):
+    return buffer.new_empty((8,), dtype=torch.uint8)
+
+
 # ---- gradients ----
 
 
 def _gka_setup(ctx, inputs, keyword_only_inputs, output) -> None:
     ctx.set_materialize_grads(False)
     x = output[3] if keyword_only_inputs["save_x"] else None
-    ctx.save_for_backward(*inputs, x)
+    segments = output[5] if output[5].dim() == 4 else None
+    ctx.save_for_backward(*inputs, x, segments)
     ctx.options = {name: keyword_only_inputs[name] for name in (*_SOLVER, "bp_lambda", "backend")}
 
 
-def _gka_gradient(ctx, d_o, dh, du, _dx, _dresidual):
-    *inputs, x = ctx.saved_tensors
+def _gka_gradient(ctx, d_o, dh, du, _dx, _dresidual, _dsegments):
+    *inputs, x, segments = ctx.saved_tensors
     if d_o is None and dh is None and du is None:
         return (None,) * len(inputs)
     q, v = inputs[0], inputs[2]
     if d_o is None:
         heads = (dh if dh is not None else du).shape[1]
         d_o = q.new_zeros((q.shape[0], q.shape[1], heads, v.shape[3]))
-    grads = _ops.gka_backward(d_o, *inputs, x, dh, du, **ctx.options)
+    grads = _ops.gka_backward(d_o, *inputs, x, segments, dh, du, **ctx.options)
     return (*(g if t is not None else None for g, t in zip(grads, inputs[:10])), None)
 
 
@@ -185,6 +228,21 @@ torch.library.register_autograd(
 )
 
 
+def _unit_setup(ctx, inputs, keyword_only_inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _unit_gradient(ctx, dy):
+    (x,) = ctx.saved_tensors
+    return _ops.unit_norm_backward(dy, x, **ctx.options)
+
+
+torch.library.register_autograd(
+    "kalmanet::unit_norm_forward", _unit_gradient, setup_context=_unit_setup
+)
+
+
 def _first_derivatives_only(name: str) -> None:
     def setup(ctx, inputs, keyword_only_inputs, output) -> None:
         pass
@@ -199,7 +257,12 @@ def _first_derivatives_only(name: str) -> None:
     torch.library.register_autograd(f"kalmanet::{name}", refuse, setup_context=setup)
 
 
-for _name in ("gka_backward", "causal_conv_backward", "gated_rms_norm_backward"):
+for _name in (
+    "gka_backward",
+    "causal_conv_backward",
+    "gated_rms_norm_backward",
+    "unit_norm_backward",
+):
     _first_derivatives_only(_name)
 
 
@@ -273,8 +336,10 @@ def _register_batched(name: str, count: int, cu_index: int | None, whole: frozen
 
 
 _register_batched("gka_forward", 11, 10, frozenset())
-_register_batched("gka_backward", 15, 11, frozenset())
+_register_batched("gka_backward", 16, 11, frozenset())
 _register_batched("causal_conv_forward", 4, 3, frozenset({1}))
 _register_batched("causal_conv_backward", 6, 4, frozenset({2}))
 _register_batched("gated_rms_norm_forward", 3, None, frozenset({2}))
 _register_batched("gated_rms_norm_backward", 4, None, frozenset({3}))
+_register_batched("unit_norm_forward", 1, None, frozenset())
+_register_batched("unit_norm_backward", 2, None, frozenset())

@@ -46,26 +46,21 @@ class _LowRank(nn.Module):
         return self.linearB(F.silu(self.linearA(x)))
 
 
-class _UnitHeads(torch.autograd.Function):
-    """t / (|t| + eps) over the last dimension: half the passes of what autograd would write.
+def _unit_heads(t: Tensor, kind: str) -> Tensor:
+    """t / (|t| + 1e-6) over the last dimension, or with "fla" t / sqrt(|t|^2 + 1e-6)."""
+    if t.device.type in ("cpu", "cuda", "meta"):
+        return _ops.unit_norm_forward(t.flatten(0, -2), kind=kind).view(t.shape)
+    if kind == "fla":
+        return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6)
+    return t / (torch.linalg.vector_norm(t, dim=-1, keepdim=True) + 1e-6)
 
-    With n = |t|, s = n + eps:  dt = dy / s - t (t . dy) / (n s^2).
-    """
 
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True)
-        inverse = (norm + eps).reciprocal()
-        ctx.save_for_backward(t, norm, inverse)
-        return t * inverse
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        t, norm, inverse = ctx.saved_tensors
-        along = torch.linalg.vecdot(t, dy).unsqueeze(-1) * inverse.square()
-        # A row of zeros has no direction: its norm counts as a constant.
-        along = torch.where(norm > 0, along / norm, 0.0)
-        return torch.addcmul(dy * inverse, t, along, value=-1), None
+def _projected(layer: GatedKalmaNet, x: Tensor) -> torch.dtype:
+    """The dtype that a projection of x has: autocast's, or that of the weights."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return layer.q_proj.weight.dtype
 
 
 class GatedKalmaNet(nn.Module):
@@ -359,24 +354,26 @@ class GatedKalmaNet(nn.Module):
             return _ops.causal_conv_forward(t, weight, before, cu_seqlens, want_final_state=keep)
 
         def normalise(t: Tensor, heads: int) -> Tensor:
-            t = t.unflatten(-1, (heads, K))
-            if o.qk_norm == "official":
-                return cast(Tensor, _UnitHeads.apply(t, 1e-6))
-            return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6)
+            return _unit_heads(t.unflatten(-1, (heads, K)), o.qk_norm)
 
         conv_q, conv_k, conv_v = (None, None, None) if last is None else last.conv
+        # One after the other, each to its end: what it leaves is reused, and is in the caches.
         q, conv_q = convolve(project(self.q_proj), self.q_conv1d.weight, conv_q)
+        q = normalise(q, o.num_heads)
         k, conv_k = convolve(project(self.k_proj), self.k_conv1d.weight, conv_k)
         v = project(self.v_proj)
         if o.use_v_conv:
             v, conv_v = convolve(v, self.v_conv1d.weight, conv_v)
-        q = normalise(q, o.num_heads)
         if o.expands:
             k = normalise(self._expand(k, self.proj_k, o.num_k_heads, "k_rep"), H)
             v = self._expand(v, self.proj_v, o.num_v_heads, "v_rep").unflatten(-1, (H, V))
         else:
             k = normalise(k, o.num_k_heads)
             v = v.unflatten(-1, (o.num_v_heads, V))
+
+        if x.is_cuda and (given := _projected(self, x)) != fine:
+            # The GPU's matrix units take 16 bits as the projections gave them.
+            q, k, v = q.to(given), k.to(given), v.to(given)
 
         g = gk = alpha = beta = None
         ridge: float | Tensor = o.ridge_ratio
@@ -423,7 +420,10 @@ class GatedKalmaNet(nn.Module):
             )  # fmt: skip
             if keep:
                 state = LayerState(h, u, (conv_q, conv_k, conv_v))
-        gate = project(self.g_proj).reshape(-1, V) if o.use_gate else None
+        # Without gradients nobody holds them any longer: what comes next is written where they lay,
+        # which is in the caches, instead of into memory that the system must clear first.
+        del q, k, v, g, gk, alpha, beta, ridge
+        gate = self.g_proj(x).to(out.dtype).reshape(-1, V) if o.use_gate else None
         out = _ops.gated_rms_norm_forward(
             out.reshape(-1, V), gate, self.o_norm.weight.to(fine), eps=o.norm_eps
         )

@@ -12,14 +12,6 @@
 #endif
 
 namespace kalmanet {
-namespace {
-
-#ifndef KALMANET_WITH_CUDA
-constexpr const char* kNoCuda =
-    "this build has no CUDA kernels; build with nvcc and -DKALMANET_CUDA=ON, or pass backend cpu";
-#endif
-
-}  // namespace
 namespace api {
 
 const core::GkaBackend& choose_backend(const core::GkaProblem& problem) {
@@ -56,7 +48,7 @@ std::vector<BackendInfo> backends() {
     }
   }
 #ifndef KALMANET_WITH_CUDA
-  infos.push_back({Backend::cuda, false, kNoCuda});
+  infos.push_back({Backend::cuda, false, api::kNoCuda});
 #endif
   return infos;
 }

@@ -49,7 +49,8 @@ static_assert(same(kOptionsInit.solver, kDefaults.solver) &&
               kOptionsInit.tolerance == kDefaults.tolerance && !kDefaults.scale &&
               kOptionsInit.scale == 0 && kOptionsInit.bp_lambda == kDefaults.bp_lambda &&
               kOptionsInit.chunk_size == kDefaults.chunk_size &&
-              same(kOptionsInit.arithmetic, kDefaults.arithmetic) && !kOptionsInit.executor);
+              same(kOptionsInit.arithmetic, kDefaults.arithmetic) && !kOptionsInit.executor &&
+              !kOptionsInit.stream && !kDefaults.stream);
 static_assert(kalmanet_gka_shape KALMANET_GKA_SHAPE_INIT.saved_x == GkaShape{}.saved_x);
 
 template <class V, class Data>
@@ -112,10 +113,11 @@ View view(const kalmanet_tensor* tensor) {
 kalmanet_gka_options read_options(const kalmanet_gka_options* options) {
   if (options == nullptr) return kOptionsInit;
   using S = kalmanet_gka_options;
-  return read_struct<S>("options", options, kOptionsInit,
-                        {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, ridge_ratio),
-                         offsetof(S, tolerance), offsetof(S, scale), offsetof(S, bp_lambda),
-                         offsetof(S, chunk_size), offsetof(S, executor), offsetof(S, arithmetic)});
+  return read_struct<S>(
+      "options", options, kOptionsInit,
+      {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, ridge_ratio),
+       offsetof(S, tolerance), offsetof(S, scale), offsetof(S, bp_lambda), offsetof(S, chunk_size),
+       offsetof(S, executor), offsetof(S, arithmetic), offsetof(S, stream)});
 }
 
 kalmanet_executor_callbacks read_callbacks(const kalmanet_executor_callbacks* callbacks) {
@@ -135,6 +137,7 @@ GkaOptions options_of(const kalmanet_gka_options& from) {
   if (from.scale != 0) options.scale = from.scale;
   options.bp_lambda = from.bp_lambda != 0;
   options.chunk_size = from.chunk_size;
+  options.stream = from.stream;
   return options;
 }
 

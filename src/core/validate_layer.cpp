@@ -1,7 +1,8 @@
-// Checks of the arguments of the causal convolution and the gated RMS norm.
+// Checks of the arguments of the causal convolution and the two norms.
 #include "core/validate_layer.hpp"
 
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "core/check.hpp"
@@ -146,6 +147,37 @@ void validate_norm_backward(const NormInputs& inputs, const ConstView& dy, const
     fail(ErrorCode::invalid_argument, "d_gate",
          "asked for, but the input gate is absent; pass gate or leave d_gate absent");
   }
+}
+
+namespace {
+
+First unit_norm_inputs(const UnitNormInputs& in) {
+  check_required("x", in.x, {{"R", {}}, {"K", {}}});
+  if (in.kind != QkNorm::official && in.kind != QkNorm::fla) {
+    fail(ErrorCode::invalid_argument, "kind",
+         text("unknown value ", static_cast<int>(in.kind), "; must be official or fla"));
+  }
+  // A row of zeros is divided by it, in float32.
+  if (!(in.eps >= std::numeric_limits<float>::min()) || !std::isfinite(in.eps)) {
+    fail(ErrorCode::invalid_argument, "eps",
+         text("got ", in.eps, "; must be > 0, as a normal float32 is, and finite"));
+  }
+  return {"x", in.x.dtype};
+}
+
+}  // namespace
+
+void validate_unit_norm_forward(const UnitNormInputs& inputs, const View& y) {
+  const First first = unit_norm_inputs(inputs);
+  output("y", y, first, {{"R", inputs.x.size[0]}, {"K", inputs.x.size[1]}});
+}
+
+void validate_unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy,
+                                 const View& dx) {
+  const First first = unit_norm_inputs(inputs);
+  const int64_t R = inputs.x.size[0], K = inputs.x.size[1];
+  input("dy", dy, first, {{"R", R}, {"K", K}});
+  output("dx", dx, first, {{"R", R}, {"K", K}});
 }
 
 }  // namespace kalmanet::core

@@ -1,4 +1,4 @@
-// Checks of the layer's two small operations: causal convolution and gated RMS norm. They throw
+// Checks of the layer's small operations: causal convolution, gated RMS norm, unit norm. They throw
 // Error before anything is written; what passes needs no further check.
 #pragma once
 
@@ -22,5 +22,8 @@ void validate_conv_step(const ConstView& x, const ConstView& weight, const View&
 void validate_norm_forward(const NormInputs& inputs, const View& y);
 void validate_norm_backward(const NormInputs& inputs, const ConstView& dy, const View& d_o,
                             const View& d_gate, const View& d_weight);
+
+void validate_unit_norm_forward(const UnitNormInputs& inputs, const View& y);
+void validate_unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy, const View& dx);
 
 }  // namespace kalmanet::core

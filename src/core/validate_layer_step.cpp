@@ -91,9 +91,10 @@ GkaProblem validate_layer_step(const LayerStepInputs& in, const LayerStepStates&
   check_state("u", states.u, p, {{"N", p.N}, {"H", p.H}, {"K", p.K}, {"V", p.V}});
   p.inputs.h0 = states.h;
   p.inputs.u0 = states.u;
-  if (p.options.backend == Backend::reference) {
+  if (p.options.backend == Backend::reference || p.options.backend == Backend::cuda) {
     fail(ErrorCode::unsupported, "backend",
-         "the fused step runs on the cpu backend only; call the separate operations for reference");
+         text("the fused step runs on the cpu backend only; call the separate operations for ",
+              name(p.options.backend)));
   }
   const std::array<Named, 4> logits = {
       {{"b", in.b}, {"alpha", in.alpha}, {"a", in.a}, {"ridge", in.ridge}}};

@@ -1,4 +1,4 @@
-// The gated RMS norm on the CPU: cuts the rows into tasks and hands the kernels rows of adjacent
+// The norms on the CPU: cuts the rows into tasks and hands the kernels rows of adjacent
 // elements. What a task computes depends on the shapes only, never on the threads.
 #include "cpu/norm.hpp"
 
@@ -207,6 +207,41 @@ void backward_stored(const NormInputs& inputs, const ConstView& dy, const View& 
   }
 }
 
+// y, or with a dy dx, into `to`.
+template <class S>
+void unit_norm_stored(const UnitNormInputs& inputs, const ConstView& dy, const View& to,
+                      Executor& executor) {
+  const NormKernels<S>& table = table_of<S>();
+  const Plan plan = make_plan(inputs.x.size[0], inputs.x.size[1]);
+  if (plan.dim == 0) return;
+  spread(plan, executor, [&](int64_t, int64_t begin, int64_t end) {
+    Reader<S> x(rows_of<const void>(inputs.x), plan), upstream(rows_of<const void>(dy), plan);
+    Writer<S> out(rows_of<void>(to), plan);
+    UnitNormJob<S> job;
+    job.dim = plan.dim;
+    job.eps = inputs.eps;
+    job.fla = inputs.kind == QkNorm::fla;
+    job.x_stride = x.stride();
+    job.dy_stride = upstream.stride();
+    job.to_stride = out.stride();
+    for (int64_t r = begin; r < end; r += plan.tile_rows) {
+      job.rows = std::min(plan.tile_rows, end - r);
+      job.x = x.read(r, job.rows);
+      job.dy = upstream.read(r, job.rows);
+      job.to = out.at(r);
+      table.unit_norm(job);
+      out.flush(r, job.rows);
+    }
+  });
+}
+
+void unit_norm(const UnitNormInputs& inputs, const ConstView& dy, const View& to,
+               Executor& executor) {
+  const auto run =
+      inputs.x.dtype == DType::float64 ? &unit_norm_stored<double> : &unit_norm_stored<float>;
+  run(inputs, dy, to, executor);
+}
+
 }  // namespace
 
 void gated_rms_norm_forward(const NormInputs& inputs, const View& y, Executor& executor) {
@@ -220,6 +255,15 @@ void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, cons
   const auto run =
       inputs.o.dtype == DType::float64 ? &backward_stored<double> : &backward_stored<float>;
   run(inputs, dy, d_o, d_gate, d_weight, executor);
+}
+
+void unit_norm_forward(const UnitNormInputs& inputs, const View& y, Executor& executor) {
+  unit_norm(inputs, {}, y, executor);
+}
+
+void unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy, const View& dx,
+                        Executor& executor) {
+  unit_norm(inputs, dy, dx, executor);
 }
 
 }  // namespace kalmanet::cpu

@@ -1,4 +1,4 @@
-// The gated RMS norm's kernels, generic over a vector type: a row at a time, vectors along the row.
+// The norms' kernels, generic over a vector type: a row at a time, vectors along the row.
 //
 // S is float, or double for float64 tensors. The job structs hold plain data, so that this header
 // can be read without any vector type.
@@ -42,10 +42,25 @@ struct NormBackwardJob {
   S* d_weight = nullptr;
 };
 
+// The unit norm. `fla`: QkNorm::fla. With dy null: y = x / s into `to`; otherwise dx.
+template <class S>
+struct UnitNormJob {
+  const S* x = nullptr;
+  int64_t x_stride = 0;
+  const S* dy = nullptr;
+  int64_t dy_stride = 0;
+  S* to = nullptr;
+  int64_t to_stride = 0;
+  int64_t rows = 0, dim = 0;
+  double eps = 0;
+  bool fla = false;
+};
+
 template <class S>
 struct NormKernels {
   void (*forward)(const NormForwardJob<S>&);
   void (*backward)(const NormBackwardJob<S>&);
+  void (*unit_norm)(const UnitNormJob<S>&);
   VecMathKernels<S> math;
 };
 
@@ -163,11 +178,62 @@ void norm_backward(const NormBackwardJob<typename Vec::Elem>& job) {
   }
 }
 
+// a . b: lane by lane in the rows' precision.
+template <class Vec>
+[[gnu::always_inline]] inline double row_dot(const typename Vec::Elem* a,
+                                             const typename Vec::Elem* b, int64_t dim) {
+  using Reg = typename Vec::Reg;
+  Reg sum = Vec::zero();
+  each_vector<Vec>(dim, [&](auto load, auto) __attribute__((always_inline)) {
+    sum = Vec::fma(load(a), load(b), sum);
+  });
+  return static_cast<double>(Vec::sum(sum));
+}
+
+// y = x / s, or dx = dy / s - x along, along = (x . dy) / (|x| s^2); fla: (x . dy) / s^3. The
+// scalars of a row are float64: |x| s^2 of a small x is no float32.
+template <class Vec, bool kBackward>
+void unit_norm_rows(const UnitNormJob<typename Vec::Elem>& job) {
+  using Reg = typename Vec::Reg;
+  using S = typename Vec::Elem;
+  for (int64_t i = 0; i < job.rows; ++i) {
+    const S* x = job.x + i * job.x_stride;
+    const S* dy = kBackward ? job.dy + i * job.dy_stride : nullptr;
+    S* to = job.to + i * job.to_stride;
+    const double square = row_dot<Vec>(x, x, job.dim);
+    const double norm = __builtin_sqrt(square);
+    const double s = job.fla ? __builtin_sqrt(square + job.eps) : norm + job.eps;
+    const Reg inverse = Vec::set1(static_cast<S>(1.0 / s));
+    if constexpr (kBackward) {
+      const double cube = (job.fla ? s : norm) * s * s;
+      const double along = norm > 0 ? row_dot<Vec>(x, dy, job.dim) / cube : 0.0;
+      const Reg minus = Vec::set1(static_cast<S>(along));
+      each_vector<Vec>(job.dim, [&](auto load, auto store) __attribute__((always_inline)) {
+        store(to, Vec::fnma(load(x), minus, Vec::mul(load(dy), inverse)));
+      });
+    } else {
+      each_vector<Vec>(job.dim, [&](auto load, auto store) __attribute__((always_inline)) {
+        store(to, Vec::mul(load(x), inverse));
+      });
+    }
+  }
+}
+
+template <class Vec>
+void unit_norm(const UnitNormJob<typename Vec::Elem>& job) {
+  if (job.dy != nullptr) {
+    unit_norm_rows<Vec, true>(job);
+  } else {
+    unit_norm_rows<Vec, false>(job);
+  }
+}
+
 template <class Vec>
 constexpr NormKernels<typename Vec::Elem> norm_kernels() {
   return {
       .forward = &norm_forward<Vec>,
       .backward = &norm_backward<Vec>,
+      .unit_norm = &unit_norm<Vec>,
       .math = vec_math_kernels<Vec>(),
   };
 }

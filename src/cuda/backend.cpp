@@ -1,14 +1,15 @@
 // The CUDA backend: what it refuses, and the order of its kernels.
 #include "cuda/backend.hpp"
 
-#include <limits>
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "core/half.hpp"
 #include "core/text.hpp"
 #include "cuda/backward_plan.hpp"
-#include "cuda/chunk_kernel.hpp"
+#include "cuda/choose_solver.hpp"
+#include "cuda/direct_kernel.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/workspace.hpp"
@@ -43,7 +44,7 @@ GkaReport run_by_chunks(const core::GkaProblem& problem, const GkaOutputs& outpu
   GkaJob job = job_of(problem, outputs);
   job.split = problem.options.arithmetic == Arithmetic::standard;
   const int64_t all = static_cast<int64_t>(pieces.size()), own = num_chunk_pieces(pieces);
-  job.num_pieces = all;
+  job.num_pieces = own;
   const Memory memory = {
       Workspace(all * static_cast<int64_t>(sizeof(Piece)), stream),
       Workspace(states_bytes(problem, own), stream),
@@ -62,10 +63,10 @@ GkaReport run_by_chunks(const core::GkaProblem& problem, const GkaOutputs& outpu
   job.scratch = memory.scratch.data();
   job.num_pieces = own;
   launch_chunks(job, own > problem.N, stream);
-  job.num_pieces = all;
   launch_tokens(job, false, stream);
+  launch_first_tokens(job, all, stream);
   GkaReport report = report_of(problem);
-  report.chunk_size = ChunkLayout::kTokens;
+  report.chunk_size = job.direct ? DirectLayout::kTokens : ChunkLayout::kTokens;
   report.bfloat16_instructions = true;
   if (!job.split) report.bfloat16_solves = report.solves;
   return report;
@@ -76,7 +77,7 @@ GkaReport run(const core::GkaProblem& problem, const GkaOutputs& outputs, bool w
   const DeviceInfo& device = device_info();
   if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", "cuda: " + device.problem);
   if (!whole && problem.T > 0 && problem.N > 0 && fits_chunks(problem, outputs) &&
-      chunk_shared_bytes() <= device.max_shared) {
+      std::max(chunk_shared_bytes(), direct_shared_bytes()) <= device.max_shared) {
     return run_by_chunks(problem, outputs, device);
   }
   if (!whole && problem.options.arithmetic != Arithmetic::standard) {
@@ -117,15 +118,15 @@ class CudaBackend final : public core::GkaBackend {
   std::string describe() const override {
     const DeviceInfo& device = device_info();
     if (device.count == 0) throw Error(ErrorCode::unsupported, "backend", device.problem);
-    return core::text("forward, backward and step; chebyshev, direct; ", device.count,
+    return core::text("forward, backward and step; chebyshev, direct, auto; ", device.count,
                       device.count == 1 ? " GPU: " : " GPUs; current: ", device.current);
   }
 
   std::string refuses(const core::GkaProblem& problem) const override {
     const GkaOptions& options = problem.options;
-    if (options.solver == Solver::cg || options.solver == Solver::automatic) {
-      return core::text("solver ", name(options.solver),
-                        " is not available on the cuda backend; pass solver chebyshev or direct");
+    if (options.solver == Solver::cg) {
+      return "solver cg is not available on the cuda backend; pass solver chebyshev, direct or "
+             "auto";
     }
     // A grid's second dimension counts heads.
     if (problem.H > 65535) {
@@ -135,10 +136,10 @@ class CudaBackend final : public core::GkaBackend {
   }
 
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return run(problem, outputs, false);
+    return with_solver(problem, [&](const auto& p) { return run(p, outputs, false); });
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return run(problem, outputs, true);
+    return with_solver(problem, [&](const auto& p) { return run(p, outputs, true); });
   }
   // x is solved for again, saved or not: what it was rounded to would show in the gradients.
   GkaReport backward(const core::GkaProblem& problem, const GkaSaved&,
@@ -150,22 +151,26 @@ class CudaBackend final : public core::GkaBackend {
     }
     if (problem.options.arithmetic != Arithmetic::standard &&
         !fits_backward_chunks(problem, output_grads, grads, device)) {
-      throw Error(ErrorCode::unsupported, "backend",
-                  "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
-                  "= V = 128, dense in their last dimension; pass arithmetic standard");
+      throw Error(
+          ErrorCode::unsupported, "backend",
+          "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
+          "= V = 128, dense in their last dimension; pass arithmetic standard");
     }
-    GkaReport report = report_of(problem);
-    if (run_backward(problem, output_grads, grads, device)) {
-      report.chunk_size = ChunkLayout::kTokens;
-      report.bfloat16_instructions = true;
-      if (problem.options.arithmetic != Arithmetic::standard) {
-        report.bfloat16_solves = report.solves;
+    return with_solver(problem, [&](const auto& p) {
+      GkaReport report = report_of(p);
+      if (run_backward(p, output_grads, grads, device)) {
+        report.chunk_size = ChunkLayout::kTokens;
+        report.bfloat16_instructions = true;
+        if (p.options.arithmetic != Arithmetic::standard) report.bfloat16_solves = report.solves;
       }
-    }
-    return report;
+      return report;
+    });
   }
-  int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& problem,
+  int64_t workspace_bytes(GkaOperation operation, const core::GkaProblem& asked,
                           const GkaShape&) const override {
+    // A shape does not say whether each token has its own ridge ratio: direct, which takes more.
+    core::GkaProblem problem = asked;
+    if (problem.options.solver == Solver::automatic) problem.options.solver = Solver::direct;
     const DeviceInfo& device = device_info();
     if (operation == GkaOperation::backward) return most_backward_bytes(problem, device);
     const std::vector<Piece> pieces = pieces_of(problem, operation == GkaOperation::step);
@@ -177,7 +182,6 @@ class CudaBackend final : public core::GkaBackend {
                     n * static_cast<int64_t>(sizeof(Piece));
     if (operation == GkaOperation::forward && problem.K == ChunkLayout::kDim &&
         problem.V == ChunkLayout::kDim && core::is_half(problem.dtype)) {
-      bytes *= 2;  // first tokens apart
       bytes += n * problem.H * (chunk_scratch_bytes() + static_cast<int64_t>(sizeof(int32_t)));
     }
     if (operation == GkaOperation::forward) {

@@ -54,8 +54,7 @@ struct AdjointChunkBody : GradientChunkGates<Group> {
         r += extra.w[i] * decay * decay;
       }
       extra.r[thread] = r;
-      extra.key_weight[thread] =
-          -extra.h[thread] * r * static_cast<double>(shared.beta2[thread]);
+      extra.key_weight[thread] = -extra.h[thread] * r * static_cast<double>(shared.beta2[thread]);
     });
     group.barrier();
   }

@@ -1,5 +1,5 @@
-// The backward's first kernel on matrix units: x, z and what follows from them alone, of one head of
-// one piece, in chunks of 64 tokens (chunk_kernel.hpp; the token kernel's twin is
+// The backward's first kernel on matrix units: x, z and what follows from them alone, of one head
+// of one piece, in chunks of 64 tokens (chunk_kernel.hpp; the token kernel's twin is
 // backward_solve_body.hpp, which also does what is left over). K = V = 128, bfloat16 tensors.
 //
 // z is solved for as x is, by the same iteration with alpha_t dm_t in q_t's place. What waits for
@@ -159,8 +159,8 @@ struct BackwardChunkBody : BackwardProducts<Group> {
 
   // Returns whether the token kernel must do the piece instead.
   KALMANET_KERNEL bool run() {
-    this->load_state(false, false);
-    this->load_state(true, false);
+    this->load_state(false);
+    this->load_state(true);
     group.each([&](int thread, Registers&) {
       if (thread == 0) shared.ill = 0;
     });

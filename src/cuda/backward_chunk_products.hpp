@@ -86,7 +86,7 @@ struct BackwardProducts : ChunkBody<Group> {
           KALMANET_UNROLL
           for (int right = 0; right < 2; ++right) {
             const int dim = first + tile * 16 + right * 8;
-            float(&v)[4] = r.y[tile / 2][tile % 2 * 2 + right];
+            float (&v)[4] = r.y[tile / 2][tile % 2 * 2 + right];
             v[2 * half] = v[2 * half + 1] = 0.0f;
             if (real) memcpy(&v[2 * half], from + token * stride + dim, 8);
             if (real && mixed) {
@@ -106,7 +106,7 @@ struct BackwardProducts : ChunkBody<Group> {
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int part = 0; part < 4; ++part) {
-          const float(&v)[4] = r.y[tile / 2][tile % 2 * 2 + part / 2];
+          const float (&v)[4] = r.y[tile / 2][tile % 2 * 2 + part / 2];
           const float a = v[part % 2 * 2], b = v[part % 2 * 2 + 1];
           const uint32_t high = pack_bfloat16(a, b);
           r.t[part] = low == 1 ? low_parts(a, b, high) : high;
@@ -120,8 +120,8 @@ struct BackwardProducts : ChunkBody<Group> {
       transpose_four();
       group.each([&](int thread, Registers& r) {
         const int at = (thread / 32 % 2 * 4 + tile) * 4 + thread / 64;
-        (low == 1 ? columns.low : columns.high)[at * 32 + thread % 32] = {
-            {r.t[0], r.t[2], r.t[1], r.t[3]}};
+        (low == 1 ? columns.low
+                  : columns.high)[at * 32 + thread % 32] = {{r.t[0], r.t[2], r.t[1], r.t[3]}};
       });
     }
   }
@@ -143,7 +143,7 @@ struct BackwardProducts : ChunkBody<Group> {
         group.each([&](int, Registers& r) {
           KALMANET_UNROLL
           for (int e = 0; e < 4; ++e) {
-            const float(&v)[4] = r.y[k / 2][k % 2 * 2 + e / 2];
+            const float (&v)[4] = r.y[k / 2][k % 2 * 2 + e / 2];
             const float a = v[e % 2 * 2], b = v[e % 2 * 2 + 1];
             const uint32_t high = pack_bfloat16(a, b);
             r.t[e] = part == 0 ? high : low_parts(a, b, high);
@@ -272,15 +272,14 @@ struct BackwardProducts : ChunkBody<Group> {
   template <class Of>
   KALMANET_KERNEL void put_weights(Of&& of) {
     group.barrier();
-    each_pair([&](Registers& r, int tile, int e, int t, int i) {
-      r.s[tile][e] = of(r, tile, e, t, i);
-    });
+    each_pair(
+        [&](Registers& r, int tile, int e, int t, int i) { r.s[tile][e] = of(r, tile, e, t, i); });
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int p = 0; p < 2; ++p) {
         KALMANET_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float(&a)[4] = r.s[2 * p], (&b)[4] = r.s[2 * p + 1];
+          const float (&a)[4] = r.s[2 * p], (&b)[4] = r.s[2 * p + 1];
           const int at = ((thread / 128 * 2 + p) * 8 + thread / 32 % 4 * 2 + half) * 32;
           const uint32_t a_high = pack_bfloat16(a[2 * half], a[2 * half + 1]);
           const uint32_t b_high = pack_bfloat16(b[2 * half], b[2 * half + 1]);

@@ -77,8 +77,7 @@ struct BackwardFirstBody {
       fill(backward.d_o, head, job.V, d_o);
       const auto number = [&](const Array& a, int t, double absent) {
         if (t >= n) return absent;
-        return static_cast<double>(
-            scalar_at<float>(a, piece.row, piece.begin + t, head, absent));
+        return static_cast<double>(scalar_at<float>(a, piece.row, piece.begin + t, head, absent));
       };
       if (thread < C) {
         const double beta = thread < n ? number(job.beta, thread, 1.0) : 0.0;
@@ -87,8 +86,8 @@ struct BackwardFirstBody {
         shared.decay[1][thread] = exp(number(job.g, thread, 0.0));
       }
       r.alpha = number(job.alpha, thread / C, 1.0);
-      r.ridge = static_cast<double>(static_cast<float>(number(job.ridge, thread / C,
-                                                              job.ridge_ratio)));
+      r.ridge =
+          static_cast<double>(static_cast<float>(number(job.ridge, thread / C, job.ridge_ratio)));
       if (!(r.ridge > 0.0)) r.ridge = NAN;
     });
     group.barrier();
@@ -98,7 +97,8 @@ struct BackwardFirstBody {
   template <class A, class B>
   KALMANET_KERNEL static double dot(const A* a, const B* b, int64_t width) {
     double sum = 0.0;
-    for (int64_t i = 0; i < width; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+    for (int64_t i = 0; i < width; ++i)
+      sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
     return sum;
   }
 
@@ -114,7 +114,8 @@ struct BackwardFirstBody {
         for (int i = j + 1; i <= t; ++i) weight[which] *= shared.decay[which][i];
       }
       r.weight = weight[0];
-      shared.mix[t][j] = job.scale * weight[1] * dot(row_of(d_o, job.V, t), row_of(v, job.V, j), job.V);
+      shared.mix[t][j] =
+          job.scale * weight[1] * dot(row_of(d_o, job.V, t), row_of(v, job.V, j), job.V);
     });
     group.barrier();
     group.each([&](int thread, Registers& r) {

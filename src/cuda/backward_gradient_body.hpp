@@ -101,27 +101,26 @@ struct GradientBody : GradientProducts<Group, S> {
   KALMANET_KERNEL void gradients_of_keys(const S* h, const S* u) {
     S* const s = this->carry();
     S* const e = this->second(s);
-    using Sum = const S (&)[L::kItem];
+    using Sum = const S(&)[L::kItem];
     this->template multiply<false>(
         h, Kp, Kp, Kp, lanes.k, [&](Registers& r, int round, int column, int t, Sum sum) {
           KALMANET_UNROLL
           for (int i = 0; i < L::kItem; ++i) {
-            r.dk[round][i] =
-                static_cast<S>(-2.0 * shared.h[t + i] * static_cast<double>(sum[i]));
+            r.dk[round][i] = static_cast<S>(-2.0 * shared.h[t + i] * static_cast<double>(sum[i]));
           }
           put_out(column, t, sum);
         });
     dot_out(kKeyStart, K, lanes.k);
-    this->template multiply<false>(
-        s, Kp, Kp, Kp, lanes.k, [&](Registers& r, int round, int column, int t, Sum sum) {
-          S scaled[L::kItem];
-          KALMANET_UNROLL
-          for (int i = 0; i < L::kItem; ++i) {
-            scaled[i] = static_cast<S>(shared.to_end[0][t + i]) * sum[i];
-            r.dk[round][i] += scaled[i];
-          }
-          put_out(column, t, scaled);
-        });
+    this->template multiply<false>(s, Kp, Kp, Kp, lanes.k,
+                                   [&](Registers& r, int round, int column, int t, Sum sum) {
+                                     S scaled[L::kItem];
+                                     KALMANET_UNROLL
+                                     for (int i = 0; i < L::kItem; ++i) {
+                                       scaled[i] = static_cast<S>(shared.to_end[0][t + i]) * sum[i];
+                                       r.dk[round][i] += scaled[i];
+                                     }
+                                     put_out(column, t, scaled);
+                                   });
     dot_out(kKeyCarry, K, lanes.k);
     if (job.dgk.data != nullptr) {
       this->template multiply<false>(
@@ -158,7 +157,7 @@ struct GradientBody : GradientProducts<Group, S> {
     const S* const e = this->second(this->carry());
     this->template multiply<false>(
         e, Vp, Kp, Vp, lanes.k,
-        [&](Registers& r, int round, int column, int t, const S (&sum)[L::kItem]) {
+        [&](Registers& r, int round, int column, int t, const S(&sum)[L::kItem]) {
           S others[L::kItem] = {}, scaled[L::kItem];
           KALMANET_UNROLL
           for (int i = 0; i < L::kItem; ++i) {
@@ -178,17 +177,15 @@ struct GradientBody : GradientProducts<Group, S> {
   // dk and dv through beta, and beta's gradient.
   KALMANET_KERNEL void store() {
     if (job.dbeta.data != nullptr) {
-      each_item(Kp, [&](Registers& r, int round, int column, int t) {
-        put_out(column, t, r.dk[round]);
-      });
+      each_item(
+          Kp, [&](Registers& r, int round, int column, int t) { put_out(column, t, r.dk[round]); });
       dot_tokens(kBetaKey, K, [&](int c, int token) {
         if (token >= n) return 0.0;
         return static_cast<double>(lanes.out[c * L::kStride + token]) *
                static_cast<double>(this->key(t0 + token, c));
       });
-      each_item(Vp, [&](Registers& r, int round, int column, int t) {
-        put_out(column, t, r.dv[round]);
-      });
+      each_item(
+          Vp, [&](Registers& r, int round, int column, int t) { put_out(column, t, r.dv[round]); });
       dot_tokens(kBetaValue, V, [&](int c, int token) {
         if (token >= n) return 0.0;
         return static_cast<double>(lanes.out[c * L::kStride + token]) *
@@ -395,17 +392,10 @@ KALMANET_KERNEL void run_gradients(Group& group, char* shared_memory, const Back
       reinterpret_cast<S*>(static_cast<char*>(job.block_scratch) + block * job.block_bytes);
   for (int64_t i = block; i < job.in.num_pieces * job.in.H; i += blocks) {
     if (is_done(job.in, i / job.in.H, i % job.in.H)) continue;
-    GradientBody<Group, S> body{{group,
-                                 *reinterpret_cast<GradientShared<S>*>(shared_memory),
-                                 job,
-                                 GradientLanes<S>(shared_memory, K, V),
-                                 scratch,
-                                 piece_of(job.in, i / job.in.H),
-                                 i % job.in.H,
-                                 K,
-                                 V,
-                                 static_cast<int>(L::padded(K)),
-                                 static_cast<int>(L::padded(V))}};
+    GradientBody<Group, S> body{{group, *reinterpret_cast<GradientShared<S>*>(shared_memory), job,
+                                 GradientLanes<S>(shared_memory, K, V), scratch,
+                                 piece_of(job.in, i / job.in.H), i % job.in.H, K, V,
+                                 static_cast<int>(L::padded(K)), static_cast<int>(L::padded(V))}};
     body.run();
     group.barrier();
   }

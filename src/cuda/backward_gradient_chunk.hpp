@@ -1,11 +1,11 @@
-// The backward's last kernel on matrix units: the gradients of keys, values and gates of one head of
-// one piece, in chunks of 64 tokens, last chunk first. K = V = 128, bfloat16 tensors. The formulas
-// are those of its twin for any shape (backward_gradient_kernel.hpp), with S = D + D^T.
+// The backward's last kernel on matrix units: the gradients of keys, values and gates of one head
+// of one piece, in chunks of 64 tokens, last chunk first. K = V = 128, bfloat16 tensors. The
+// formulas are those of its twin for any shape (backward_gradient_kernel.hpp), with S = D + D^T.
 //
 // Keys, values and do are the exact bfloat16 that came in, beta goes into the weights; all else is
-// split in high and low parts. A state lies in memory as fragments of a warp's sums (chunk_state.hpp):
-// H, then U^T, before each chunk; S, then E^T. The fragments of x, z and m lie where right and main
-// have room by turns.
+// split in high and low parts. A state lies in memory as fragments of a warp's sums
+// (chunk_state.hpp): H, then U^T, before each chunk; S, then E^T. The fragments of x, z and m lie
+// where right and main have room by turns.
 #pragma once
 
 #include "cuda/backward_gradient_gates.hpp"
@@ -218,9 +218,8 @@ struct GradientChunkBody : GradientChunkGates<Group> {
         }
       });
       this->add_update(half, {extra.do_columns, nullptr}, extra.mix_weight, columns(0));
-      this->each_half_tile(half, [&](Registers&, int, float (&y)[4], int64_t at) {
-        store4(e + at, y);
-      });
+      this->each_half_tile(half,
+                           [&](Registers&, int, float (&y)[4], int64_t at) { store4(e + at, y); });
     }
     return this->sum_block();
   }
@@ -245,9 +244,8 @@ struct GradientChunkBody : GradientChunkGates<Group> {
       this->add_update(half, columns(0), extra.minus_start, columns(1));
       this->add_update(half, {shared.columns, nullptr}, extra.key_weight,
                        {shared.columns, nullptr});
-      this->each_half_tile(half, [&](Registers&, int, float (&y)[4], int64_t at) {
-        store4(s + at, y);
-      });
+      this->each_half_tile(half,
+                           [&](Registers&, int, float (&y)[4], int64_t at) { store4(s + at, y); });
     }
     return this->sum_block();
   }
@@ -260,9 +258,9 @@ struct GradientChunkBody : GradientChunkGates<Group> {
       measure_with(kBetaValue, shared.values);
       group.each([&](int thread, Registers&) {
         if (thread >= n) return;
-        store_scalar<float>(backward.dbeta, piece.row, t0 + thread, head,
-                            static_cast<double>(extra.dots[kBetaKey][thread]) +
-                                extra.dots[kBetaValue][thread]);
+        store_scalar<float>(
+            backward.dbeta, piece.row, t0 + thread, head,
+            static_cast<double>(extra.dots[kBetaKey][thread]) + extra.dots[kBetaValue][thread]);
       });
     }
     take([&](float& y, float& dk, float&, int t) { y = extra.beta[t] * dk; });
@@ -290,12 +288,11 @@ struct GradientChunkBody : GradientChunkGates<Group> {
   }
 
   KALMANET_KERNEL void run() {
-    const int chunks =
-        static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
+    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
     states = scratch;
-    this->load_state(false, false);
-    this->load_state(true, false);
+    this->load_state(false);
+    this->load_state(true);
     load_carry();
     for (int i = 0; i + 1 < chunks; ++i) {
       load_chunk(piece.begin + i * L::kTokens, false);
@@ -312,8 +309,8 @@ KALMANET_KERNEL void run_gradient_chunks(Group& group, GradientChunkShared& shar
                                          const BackwardJob& backward, int64_t block,
                                          int64_t blocks) {
   const GkaJob& job = backward.in;
-  float* const scratch =
-      static_cast<float*>(backward.block_scratch) + block * GradientChunkBody<Group>::kScratchFloats;
+  float* const scratch = static_cast<float*>(backward.block_scratch) +
+                         block * GradientChunkBody<Group>::kScratchFloats;
   for (int64_t i = block; i < job.num_pieces * job.H; i += blocks) {
     if (job.left_over[i] != 0) continue;
     GradientChunkBody<Group> body{

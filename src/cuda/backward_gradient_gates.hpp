@@ -1,5 +1,5 @@
-// What the backward's last matrix-unit kernel (backward_gradient_chunk.hpp) needs of each token, and
-// the gradients of the gates.
+// What the backward's last matrix-unit kernel (backward_gradient_chunk.hpp) needs of each token,
+// and the gradients of the gates.
 #pragma once
 
 #include "cuda/backward_chunk_body.hpp"
@@ -12,7 +12,7 @@ struct GradientChunkShared : BackwardChunkShared {
   float log_since[2][ChunkLayout::kTokens];  // G_t of H and of U
   float end[2][ChunkLayout::kTokens];        // beta_t e^{G_C - G_t}
   float beta[ChunkLayout::kTokens];
-  double decay[ChunkLayout::kTokens];        // e^{gk_t}
+  double decay[ChunkLayout::kTokens];       // e^{gk_t}
   float minus_start[ChunkLayout::kTokens];  // - e^{G_t}
   float mix_weight[ChunkLayout::kTokens];   // scale e^{G_t} of U
   double key_weight[ChunkLayout::kTokens];  // - 2 h_t beta_t^2
@@ -55,8 +55,7 @@ struct GradientChunkGates : BackwardProducts<Group> {
       const int which = thread / L::kTokens, t = thread % L::kTokens;
       double since = 0.0, rest = 0.0;
       for (int j = 0; j < L::kTokens; ++j) (j <= t ? since : rest) += shared.gate[which][j];
-      const float beta =
-          t < n ? scalar_at<float>(job.beta, piece.row, t0 + t, head, 1.0) : 0.0f;
+      const float beta = t < n ? scalar_at<float>(job.beta, piece.row, t0 + t, head, 1.0) : 0.0f;
       extra.log_since[which][t] = static_cast<float>(since);
       extra.end[which][t] = beta * static_cast<float>(exp(rest));
       if (which == 1) {
@@ -146,9 +145,10 @@ struct GradientChunkGates : BackwardProducts<Group> {
     group.barrier();
     this->each_pair([&](Registers& r, int tile, int e, int t, int i) {
       const double of_norm = extra.w[i] * static_cast<double>(a[0][t][i]);
-      a[0][t][i] = i >= t ? r.r[0][tile][e] - static_cast<float>(
-                                static_cast<double>(decay_between(0, t, i)) * of_norm)
-                          : 0.0f;
+      a[0][t][i] =
+          i >= t ? r.r[0][tile][e] -
+                       static_cast<float>(static_cast<double>(decay_between(0, t, i)) * of_norm)
+                 : 0.0f;
     });
     group.barrier();
     group.each([&](int thread, Registers&) {

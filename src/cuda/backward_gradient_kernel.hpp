@@ -47,8 +47,16 @@ struct GradientRegisters {
 // in the same order, the weights of what is summed up over i: of m, do, x, z and k.
 enum GradientPair { kMix, kOutput, kSolution, kAdjoint, kKey, kGradientPairs };
 // Products of a token's own: k H_0 k, k S k, z H_0 x, m U_0 do, v E k; and for beta's gradient.
-enum GradientDot { kKeyStart, kKeyCarry, kAdjointStart, kMixStart, kValueCarry, kBetaKey, kBetaValue,
-                   kGradientDots };
+enum GradientDot {
+  kKeyStart,
+  kKeyCarry,
+  kAdjointStart,
+  kMixStart,
+  kValueCarry,
+  kBetaKey,
+  kBetaValue,
+  kGradientDots
+};
 
 template <class S>
 struct GradientShared {
@@ -286,19 +294,20 @@ struct GradientProducts {
       const int width = u ? Vp : Kp;
       const S total = static_cast<S>(shared.total[u]);
       const int64_t first = u ? static_cast<int64_t>(Kp) * Kp : 0;
-      for_tiles(Kp, width, [&](Registers&, int row, const int (&column)[4], const bool (&inside)[4]) {
-        S sum[4][4] = {};
-        add_outer(sum, lanes.k, u ? lanes.v : lanes.k, row, column, shared.to_end[u], 1.0);
-        KALMANET_UNROLL
-        for (int a = 0; a < 4; ++a) {
-          KALMANET_UNROLL
-          for (int b = 0; b < 4; ++b) {
-            if (!inside[b]) continue;
-            const int64_t at = first + static_cast<int64_t>(row + a) * width + column[b];
-            to[at] = total * from[at] + sum[a][b];
-          }
-        }
-      });
+      for_tiles(
+          Kp, width, [&](Registers&, int row, const int (&column)[4], const bool (&inside)[4]) {
+            S sum[4][4] = {};
+            add_outer(sum, lanes.k, u ? lanes.v : lanes.k, row, column, shared.to_end[u], 1.0);
+            KALMANET_UNROLL
+            for (int a = 0; a < 4; ++a) {
+              KALMANET_UNROLL
+              for (int b = 0; b < 4; ++b) {
+                if (!inside[b]) continue;
+                const int64_t at = first + static_cast<int64_t>(row + a) * width + column[b];
+                to[at] = total * from[at] + sum[a][b];
+              }
+            }
+          });
     }
   }
 

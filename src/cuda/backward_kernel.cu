@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(AdjointLayout::kThreads)
 }
 
 template <class S>
-__global__ void __launch_bounds__(256)
-    gka_adjoint_sums(const __grid_constant__ BackwardJob job) {
+__global__ void __launch_bounds__(256) gka_adjoint_sums(const __grid_constant__ BackwardJob job) {
   const int64_t e = static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x;
   if (e < job.in.K * (job.in.K + job.in.V)) run_adjoint_sums<S>(job, blockIdx.x, blockIdx.y, e);
 }
@@ -100,9 +99,9 @@ void launch_backward_solve(const BackwardJob& job, bool float64, Stream stream) 
 
 void launch_backward_first(const BackwardJob& job, Stream stream) {
   const int shared = static_cast<int>(backward_first_bytes(job.in.K, job.in.V));
-  check(cudaFuncSetAttribute(gka_backward_first, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             shared),
-        "cudaFuncSetAttribute");
+  check(
+      cudaFuncSetAttribute(gka_backward_first, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+      "cudaFuncSetAttribute");
   gka_backward_first<<<grid_of(job, 1), BackwardFirstLayout::kThreads, shared,
                        static_cast<cudaStream_t>(stream)>>>(job);
   check(cudaGetLastError(), "launch of gka_backward_first");

@@ -32,15 +32,15 @@ BackwardJob backward_job_of(const core::GkaProblem& problem, const GkaOutputGrad
 }
 
 int64_t BackwardBytes::total() const {
-  return pieces + states + decays + adjoints + solve + 2 * solutions + weights + since +
-         gradients + dq_parts + dk_parts + dv_parts + chunk_scratch + left_over;
+  return pieces + states + decays + adjoints + solve + 2 * solutions + weights + since + gradients +
+         dq_parts + dk_parts + dv_parts + chunk_scratch + left_over;
 }
 
 bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
                           const GkaInputGrads& grads, const DeviceInfo& device) {
   const GkaInputs& in = problem.inputs;
   return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_pairs(in.q) &&
-         in_pairs(in.k) && in_pairs(in.v) && in_pairs(output_grads.d_o) &&
+         in_vectors(in.k) && in_vectors(in.v) && in_pairs(output_grads.d_o) &&
          (!grads.dq.defined() || in_pairs(grads.dq)) &&
          (!grads.dk.defined() || in_pairs(grads.dk)) &&
          (!grads.dv.defined() || in_pairs(grads.dv)) &&

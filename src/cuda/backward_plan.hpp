@@ -22,7 +22,7 @@ struct BackwardBytes {
   int64_t pieces, states, decays, adjoints, solve, solutions, weights, since, gradients;
   int64_t dq_parts, dk_parts, dv_parts;
   int64_t chunk_scratch, left_over;  // of the matrix-unit kernels
-  int64_t blocks;  // of the gradients' kernel
+  int64_t blocks;                    // of the gradients' kernel
   int64_t total() const;
 };
 // `chunks`: on matrix units, so that the token kernel does what is left over alone.

@@ -118,8 +118,8 @@ struct AdjointBody {
         if (j < n && u) {
           if (row < K) left[0] = mixed(t, row);
           if (column < V) {
-            const S d_o = load_element<S>(job.d_o, offset_of(job.d_o, piece.row, t, head) +
-                                                       column * job.d_o.stride[3]);
+            const S d_o = load_element<S>(
+                job.d_o, offset_of(job.d_o, piece.row, t, head) + column * job.d_o.stride[3]);
             right[0] = static_cast<S>(shared.weight[0][j] * static_cast<double>(d_o));
           }
         } else if (j < n) {
@@ -267,8 +267,7 @@ KALMANET_KERNEL void run_head_sum(const BackwardJob& job, const Array& gradient,
     const int64_t place = (row * job.in.T + t) * job.in.H + shared_head * group + i;
     sum += workspace_at<S>(parts, place, width, c);
   }
-  store_element(gradient,
-                offset_of(gradient, row, t, shared_head) + c * gradient.stride[3], sum);
+  store_element(gradient, offset_of(gradient, row, t, shared_head) + c * gradient.stride[3], sum);
 }
 
 }  // namespace kalmanet::cuda

@@ -3,9 +3,9 @@
 //
 //   dm_t = scale U_t do_t     x_t = (H_t + lambda_t I)^{-1} q_t     z_t, the same of alpha_t dm_t
 //
-// and with them all gradients that need no others: of q, of alpha and of the ridge ratio. x and z go
-// to the workspace, for the kernels that follow. (Beside float32, a sequence's first tokens are then
-// solved again in float64: backward_first_body.hpp.)
+// and with them all gradients that need no others: of q, of alpha and of the ridge ratio. x and z
+// go to the workspace, for the kernels that follow. (Beside float32, a sequence's first tokens are
+// then solved again in float64: backward_first_body.hpp.)
 #pragma once
 
 #include "cuda/backward_job.hpp"
@@ -193,7 +193,12 @@ KALMANET_KERNEL void run_backward_solve(Group& group, char* shared_memory,
   const Piece piece = piece_of(job, piece_index);
   const StateView<S> u = {memory.u, job.V, 1};
   BackwardSolveBody<Group, S, KP> body{
-      {group, memory.shared, job, piece, head, u,
+      {group,
+       memory.shared,
+       job,
+       piece,
+       head,
+       u,
        {{group, memory.shared, memory.spilled, memory.parked, memory.factor}}},
       backward};
   body.run();

@@ -1,5 +1,4 @@
-// The bodies of the two matrix-unit kernels: a piece's own contribution to the states, and a
-// piece's outputs.
+// The body of the chunk kernel: a piece's outputs.
 #pragma once
 
 #include "cuda/chunk_state.hpp"
@@ -237,49 +236,33 @@ struct ChunkBody : ChunkState<Group> {
     }
   }
 
-  // `outputs`: o of the piece; else its contribution to the next piece's states. Returns whether
-  // the token kernel must do the piece instead.
-  KALMANET_KERNEL bool run(bool outputs) {
-    this->load_state(false, !outputs);
-    this->load_state(true, !outputs);
+  // Returns whether the token kernel must do the piece instead.
+  KALMANET_KERNEL bool run() {
+    this->load_state(false);
+    this->load_state(true);
     group.each([&](int thread, Registers&) {
       if (thread == 0) shared.ill = 0;
     });
-    double decays[2] = {1.0, 1.0};
     for (t0 = piece.begin; t0 < piece.end; t0 += L::kTokens) {
       n = static_cast<int>(piece.end - t0 < L::kTokens ? piece.end - t0 : L::kTokens);
       group.barrier();
       this->load_tiles(job.k, head / job.k_group, shared.rows, shared.columns);
       this->load_tiles(job.v, head / job.v_group, nullptr, shared.values);
       this->load_scalars();
-      if (outputs) {
-        if (!(shared.total64[0] >= -kMostDecay && shared.total64[1] >= -kMostDecay)) return true;
-        const double norm2 = this->load_main(false);
-        norms(norm2);
-        const double ridge = shared.smallest_ridge;
-        const int steps = job.num_iter != 0 ? job.num_iter : counted_steps(ridge, job.tolerance);
-        solve(steps, job.split ? split_steps(ridge) : 0);
-        read_out();
-        if (shared.ill != 0) return true;
-      }
-      if (outputs && t0 + L::kTokens >= piece.end && !piece.last) return false;
+      if (!(shared.total64[0] >= -kMostDecay && shared.total64[1] >= -kMostDecay)) return true;
+      const double norm2 = this->load_main(false);
+      norms(norm2);
+      const double ridge = shared.smallest_ridge;
+      const int steps = job.num_iter != 0 ? job.num_iter : counted_steps(ridge, job.tolerance);
+      solve(steps, job.split ? split_steps(ridge) : 0);
+      read_out();
+      if (shared.ill != 0) return true;
+      if (t0 + L::kTokens >= piece.end && !piece.last) return false;
       this->advance(false);
       this->advance(true);
-      decays[0] *= static_cast<double>(shared.total[0]);
-      decays[1] *= static_cast<double>(shared.total[1]);
     }
-    if (outputs) {
-      this->store_state(false, state_view<float>(job.h_final, piece.sequence, head));
-      this->store_state(true, state_view<float>(job.u_final, piece.sequence, head));
-      return false;
-    }
-    this->store_state(false, slot_view<float>(job, piece.slot + 1, head, false));
-    this->store_state(true, slot_view<float>(job, piece.slot + 1, head, true));
-    group.each([&](int thread, Registers&) {
-      if (thread >= 2) return;
-      job.decays[(static_cast<int64_t>(piece.slot + 1) * job.H + head) * 2 + thread] =
-          thread == 0 ? decays[0] : decays[1];
-    });
+    this->store_state(false, state_view<float>(job.h_final, piece.sequence, head));
+    this->store_state(true, state_view<float>(job.u_final, piece.sequence, head));
     return false;
   }
 };
@@ -287,14 +270,12 @@ struct ChunkBody : ChunkState<Group> {
 // The work of block (piece_index, head). `scratch`: ChunkState::kStateFloats of the block's own.
 template <class Group>
 KALMANET_KERNEL void run_chunks(Group& group, ChunkShared& shared, const GkaJob& job,
-                                int64_t piece_index, int64_t head, bool outputs) {
+                                int64_t piece_index, int64_t head) {
   const Piece piece = piece_of(job, piece_index);
-  if (!outputs && piece.last) return;
   const int64_t block = piece_index * job.H + head;
   float* const states = static_cast<float*>(job.chunk_scratch) + block * (2 * 128 * 128);
   ChunkBody<Group> body{{{group, shared}, job, piece, head, states}};
-  const bool left_over = body.run(outputs);
-  if (!outputs) return;
+  const bool left_over = body.run();
   group.each([&](int thread, ChunkRegisters&) {
     if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
   });

@@ -2,17 +2,23 @@
 #include "cuda/check.hpp"
 #include "cuda/chunk_body.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/state_body.hpp"
 
 namespace kalmanet::cuda {
 namespace {
 
-template <bool kOutputs>
 __global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
     gka_chunks(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<ChunkRegisters> group;
-  run_chunks(group, *reinterpret_cast<ChunkShared*>(shared_memory), job, blockIdx.x, blockIdx.y,
-             kOutputs);
+  run_chunks(group, *reinterpret_cast<ChunkShared*>(shared_memory), job, blockIdx.x, blockIdx.y);
+}
+
+__global__ void __launch_bounds__(StateLayout::kThreads, 2)
+    gka_states(const __grid_constant__ GkaJob job) {
+  __shared__ StateShared shared;
+  DeviceGroup<StateRegisters> group;
+  run_states(group, shared, job, blockIdx.x, blockIdx.y, blockIdx.z == 1);
 }
 
 __global__ void __launch_bounds__(256) gka_sums(const __grid_constant__ GkaJob job) {
@@ -37,18 +43,19 @@ int64_t chunk_shared_bytes() {
 
 void launch_chunk_states(const GkaJob& job, Stream stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const dim3 grid = grid_with(gka_chunks<false>, job);
-  gka_chunks<false><<<grid, ChunkLayout::kThreads, chunk_shared_bytes(), s>>>(job);
+  const dim3 grid(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H));
+  gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
   const int64_t elements = job.K * (job.K + job.V);
   gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 255) / 256)), 256, 0, s>>>(job);
-  check(cudaGetLastError(), "launch of gka_chunks");
+  check(cudaGetLastError(), "launch of gka_states");
 }
 
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
   if (segmented) launch_chunk_states(job, stream);
-  const dim3 grid = grid_with(gka_chunks<true>, job);
-  gka_chunks<true><<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
-                     static_cast<cudaStream_t>(stream)>>>(job);
+  if (job.direct) return launch_direct(job, stream);
+  const dim3 grid = grid_with(gka_chunks, job);
+  gka_chunks<<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
+               static_cast<cudaStream_t>(stream)>>>(job);
   check(cudaGetLastError(), "launch of gka_chunks");
 }
 

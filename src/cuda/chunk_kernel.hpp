@@ -89,6 +89,33 @@ KALMANET_KERNEL uint32_t low_parts(float a, float b, uint32_t high) {
   return pack_bfloat16(a - low_bfloat16(high), b - high_bfloat16(high));
 }
 
+// Rows of 128 bfloat16 on their way from a tensor into fragments, padded by 16 bytes so that eight
+// rows' words meet no bank twice. A thread of 256 brings two pieces of 16 bytes of 32 rows, a warp
+// whole rows: read by fragments, every load would touch eight lines for 16 bytes each.
+struct StagedRows {
+  uint32_t words[32][68];
+};
+KALMANET_KERNEL void fetch_rows(const uint16_t* rows, int64_t stride, int64_t count, int thread,
+                                uint32_t (&raw)[2][4]) {
+  KALMANET_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const int row = thread / 16 + 16 * i;
+    if (row < count) {
+      load16(rows + row * stride + thread % 16 * 8, raw[i]);
+    } else {
+      raw[i][0] = raw[i][1] = raw[i][2] = raw[i][3] = 0;
+    }
+  }
+}
+KALMANET_KERNEL void stage_rows(const uint32_t (&raw)[2][4], int thread, StagedRows& to) {
+  KALMANET_UNROLL
+  for (int i = 0; i < 2; ++i) store16(&to.words[thread / 16 + 16 * i][thread % 16 * 4], raw[i]);
+}
+// Part `part` of a lane's left fragment of rows 16 m .., columns 16 k .. .
+KALMANET_KERNEL uint32_t staged(const StagedRows& rows, int m, int k, int lane, int part) {
+  return rows.words[m * 16 + lane / 4 + part % 2 * 8][k * 8 + lane % 4 + part / 2 * 4];
+}
+
 template <class Group>
 struct ChunkProducts {
   using L = ChunkLayout;

@@ -32,12 +32,12 @@ struct ChunkState : ChunkProducts<Group> {
     return (static_cast<int64_t>(thread / 32 * 16 + tile) * 32 + thread % 32) * 4;
   }
 
-  // `u`: U^T, else H. `zero`: an empty state instead of the piece's own.
-  KALMANET_KERNEL void load_state(bool u, bool zero) {
+  // `u`: U^T, else H.
+  KALMANET_KERNEL void load_state(bool u) {
     const StateView<float> from = piece.first
                                       ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
                                       : slot_view<float>(job, piece.slot, head, u);
-    const bool empty = zero || from.data == nullptr;
+    const bool empty = from.data == nullptr;
     float* const to = states + (u ? 128 * 128 : 0);
     group.each([&](int thread, Registers&) {
       for (int tile = 0; tile < 16; ++tile) {

@@ -10,6 +10,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -17,12 +19,16 @@
 #include <cuda_fp16.h>
 #define KALMANET_KERNEL __device__ __forceinline__
 #define KALMANET_BOTH __host__ __device__
+#define KALMANET_CONSTANT static __constant__ const
 #define KALMANET_UNROLL _Pragma("unroll")
+#define KALMANET_LOOP _Pragma("unroll 1")
 #else
 #include "core/half.hpp"
 #define KALMANET_KERNEL inline
 #define KALMANET_BOTH
+#define KALMANET_CONSTANT static constexpr
 #define KALMANET_UNROLL
+#define KALMANET_LOOP
 #endif
 
 namespace kalmanet::cuda {
@@ -51,14 +57,43 @@ KALMANET_KERNEL float high_bfloat16(uint32_t both) {
 #endif
 }
 
+// Two float16 likewise.
+KALMANET_KERNEL uint32_t pack_float16(float low, float high) {
+#ifdef __CUDACC__
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+#else
+  return core::to_float16(low) | static_cast<uint32_t>(core::to_float16(high)) << 16;
+#endif
+}
+KALMANET_KERNEL float low_float16(uint32_t both) {
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(both)));
+#else
+  return core::from_float16(static_cast<uint16_t>(both));
+#endif
+}
+KALMANET_KERNEL float high_float16(uint32_t both) {
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(static_cast<uint16_t>(both >> 16)));
+#else
+  return core::from_float16(static_cast<uint16_t>(both >> 16));
+#endif
+}
+
 #ifdef __CUDACC__
 template <class Registers>
 class DeviceGroup {
  public:
+  __device__ __forceinline__ DeviceGroup() : thread_(static_cast<int>(threadIdx.x)) {}
   template <class F>
   __device__ __forceinline__ void each(F&& f) {
-    f(static_cast<int>(threadIdx.x), registers_);
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    f(thread_, registers_);
   }
+  // Where a long loop's next part begins: what follows from a thread's number alone is computed
+  // anew, instead of waiting in registers through all parts.
+  __device__ __forceinline__ void new_part() { asm volatile("" : "+r"(thread_)); }
   __device__ __forceinline__ void barrier() { __syncthreads(); }
   // In each thread, the sum of member(registers) over its kLanes neighbours (a power of two,
   // aligned): the same bits in all of them.
@@ -86,6 +121,44 @@ class DeviceGroup {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+  // d[4] = c[4] + a[4] b[2] of float16, sums in float32. d and c may be the same.
+  template <class D, class C, class A, class B>
+  __device__ __forceinline__ void multiply_add_float16(D&& d_of, C&& c_of, A&& a_of, B&& b_of) {
+    auto& d = d_of(registers_);
+    auto& c = c_of(registers_);
+    const auto& a = a_of(registers_);
+    const auto& b = b_of(registers_);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
+  }
+  // f() by the threads of one warp alone.
+  template <class F>
+  __device__ __forceinline__ void with_warp(int warp, F&& f) {
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    if (thread_ / 32 == warp) f();
+  }
+  // to(registers) = from(registers) of lane lane_of(thread) of the same warp.
+  template <class To, class From, class Lane>
+  __device__ __forceinline__ void shuffle(To&& to, From&& from, Lane&& lane_of) {
+    to(registers_) = __shfl_sync(~0u, from(registers_), lane_of(thread_));
+  }
+  // The largest over the warp.
+  template <class Member>
+  __device__ __forceinline__ void max_warp(Member&& member) {
+    auto& value = member(registers_);
+    if constexpr (sizeof(value) == 4 && !std::is_same_v<std::decay_t<decltype(value)>, float>) {
+      value = __reduce_max_sync(~0u, value);
+    } else {
+      KALMANET_UNROLL
+      for (int mask = 1; mask < 32; mask *= 2) {
+        const auto other = __shfl_xor_sync(~0u, value, mask);
+        value = other > value ? other : value;
+      }
+    }
+  }
   // Of the 8 x 8 of 16 bits that a warp holds in a register, two a lane by rows: its transpose.
   template <class Member>
   __device__ __forceinline__ void transpose(Member&& member) {
@@ -94,6 +167,7 @@ class DeviceGroup {
   }
 
  private:
+  int thread_;
   Registers registers_;
 };
 #endif
@@ -102,13 +176,44 @@ template <class Registers>
 class HostGroup {
  public:
   HostGroup(int threads, bool backwards)
-      : registers_(static_cast<size_t>(threads)), backwards_(backwards) {}
+      : registers_(static_cast<size_t>(threads)),
+        backwards_(backwards),
+        end_(static_cast<size_t>(threads)) {}
   template <class F>
   void each(F&& f) {
-    const int n = static_cast<int>(registers_.size());
-    for (int i = 0; i < n; ++i) {
-      const int thread = backwards_ ? n - 1 - i : i;
-      f(thread, registers_[static_cast<size_t>(thread)]);
+    for (size_t i = begin_; i < end_; ++i) {
+      const size_t thread = backwards_ ? begin_ + end_ - 1 - i : i;
+      f(static_cast<int>(thread), registers_[thread]);
+    }
+  }
+  void new_part() {}
+  template <class F>
+  void with_warp(int warp, F&& f) {
+    const size_t end = end_;
+    begin_ = static_cast<size_t>(warp) * 32;
+    end_ = begin_ + 32;
+    f();
+    begin_ = 0;
+    end_ = end;
+  }
+  template <class To, class From, class Lane>
+  void shuffle(To&& to, From&& from, Lane&& lane_of) {
+    using Value = std::decay_t<decltype(from(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t i = begin_; i < end_; ++i) old[i] = from(registers_[i]);
+    for (size_t i = begin_; i < end_; ++i) {
+      const size_t lane = static_cast<size_t>(lane_of(static_cast<int>(i))) % 32;
+      to(registers_[i]) = old[i / 32 * 32 + lane];
+    }
+  }
+  template <class Member>
+  void max_warp(Member&& member) {
+    for (size_t warp = begin_; warp < end_; warp += 32) {
+      auto largest = member(registers_[warp]);
+      for (size_t i = warp; i < warp + 32; ++i) {
+        if (member(registers_[i]) > largest) largest = member(registers_[i]);
+      }
+      for (size_t i = warp; i < warp + 32; ++i) member(registers_[i]) = largest;
     }
   }
   void barrier() {}
@@ -117,40 +222,49 @@ class HostGroup {
     using Value = std::decay_t<decltype(member(registers_[0]))>;
     std::vector<Value> old(registers_.size());
     for (size_t mask = 4; mask < 32; mask *= 2) {
-      for (size_t i = 0; i < old.size(); ++i) old[i] = member(registers_[i]);
-      for (size_t i = 0; i < old.size(); ++i) member(registers_[i]) = old[i] + old[i ^ mask];
+      for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
+      for (size_t i = begin_; i < end_; ++i) member(registers_[i]) = old[i] + old[i ^ mask];
     }
   }
   template <class C, class A, class B>
   void multiply_add(C&& c_of, A&& a_of, B&& b_of) {
-    for (size_t warp = 0; warp < registers_.size(); warp += 32) {
+    multiply_tiles(c_of, c_of, a_of, b_of, low_bfloat16, high_bfloat16);
+  }
+  template <class D, class C, class A, class B>
+  void multiply_add_float16(D&& d_of, C&& c_of, A&& a_of, B&& b_of) {
+    multiply_tiles(d_of, c_of, a_of, b_of, low_float16, high_float16);
+  }
+  template <class D, class C, class A, class B, class Half>
+  void multiply_tiles(D&& d_of, C&& c_of, A&& a_of, B&& b_of, Half low, Half high) {
+    for (size_t warp = begin_; warp < end_; warp += 32) {
       float a[16][16], b[16][8];
       for (size_t lane = 0; lane < 32; ++lane) {
         Registers& r = registers_[warp + lane];
         const size_t row = lane / 4, column = lane % 4 * 2;
         for (size_t i = 0; i < 4; ++i) {
           float* const to = &a[row + i % 2 * 8][column + i / 2 * 8];
-          to[0] = low_bfloat16(a_of(r)[i]), to[1] = high_bfloat16(a_of(r)[i]);
+          to[0] = low(a_of(r)[i]), to[1] = high(a_of(r)[i]);
         }
         for (size_t i = 0; i < 2; ++i) {
-          b[column + i * 8][row] = low_bfloat16(b_of(r)[i]);
-          b[column + i * 8 + 1][row] = high_bfloat16(b_of(r)[i]);
+          b[column + i * 8][row] = low(b_of(r)[i]);
+          b[column + i * 8 + 1][row] = high(b_of(r)[i]);
         }
       }
       for (size_t lane = 0; lane < 32; ++lane) {
         auto& c = c_of(registers_[warp + lane]);
+        auto& d = d_of(registers_[warp + lane]);
         for (size_t i = 0; i < 4; ++i) {
           const size_t row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
           float sum = c[i];
           for (size_t k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-          c[i] = sum;
+          d[i] = sum;
         }
       }
     }
   }
   template <class Member>
   void transpose(Member&& member) {
-    for (size_t warp = 0; warp < registers_.size(); warp += 32) {
+    for (size_t warp = begin_; warp < end_; warp += 32) {
       uint16_t m[8][8];
       for (size_t lane = 0; lane < 32; ++lane) {
         const uint32_t both = member(registers_[warp + lane]);
@@ -169,8 +283,8 @@ class HostGroup {
     using Value = std::decay_t<decltype(member(registers_[0]))>;
     std::vector<Value> old(registers_.size());
     for (int mask = 1; mask < kLanes; mask *= 2) {
-      for (size_t i = 0; i < old.size(); ++i) old[i] = member(registers_[i]);
-      for (size_t i = 0; i < old.size(); ++i) {
+      for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
+      for (size_t i = begin_; i < end_; ++i) {
         member(registers_[i]) = old[i] + old[i ^ static_cast<size_t>(mask)];
       }
     }
@@ -179,6 +293,7 @@ class HostGroup {
  private:
   std::vector<Registers> registers_;
   bool backwards_;
+  size_t begin_ = 0, end_;  // the threads at work
 };
 
 // a / b; float32 to two units in the last place, without the branches of an exact division.
@@ -189,8 +304,42 @@ KALMANET_KERNEL float divide(float a, float b) {
   return a / b;
 #endif
 }
+// cos(a), 0 <= a <= pi, to 1e-6.
+KALMANET_KERNEL float cosine(float a) {
+#ifdef __CUDACC__
+  return __cosf(a);
+#else
+  return std::cos(a);
+#endif
+}
 KALMANET_KERNEL double divide(double a, double b) {
   return a / b;
+}
+
+// x, of which the compiler must not think that it knew it before: what follows from it is then
+// computed here, and not kept in registers from the loop's start.
+KALMANET_KERNEL int64_t opaque(int64_t x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
+// 16 bytes, aligned.
+KALMANET_KERNEL void load16(const void* p, uint32_t (&out)[4]) {
+#ifdef __CUDACC__
+  const uint4 v = *static_cast<const uint4*>(p);
+  out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+#else
+  std::memcpy(out, p, 16);
+#endif
+}
+KALMANET_KERNEL void store16(void* p, const uint32_t (&in)[4]) {
+#ifdef __CUDACC__
+  *static_cast<uint4*>(p) = make_uint4(in[0], in[1], in[2], in[3]);
+#else
+  std::memcpy(p, in, 16);
+#endif
 }
 
 KALMANET_KERNEL void prefetch([[maybe_unused]] const void* p) {

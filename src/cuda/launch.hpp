@@ -41,5 +41,9 @@ void launch_segments(const GkaJob& job, bool float64, Stream stream);
 int64_t chunk_shared_bytes();
 void launch_chunk_states(const GkaJob& job, Stream stream);
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream);
+int64_t direct_shared_bytes();
+void launch_direct(const GkaJob& job, Stream stream);  // (called by launch_chunks)
+// Pieces [job.num_pieces, num_pieces): sequences' first tokens.
+void launch_first_tokens(const GkaJob& job, int64_t num_pieces, Stream stream);
 
 }  // namespace kalmanet::cuda

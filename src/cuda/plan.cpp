@@ -22,12 +22,19 @@ bool in_pairs(const ConstView& view) {
          reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
 }
 
+bool in_vectors(const ConstView& view) {
+  return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 8 == 0 &&
+         view.stride[1] % 8 == 0 && view.stride[2] % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+}
+
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;
   return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
-         problem.options.solver == Solver::chebyshev && !outputs.x.defined() &&
-         !outputs.residual.defined() && in_pairs(in.q) && in_pairs(in.k) && in_pairs(in.v) &&
-         in_pairs(outputs.o);
+         (problem.options.solver == Solver::chebyshev ||
+          problem.options.solver == Solver::direct) &&
+         !outputs.x.defined() && !outputs.residual.defined() && in_vectors(in.q) &&
+         in_vectors(in.k) && in_vectors(in.v) && in_vectors(outputs.o);
 }
 
 std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem) {

@@ -18,12 +18,15 @@ bool are_rows(const core::GkaProblem& problem, const std::vector<Piece>& pieces)
 
 // Whether pairs of a view's elements, bfloat16, can be read and written as 4 bytes.
 bool in_pairs(const ConstView& view);
+// Eight as 16 bytes.
+bool in_vectors(const ConstView& view);
 
 // Whether the matrix-unit kernels compute the problem, as far as its tensors say.
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
-// For them: pieces_of (not `always`: the token kernel does what is left over), then for the token
-// kernel alone the first tokens of sequences that start from nothing, whose slots are -1.
+// For them: pieces_of (not `always`: the token kernel does what is left over), then the
+// first tokens of sequences that start from nothing, whose slots are -1: the forward's kernel of
+// first tokens (first_body.hpp), the backward's token kernel.
 std::vector<Piece> chunk_pieces_of(const core::GkaProblem& problem);
 int64_t num_chunk_pieces(const std::vector<Piece>& pieces);
 int64_t chunk_scratch_bytes();  // a block

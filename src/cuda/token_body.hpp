@@ -402,7 +402,12 @@ KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob&
   StateView<S> u = state_view<S>(job.u_final, piece.sequence, head);
   if (!piece.last || u.data == nullptr) u = {memory.u, job.V, 1};
   TokenBody<Group, S, KP> body{
-      group, memory.shared, job, piece, head, u,
+      group,
+      memory.shared,
+      job,
+      piece,
+      head,
+      u,
       {{group, memory.shared, memory.spilled, memory.parked, memory.factor}}};
   body.run();
 }

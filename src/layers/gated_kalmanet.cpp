@@ -164,19 +164,6 @@ int64_t GatedKalmaNetOptions::head_v_dim() const {
   return std::llround(expand_v * static_cast<double>(head_dim));
 }
 
-int64_t GkaLayerState::bytes() const {
-  int64_t total = 0;
-  for (const Tensor* t : {&h, &u, &conv_q, &conv_k, &conv_v}) {
-    if (t->defined()) total += t->numel() * t->element_size();
-  }
-  return total;
-}
-
-GkaLayerState GkaLayerState::clone() const {
-  const auto copy = [](const Tensor& t) { return t.defined() ? t.clone() : t; };
-  return {copy(h), copy(u), copy(conv_q), copy(conv_k), copy(conv_v)};
-}
-
 GatedKalmaNetImpl::GatedKalmaNetImpl(const GatedKalmaNetOptions& options) : options_(options) {
   validate(options_);
   const auto& o = options_;
@@ -379,8 +366,11 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     const Tensor out = fused_step(rows, B, T, *state, op).view({B * T, H * V});
     return linear(*o_proj_, out).view({B, T, o.hidden_size});
   }
+  auto projected = type;  // what the projections gave before that
   const auto project = [&](const torch::nn::Linear& layer) {
-    return linear(*layer, rows).to(type);
+    const Tensor out = linear(*layer, rows);
+    projected = out.scalar_type();
+    return out.to(type);
   };
   const auto convolve = [&](const Tensor& in, const Tensor& weight, Tensor GkaLayerState::* slot) {
     if (step && T == 1 && !cu_seqlens) return causal_conv_step(in, weight, state->*slot);
@@ -391,11 +381,8 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     if (state != nullptr) state->*slot = std::move(result.final_state);
     return result.y;
   };
-  const auto normalise = [&](const Tensor& by_head) {
-    if (o.qk_norm == "official") return unit_heads(by_head, 1e-6);
-    return by_head * at::rsqrt(by_head.square().sum(-1, true) + 1e-6);
-  };
-  const Tensor q = normalise(
+  const auto normalise = [&](const Tensor& by_head) { return unit_heads(by_head, o.qk_norm); };
+  Tensor q = normalise(
       convolve(project(q_proj_), q_conv_, &GkaLayerState::conv_q).view({B, T, o.num_heads, K}));
   Tensor k =
       convolve(project(k_proj_), k_conv_, &GkaLayerState::conv_k).view({B, T, o.k_heads(), K});
@@ -407,6 +394,11 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
     v = expansion_->values(v);
   }
   k = normalise(k);
+
+  // On the GPU the recurrence takes what the projections gave: 16-bit numbers run on matrix units.
+  if (x.is_cuda() && projected != type) {
+    for (Tensor* t : {&q, &k, &v}) *t = t->to(projected);
+  }
 
   const auto per_head = [&](const Tensor& gate) { return gate.view({B, T, H}); };
   OptionalTensor g, gk, alpha, beta, ridge;
@@ -441,7 +433,7 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   }
 
   OptionalTensor gate;
-  if (o.use_gate) gate = project(g_proj_).view({B, T, H, V});
+  if (o.use_gate) gate = linear(*g_proj_, rows).to(out.scalar_type()).view({B, T, H, V});
   out = gated_rms_norm(out, gate, o_norm_.to(type), o.norm_eps);
   out = out.view({B * T, H * V}).to(weight_type);
   return linear(o_proj_->weight, o_proj_->bias, out).view({B, T, o.hidden_size});

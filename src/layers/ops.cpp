@@ -55,6 +55,11 @@ void refuse_double_backward(const char* what) {
               "create_graph");
 }
 
+// The CPU's kernels read float32 fastest; the GPU's take 16 bits as they are, on matrix units.
+Tensor for_gka(const Tensor& tensor) {
+  return tensor.is_cuda() ? tensor : widened(tensor);
+}
+
 // Tells autograd that `state` was written to: a graph that saved it then refuses to run backward
 // instead of using the new values.
 void mark_written(const Tensor& state) {
@@ -63,7 +68,7 @@ void mark_written(const Tensor& state) {
 
 // ---- GKA ----
 
-using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+using GkaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, std::string_view,
@@ -73,8 +78,9 @@ using GkaBackward =
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-        const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-        std::string_view, int64_t, double, int64_t, std::string_view, bool, std::string_view);
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
+        double, std::string_view, int64_t, double, int64_t, std::string_view, bool,
+        std::string_view);
 using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                            const Tensor&, const Tensor&, const OptionalTensor&,
                                            const OptionalTensor&, const OptionalTensor&,
@@ -83,19 +89,22 @@ using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const T
                                            std::string_view, int64_t, double, int64_t,
                                            std::string_view, bool, std::string_view);
 
-// (o, h, u, x)
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
-    const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
-    const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
-    const OptionalTensor& cu_seqlens, const GkaOpOptions& options, bool save_x) {
+struct GkaResults {
+  Tensor o, h, u, x, segment_states;
+};
+
+GkaResults forward_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                      const OptionalTensor& gk, const OptionalTensor& alpha,
+                      const OptionalTensor& beta, const OptionalTensor& ridge,
+                      const OptionalTensor& h0, const OptionalTensor& u0,
+                      const OptionalTensor& cu_seqlens, const GkaOpOptions& options, bool save_x) {
   static const auto op = find_operator<GkaForward>("kalmanet::gka_forward");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  auto [o, h, u, x, residual] = op.call(
+  auto [o, h, u, x, residual, segment_states] = op.call(
       q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options.scale, options.ridge_ratio,
       options.solver, options.num_iter, options.tolerance, options.chunk_size, options.arithmetic,
       save_x, /*want_residual=*/false, options.backend, options.bp_lambda);
-  return {std::move(o), std::move(h), std::move(u), std::move(x)};
+  return {std::move(o), std::move(h), std::move(u), std::move(x), std::move(segment_states)};
 }
 
 struct SavedOptions : torch::CustomClassHolder {
@@ -107,17 +116,23 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
  public:
   static constexpr size_t kInputs = 11;  // tensors, of which the last, cu_seqlens, has no gradient
 
+  // x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward is
+  // on matrix units only where it need not write x.
+  static bool saves_x(const Tensor& q) { return !q.is_cuda(); }
+
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
                                const Tensor& v, const OptionalTensor& g, const OptionalTensor& gk,
                                const OptionalTensor& alpha, const OptionalTensor& beta,
                                const OptionalTensor& ridge, const OptionalTensor& h0,
                                const OptionalTensor& u0, const OptionalTensor& cu_seqlens,
                                const GkaOpOptions& options) {
-    auto [o, h, u, x] = forward_op(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options,
-                                   /*save_x=*/true);
+    auto [o, h, u, x, segment_states] =
+        forward_op(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, options, saves_x(q));
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({q, k, v, value(g), value(gk), value(alpha), value(beta), value(ridge),
-                            value(h0), value(u0), value(cu_seqlens), x});
+                            value(h0), value(u0), value(cu_seqlens), saves_x(q) ? x : Tensor(),
+                            segment_states.dim() == 4 ? segment_states : Tensor()});
+    ctx->saved_data["heads"] = o.size(2);
     ctx->saved_data["options"] =
         c10::IValue::make_capsule(c10::make_intrusive<SavedOptions>(options));
     return {o, h, u};
@@ -132,17 +147,19 @@ class GkaFunction : public torch::autograd::Function<GkaFunction> {
     const auto holder =
         c10::static_intrusive_pointer_cast<SavedOptions>(ctx->saved_data["options"].toCapsule());
     const GkaOpOptions& options = holder->options;
-    const Tensor &v = saved[2], &x = saved[kInputs];
-    const Tensor d_o = grads[0].defined()
-                           ? grads[0]
-                           : at::zeros({x.size(0), x.size(1), x.size(2), v.size(3)}, x.options());
+    const Tensor &v = saved[2], &x = saved[kInputs], &segments = saved[kInputs + 1];
+    const Tensor d_o =
+        grads[0].defined()
+            ? grads[0]
+            : at::zeros({v.size(0), v.size(1), ctx->saved_data["heads"].toInt(), v.size(3)},
+                        v.options());
     static const auto op = find_operator<GkaBackward>("kalmanet::gka_backward");
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0] = op.call(
         d_o, saved[0], saved[1], v, optional(saved[3]), optional(saved[4]), optional(saved[5]),
         optional(saved[6]), optional(saved[7]), optional(saved[8]), optional(saved[9]),
-        optional(saved[10]), optional(x), optional(d_h), optional(d_u), options.scale,
-        options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
+        optional(saved[10]), optional(x), optional(segments), optional(d_h), optional(d_u),
+        options.scale, options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
         options.chunk_size, options.arithmetic, options.bp_lambda, options.backend);
     variable_list all = {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
     // The operator returns empty tensors where an input was absent.
@@ -268,7 +285,7 @@ GkaResult gka(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const 
               const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
               const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
               const OptionalTensor& cu_seqlens, const GkaOpOptions& options) {
-  const Tensor q = widened(q_in), k = widened(k_in), v = widened(v_in);
+  const Tensor q = for_gka(q_in), k = for_gka(k_in), v = for_gka(v_in);
   const OptionalTensor g32 = widened(g), gk32 = gk && g && gk->is_same(*g) ? g32 : widened(gk);
   const OptionalTensor alpha32 = widened(alpha), beta32 = widened(beta);
   const OptionalTensor ridge32 = ridge_per_token(widened(ridge), q, k, v);
@@ -278,9 +295,9 @@ GkaResult gka(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const 
                                            cu_seqlens, options);
     result = {std::move(out[0]), std::move(out[1]), std::move(out[2])};
   } else {
-    auto [o, h, u, x] = forward_op(q, k, v, g32, gk32, alpha32, beta32, ridge32, h0, u0, cu_seqlens,
-                                   options, /*save_x=*/false);
-    result = {std::move(o), std::move(h), std::move(u)};
+    GkaResults all = forward_op(q, k, v, g32, gk32, alpha32, beta32, ridge32, h0, u0, cu_seqlens,
+                                options, /*save_x=*/false);
+    result = {std::move(all.o), std::move(all.h), std::move(all.u)};
   }
   result.o = result.o.to(v_in.scalar_type());
   return result;
@@ -292,7 +309,7 @@ Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, cons
                 const GkaOpOptions& options) {
   static const auto op = find_operator<GkaStep>("kalmanet::gka_step");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor q = widened(q_in), k = widened(k_in), v = widened(v_in);
+  const Tensor q = for_gka(q_in), k = for_gka(k_in), v = for_gka(v_in);
   auto [o, residual] =
       op.call(q, k, v, h, u, widened(g), widened(gk), widened(alpha), widened(beta),
               ridge_per_token(widened(ridge), q, k, v), cu_seqlens, options.scale,
@@ -362,7 +379,10 @@ Tensor gated_rms_norm(const Tensor& o, const OptionalTensor& gate, const Tensor&
               ", got ", gate ? gate->sizes() : at::IntArrayRef());
   if (o.scalar_type() == at::kDouble) return plain_gated_rms_norm(o, gate, weight, eps);
   TORCH_CHECK(o.dim() >= 1, "o: must have at least 1 dimension, got none");
-  const auto rows = [](const Tensor& t) { return widened(t).reshape({-1, t.size(-1)}); };
+  const auto rows = [&o](const Tensor& t) {
+    // (A gate of another dtype than o's, as under autocast, is given o's.)
+    return (t.is_cuda() ? t.to(o.scalar_type()) : widened(t)).reshape({-1, t.size(-1)});
+  };
   const Tensor o32 = rows(o), weight32 = widened(weight);
   const OptionalTensor gate32 = gate ? OptionalTensor(rows(*gate)) : std::nullopt;
   const Tensor y = records(o32, gate32, weight32) ? NormFunction::apply(o32, gate32, weight32, eps)

@@ -58,12 +58,16 @@ void force_instruction_set(Text text) {
 }  // namespace kalmanet::torch_ops
 
 STABLE_TORCH_LIBRARY(kalmanet, m) {
-  // bp_lambda is the gradient's: the forward takes it for the autograd formula to find.
+  // save_x: keep what the backward would compute again; x, and segment_states where the backend is
+  // the CPU's and the chunks fit. bp_lambda is the gradient's: the forward takes it for the
+  // autograd formula to find.
   m.def("gka_forward(" KN_SEQUENCE ", *, " KN_SOLVER
         ", bool save_x=False, bool want_residual=False, str backend='auto', bool bp_lambda=True)"
-        " -> (Tensor o, Tensor h_final, Tensor u_final, Tensor x, Tensor residual)");
+        " -> (Tensor o, Tensor h_final, Tensor u_final, Tensor x, Tensor residual,"
+        " Tensor segment_states)");
   m.def("gka_backward(Tensor d_o, " KN_SEQUENCE
-        ", Tensor? x=None, Tensor? dh=None, Tensor? du=None, *, " KN_SOLVER
+        ", Tensor? x=None, Tensor? segment_states=None, Tensor? dh=None, Tensor? du=None, "
+        "*, " KN_SOLVER
         ", bool bp_lambda=True, str backend='auto')"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dgk, Tensor dalpha, Tensor dbeta,"
         " Tensor dridge, Tensor dh0, Tensor du0)");
@@ -96,6 +100,10 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
   m.def(
       "gated_rms_norm_backward(Tensor dy, Tensor o, Tensor? gate, Tensor weight, *,"
       " float eps=1e-06) -> (Tensor d_o, Tensor d_gate, Tensor d_weight)");
+  m.def("unit_norm_forward(Tensor x, *, str kind='official', float eps=1e-06) -> Tensor");
+  m.def(
+      "unit_norm_backward(Tensor dy, Tensor x, *, str kind='official', float eps=1e-06)"
+      " -> Tensor");
   // A saved state (docs/state-format.md) as uint8 [bytes]; the bytes of the one that `buffer`
   // begins with, as the 8 bytes of an int64; and that one read: h and u.
   m.def("save_state(Tensor h, Tensor u) -> Tensor");

@@ -175,11 +175,18 @@ int num_iter_of(int64_t value) {
 
 Backend backend_of(const std::string& text) {
   if (text == "auto") return Backend::automatic;
-  for (const Backend backend : {Backend::cpu, Backend::reference}) {
+  for (const Backend backend : {Backend::cpu, Backend::reference, Backend::cuda}) {
     if (text == name(backend)) return backend;
   }
   throw Error(ErrorCode::invalid_argument, "backend",
-              "is \"" + text + "\"; allowed are \"auto\", \"cpu\" and \"reference\"");
+              "is \"" + text + "\"; allowed are \"auto\", \"cpu\", \"reference\" and \"cuda\"");
+}
+
+QkNorm qk_norm_of(const std::string& text, const char* name) {
+  if (text == "official") return QkNorm::official;
+  if (text == "fla") return QkNorm::fla;
+  throw Error(ErrorCode::invalid_argument, name,
+              "is \"" + text + "\"; allowed are \"official\" and \"fla\"");
 }
 
 }  // namespace kalmanet::torch_ops

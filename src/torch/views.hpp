@@ -49,7 +49,9 @@ Tensor no_tensor(const Tensor& like);
 Solver solver_of(const std::string& text);          // "chebyshev", "direct", "cg", "auto"
 Arithmetic arithmetic_of(const std::string& text);  // "standard", "bfloat16"
 int num_iter_of(int64_t value);                     // 1 to 1000000, or 0: automatic
-Backend backend_of(const std::string& text);        // "auto", "cpu", "reference"
+Backend backend_of(const std::string& text);        // "auto", "cpu", "reference", "cuda"
+// "official", "fla"; `name` is the argument's
+QkNorm qk_norm_of(const std::string& text, const char* name);
 
 }  // namespace kalmanet::torch_ops
 

@@ -41,17 +41,19 @@ double FileScore::word_perplexity() const {
 Score score_windows(models::HybridLanguageModel& model, std::span<const uint8_t> bytes,
                     int64_t context, int64_t batch, int64_t tokens, bool bf16) {
   const torch::NoGradGuard no_grad;
-  const Autocast autocast(bf16);
+  const at::Device device = model->device();
+  const Autocast autocast(bf16, device);
   const WindowSampler sampler(bytes, context, WindowOrder::sequential, 0);
   const int64_t windows = std::min(sampler.sequential_windows(),
                                    std::max<int64_t>(1, (tokens + context - 1) / context));
   Score score;
   for (int64_t first = 0; first < windows; first += batch) {
     const int64_t rows = std::min(batch, windows - first);
-    const at::Tensor ids = torch::empty({rows, context + 1}, torch::kInt64);
+    const at::Tensor drawn = torch::empty({rows, context + 1}, torch::kInt64);
     for (int64_t r = 0; r < rows; ++r) {
-      sampler.window(first + r, ids.data_ptr<int64_t>() + r * (context + 1));
+      sampler.window(first + r, drawn.data_ptr<int64_t>() + r * (context + 1));
     }
+    const at::Tensor ids = drawn.to(device);
     const at::Tensor logits = model->forward(ids.narrow(1, 0, context).contiguous());
     score.nats += sum_nats(logits, ids.narrow(1, 1, context));
     score.tokens += rows * context;
@@ -98,9 +100,10 @@ FileScore score_file(models::HybridLanguageModel& model, const std::filesystem::
     }
     auto* ids = buffer.data_ptr<int64_t>();
     for (int64_t i = 0; i <= n; ++i) ids[i] = token_of(bytes[done + i]);
+    const at::Tensor read = buffer.to(model->device());
     const at::Tensor logits =
-        model->forward(buffer.narrow(0, 0, n).unsqueeze(0), std::nullopt, &state);
-    result.score.nats += sum_nats(logits, buffer.narrow(0, 1, n));
+        model->forward(read.narrow(0, 0, n).unsqueeze(0), std::nullopt, &state);
+    result.score.nats += sum_nats(logits, read.narrow(0, 1, n));
     result.score.tokens += n;
     count_words(done + 1, done + 1 + n);
     done += n;

@@ -40,15 +40,21 @@ void AdamW::zero_grad() {
 
 double AdamW::clip(double max_norm) {
   const at::NoGradGuard no_grad;
-  double sum = 0;
-  std::vector<at::Tensor> grads;
+  std::vector<at::Tensor> grads, norms;
   for (const Group& group : groups_) {
     for (const at::Tensor& p : group.parameters) {
       if (!p.grad().defined()) continue;
       grads.push_back(p.grad());
-      const double norm = at::linalg_vector_norm(grads.back()).item<double>();
-      sum += norm * norm;
+      norms.push_back(at::linalg_vector_norm(grads.back()));
     }
+  }
+  if (grads.empty()) return 0;
+  // All of them at once: to ask a GPU for one number is to wait for all that it was told before.
+  const at::Tensor all = at::stack(norms).to(at::kCPU, at::kDouble);
+  double sum = 0;
+  for (int64_t i = 0; i < all.numel(); ++i) {
+    const double norm = all.data_ptr<double>()[i];
+    sum += norm * norm;
   }
   const double norm = std::sqrt(sum);
   if (max_norm > 0 && norm > max_norm) {
@@ -60,12 +66,15 @@ double AdamW::clip(double max_norm) {
 void AdamW::step(double lr) {
   const at::NoGradGuard no_grad;
   ++steps_;
-  const at::Tensor step = at::full({}, static_cast<double>(steps_), at::kFloat);
   for (Group& group : groups_) {
     std::vector<at::Tensor> parameters, grads, exp_avg, exp_avg_sq, steps;
+    at::Tensor step;  // where the parameters are
     for (size_t i = 0; i < group.parameters.size(); ++i) {
       const at::Tensor& p = group.parameters[i];
       if (!p.grad().defined()) continue;
+      if (!step.defined()) {
+        step = at::full({}, static_cast<double>(steps_), p.options().dtype(at::kFloat));
+      }
       parameters.push_back(p);
       grads.push_back(p.grad());
       exp_avg.push_back(group.exp_avg[i]);

@@ -43,6 +43,7 @@ void visit_all(Options& o, const Visit& visit) {
   visit_computed(o, visit);
   visit("text", o.text);
   visit("minutes", o.minutes);
+  visit("device", o.device);
   visit("threads", o.threads);
   visit("checkpoint_every", o.checkpoint_every);
   visit("keep_checkpoints", o.keep_checkpoints);

@@ -28,9 +28,10 @@ struct TrainOptions {
   bool sequential = false;  // windows in order instead of at random places
 
   // How it is run: free to change from one start to the next.
-  std::string text;    // file or folder; TextData::identity tells whether it is the same
-  double minutes = 0;  // stop by then, the learning rate brought down in time; 0: no limit
-  int threads = 0;     // 0: PyTorch's choice
+  std::string text;            // file or folder; TextData::identity tells whether it is the same
+  double minutes = 0;          // stop by then, the learning rate brought down in time; 0: no limit
+  std::string device = "cpu";  // or cuda, cuda:N (models::device_named)
+  int threads = 0;             // 0: PyTorch's choice
   int64_t checkpoint_every = 500;
   int64_t keep_checkpoints = 2;
   int64_t eval_every = 250;

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "models/device.hpp"
 #include "models/io.hpp"
 #include "train/autocast.hpp"
 #include "train/checkpoint.hpp"
@@ -53,6 +54,7 @@ class Run {
       const TrainObserver& observer)
       : options_(std::move(options)), out_(std::move(out)), observer_(observer) {
     check(options_);
+    device_ = models::device_named(options_.device);
     if (options_.threads > 0) at::set_num_threads(options_.threads);
     std::optional<FoundCheckpoint> found = open_run(mode);
     // Two checkpoints lie on the disk while one replaces the other.
@@ -61,7 +63,7 @@ class Run {
     require_writable(out_, 2 * room);
     open_text();
     if (found) {
-      model_ = models::load_model(found->folder);
+      model_ = models::load_model(found->folder, {.device = device_});
       state_ = found->state;
       // Where and how may change; what is computed may not.
       state_.options = options_;
@@ -83,7 +85,9 @@ class Run {
                                  "; give a smaller --context or a larger limit");
       }
       torch::manual_seed(options_.seed);
+      // Drawn on the CPU, so that a seed means one model on every device.
       model_ = models::HybridLanguageModel(config);
+      model_->to(device_);
       state_.options = options_;
       state_.data = data_->identity();
     }
@@ -193,7 +197,7 @@ class Run {
       for (int64_t row = 0; row < options_.batch; ++row) {
         sampler.window(state_.windows++, ids.data_ptr<int64_t>() + row * (context + 1));
       }
-      const at::Tensor loss = loss_of(ids);
+      const at::Tensor loss = loss_of(ids.to(device_));
       loss_sum += loss.item<double>();
       (options_.accumulate > 1 ? loss / static_cast<double>(options_.accumulate) : loss).backward();
     }
@@ -231,7 +235,7 @@ class Run {
   }
 
   at::Tensor loss_of(const at::Tensor& ids) {
-    const Autocast autocast(options_.dtype == "bf16");
+    const Autocast autocast(options_.dtype == "bf16", device_);
     const at::Tensor logits = model_->forward(ids.narrow(1, 0, options_.context).contiguous());
     return at::cross_entropy_loss(logits.flatten(0, 1).to(at::kFloat),
                                   ids.narrow(1, 1, options_.context).flatten());
@@ -291,6 +295,7 @@ class Run {
   }
 
   TrainOptions options_;
+  at::Device device_ = at::kCPU;
   fs::path out_;
   const TrainObserver& observer_;
   std::optional<TextData> data_;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "api/c_call.hpp"
+#include "api/c_structs.hpp"
 #include "kalmanet/kalmanet.hpp"
 
 namespace kalmanet {
@@ -209,7 +210,7 @@ TEST(CVersions, ShorterOptionsHaveDefaultsForWhatIsMissing) {
   spec.ridge_tensor = false;
   for (const size_t size :
        {offsetof(S, num_iter), offsetof(S, backend), offsetof(S, tolerance), offsetof(S, bp_lambda),
-        offsetof(S, executor), offsetof(S, arithmetic), sizeof(S)}) {
+        offsetof(S, executor), offsetof(S, arithmetic), offsetof(S, stream), sizeof(S)}) {
     GkaOptions cpp;
     if (size > offsetof(S, num_iter)) cpp.num_iter = 9;
     if (size > offsetof(S, ridge_ratio)) cpp.ridge_ratio = 0.1;
@@ -221,6 +222,24 @@ TEST(CVersions, ShorterOptionsHaveDefaultsForWhatIsMissing) {
     EXPECT_TRUE(testing::identical({"forward", "", std::to_string(size) + " bytes of options"}, "o",
                                    c.o.view(), expected.o.view()));
   }
+}
+
+TEST(CVersions, TheStreamIsAnAppendedField) {
+  using S = kalmanet_gka_options;
+  int there = 0;
+  S options = KALMANET_GKA_OPTIONS_INIT;
+  EXPECT_EQ(api::options_of(api::read_options(&options)).stream, nullptr);
+  options.stream = &there;
+  EXPECT_EQ(api::options_of(api::read_options(&options)).stream, &there);
+  // What a caller compiled before the field was there hands over: garbage behind its own end.
+  const S older = shortened(options, offsetof(S, stream));
+  EXPECT_EQ(api::options_of(api::read_options(&older)).stream, nullptr);
+  // The CPU does not look at it.
+  Case<float> expected(everything()), c(everything());
+  gka_forward(expected.inputs(), expected.outputs(), {});
+  const CPlan plan(options);
+  ASSERT_TRUE(ok(testing::c_forward(plan.plan, c)));
+  EXPECT_TRUE(testing::identical({"forward", "", "a stream"}, "o", c.o.view(), expected.o.view()));
 }
 
 TEST(CGka, ArithmeticIsPassedOnAndReported) {

@@ -1,4 +1,4 @@
-// The public entry points of the causal convolution and the gated RMS norm: that they validate, and
+// The public entry points of the causal convolution and the norms: that they validate, and
 // that they reach the kernels with the right arguments (kernels are tested in tests/cpu).
 #include <gtest/gtest.h>
 
@@ -91,6 +91,37 @@ TEST(NormApi, ForwardAndBackward) {
   bad.eps = -1;
   EXPECT_THROW(gated_rms_norm_forward(bad, dense(y.data(), {R, V})), Error);
   EXPECT_THROW(gated_rms_norm_backward(in, {}, {}, {}, {}), Error);
+}
+
+TEST(UnitNormApi, ForwardAndBackward) {
+  constexpr int64_t R = 3, K = 5;
+  std::vector<float> x(R * K), y(R * K), dy(R * K), dx(R * K);
+  for (int64_t i = 0; i < R * K; ++i) {
+    x[i] = std::sin(2.0f * static_cast<float>(i) + 1);
+    dy[i] = std::cos(static_cast<float>(i));
+  }
+  for (const QkNorm kind : {QkNorm::official, QkNorm::fla}) {
+    const UnitNormInputs in{dense(x.data(), {R, K}), kind, 0.25};
+    unit_norm_forward(in, dense(y.data(), {R, K}));
+    unit_norm_backward(in, dense(dy.data(), {R, K}), dense(dx.data(), {R, K}));
+    for (int64_t r = 0; r < R; ++r) {
+      double square = 0, dot = 0;
+      for (int64_t i = r * K; i < (r + 1) * K; ++i) {
+        square += double{x[i]} * x[i];
+        dot += double{x[i]} * dy[i];
+      }
+      const bool fla = kind == QkNorm::fla;
+      const double s = fla ? std::sqrt(square + 0.25) : std::sqrt(square) + 0.25;
+      const double along = dot / ((fla ? s : std::sqrt(square)) * s * s);
+      for (int64_t i = r * K; i < (r + 1) * K; ++i) {
+        EXPECT_NEAR(y[i], x[i] / s, 1e-6);
+        EXPECT_NEAR(dx[i], dy[i] / s - x[i] * along, 1e-6);
+      }
+    }
+  }
+  const UnitNormInputs bad{dense(x.data(), {R, K}), QkNorm::official, 0};
+  EXPECT_THROW(unit_norm_forward(bad, dense(y.data(), {R, K})), Error);
+  EXPECT_THROW(unit_norm_backward(bad, dense(dy.data(), {R, K}), dense(dx.data(), {R, K})), Error);
 }
 
 }  // namespace

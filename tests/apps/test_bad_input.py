@@ -116,6 +116,10 @@ CASES = [
     (TRAIN + " --lr nan", FAILED, "lr"),
     (TRAIN + " --batch -2", FAILED, "batch"),
     (TRAIN + " --dtype float8", FAILED, "dtype"),
+    (TRAIN + " --device gpu", FAILED, "allowed are cpu, cuda and cuda:N"),
+    (TRAIN + " --device cuda:99", FAILED, "cuda:99"),  # in any build, on any machine
+    (GENERATE + " --device cuda:99", FAILED, "cuda:99"),
+    (EVAL + " --text {text} --device cuda:99", FAILED, "cuda:99"),
     (TRAIN + " --schedule linear", FAILED, "schedule"),
     (TRAIN + " --held-out 1", FAILED, "held_out"),
     (TRAIN + " --num-iter -1", FAILED, "num_iter"),

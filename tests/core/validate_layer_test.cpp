@@ -1,4 +1,4 @@
-// Validation of the causal convolution's and the gated RMS norm's arguments.
+// Validation of the causal convolution's and the norms' arguments.
 #include "core/validate_layer.hpp"
 
 #include <gtest/gtest.h>
@@ -28,6 +28,9 @@ struct Tensors {
   NormInputs norm{make({10, 7}), make({10, 7}), make({7}), 1e-6};
   View norm_y = make({10, 7}), d_o = make({10, 7}), d_gate = make({10, 7}), d_weight = make({7});
   ConstView norm_dy = make({10, 7});
+  UnitNormInputs unit{make({10, 7})};
+  View unit_y = make({10, 7}), unit_dx = make({10, 7});
+  ConstView unit_dy = make({10, 7});
   std::vector<int64_t> cu_seqlens;
 
   Tensors() { conv.state = state; }
@@ -39,6 +42,8 @@ struct Tensors {
   void conv_step() { core::validate_conv_step(step_x, conv.weight, step_state, step_y); }
   void norm_forward() { core::validate_norm_forward(norm, norm_y); }
   void norm_backward() { core::validate_norm_backward(norm, norm_dy, d_o, d_gate, d_weight); }
+  void unit_forward() { core::validate_unit_norm_forward(unit, unit_y); }
+  void unit_backward() { core::validate_unit_norm_backward(unit, unit_dy, unit_dx); }
 };
 
 using Operation = void (Tensors::*)();
@@ -138,6 +143,26 @@ TEST(LayerValidation, Mistakes) {
        "d_weight", "[V]"},
       {"d_gate without gate", &T::norm_backward, [](T& t) { t.norm.gate = {}; }, kArgument,
        "d_gate", "gate is absent"},
+      {"no x", &T::unit_forward, [](T& t) { t.unit.x = {}; }, kArgument, "x", "[R, K]"},
+      {"x of rank 3", &T::unit_forward, [](T& t) { t.unit.x.rank = 3; }, kShape, "x", "[R, K]"},
+      {"an unknown kind", &T::unit_forward, [](T& t) { t.unit.kind = static_cast<QkNorm>(5); },
+       kArgument, "kind", "official or fla"},
+      {"a unit norm's eps of 0", &T::unit_forward, [](T& t) { t.unit.eps = 0; }, kArgument, "eps",
+       "got 0"},
+      {"a unit norm's eps below float32", &T::unit_backward, [](T& t) { t.unit.eps = 1e-40; },
+       kArgument, "eps", "must be > 0"},
+      {"a unit norm's eps infinite", &T::unit_backward,
+       [](T& t) { t.unit.eps = std::numeric_limits<double>::infinity(); }, kArgument, "eps", "inf"},
+      {"a unit norm without y", &T::unit_forward, [](T& t) { t.unit_y = {}; }, kArgument, "y",
+       "required"},
+      {"a unit norm's y of another K", &T::unit_forward, [](T& t) { t.unit_y.size[1] = 6; }, kShape,
+       "y", "[10, 7]"},
+      {"a unit norm's dy of another R", &T::unit_backward, [](T& t) { t.unit_dy.size[0] = 9; },
+       kShape, "dy", "[10, 7]"},
+      {"dx in bfloat16 beside float32", &T::unit_backward,
+       [](T& t) { t.unit_dx.dtype = DType::bfloat16; }, kDType, "dx", "must be float32 (as x)"},
+      {"dx expanded", &T::unit_backward, [](T& t) { t.unit_dx.stride[0] = 0; }, kShape, "dx",
+       "share"},
   };
   for (const Mistake& mistake : mistakes) {
     Tensors tensors;
@@ -159,10 +184,12 @@ TEST(LayerValidation, AcceptsEveryDtype) {
   for (DType dtype : {DType::float32, DType::float64, DType::bfloat16, DType::float16}) {
     Tensors t;
     for (DType* d :
-         {&t.conv.x.dtype, &t.conv.state.dtype, &t.y.dtype, &t.final_state.dtype, &t.dy.dtype,
-          &t.d_final_state.dtype, &t.dx.dtype, &t.dstate.dtype, &t.step_x.dtype,
-          &t.step_state.dtype, &t.step_y.dtype, &t.norm.o.dtype, &t.norm.gate.dtype,
-          &t.norm_y.dtype, &t.d_o.dtype, &t.d_gate.dtype, &t.norm_dy.dtype}) {
+         {&t.conv.x.dtype,    &t.conv.state.dtype,    &t.y.dtype,      &t.final_state.dtype,
+          &t.dy.dtype,        &t.d_final_state.dtype, &t.dx.dtype,     &t.dstate.dtype,
+          &t.step_x.dtype,    &t.step_state.dtype,    &t.step_y.dtype, &t.norm.o.dtype,
+          &t.norm.gate.dtype, &t.norm_y.dtype,        &t.d_o.dtype,    &t.d_gate.dtype,
+          &t.norm_dy.dtype,   &t.unit.x.dtype,        &t.unit_y.dtype, &t.unit_dy.dtype,
+          &t.unit_dx.dtype}) {
       *d = dtype;
     }
     for (bool narrow : {true, false}) {
@@ -177,6 +204,8 @@ TEST(LayerValidation, AcceptsEveryDtype) {
       EXPECT_NO_THROW(t.conv_step()) << name(dtype) << ", weight " << name(weight);
       EXPECT_NO_THROW(t.norm_forward()) << name(dtype) << ", weight " << name(weight);
       EXPECT_NO_THROW(t.norm_backward()) << name(dtype) << ", weight " << name(weight);
+      EXPECT_NO_THROW(t.unit_forward()) << name(dtype);
+      EXPECT_NO_THROW(t.unit_backward()) << name(dtype);
     }
   }
 }

@@ -162,7 +162,7 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   job.in.left_over = left_over.data();
   job.in.split = problem.options.arithmetic == Arithmetic::standard;
   if (own > problem.N) {
-    emulate_chunk_blocks(job.in, false, how);
+    emulate_states(job.in, how);
     emulate_segment_sums<float>(job.in);
   }
   for (int64_t piece = 0; piece < own; ++piece) {

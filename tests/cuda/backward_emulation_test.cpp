@@ -19,9 +19,8 @@ template <class T, class G>
 void run(Case<T, G>& c, GkaOptions options, const cuda::Emulation& how) {
   options.backend = Backend::cuda;
   const GkaInputGrads grads = c.grads();
-  cuda::emulate_backward(
-      core::validate_backward(c.inputs(), {}, c.output_grads(), grads, options), c.output_grads(),
-      grads, how);
+  cuda::emulate_backward(core::validate_backward(c.inputs(), {}, c.output_grads(), grads, options),
+                         c.output_grads(), grads, how);
 }
 
 template <class T, class G = T>
@@ -123,9 +122,8 @@ TEST(CudaBackwardEmulation, OnlyWhatIsAskedFor) {
   GkaOutputGrads output_grads;
   output_grads.d_o = some.d_o.view();
   output_grads.d_h_final = some.d_h_final.view(), output_grads.d_u_final = some.d_u_final.view();
-  cuda::emulate_backward(
-      core::validate_backward(some.inputs(), {}, output_grads, grads, options), output_grads,
-      grads, {});
+  cuda::emulate_backward(core::validate_backward(some.inputs(), {}, output_grads, grads, options),
+                         output_grads, grads, {});
   const Where where{"emulated backward", "", describe(spec)};
   EXPECT_TRUE(identical(where, "dk", some.dk.view(), all.dk.view()));
   EXPECT_TRUE(identical(where, "dalpha", some.dalpha.view(), all.dalpha.view()));

@@ -9,8 +9,11 @@
 
 #include "core/problem.hpp"
 #include "cuda/chunk_body.hpp"
+#include "cuda/direct_body.hpp"
+#include "cuda/first_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
+#include "cuda/state_body.hpp"
 #include "cuda/token_body.hpp"
 
 namespace kalmanet::cuda {
@@ -75,12 +78,41 @@ void emulate_segments(const GkaJob& job, const Emulation& how) {
   emulate_segment_sums<S>(job);
 }
 
-inline void emulate_chunk_blocks(const GkaJob& job, bool outputs, const Emulation& how) {
+inline void emulate_chunk_blocks(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
+      if (job.direct) {
+        Poisoned shared(sizeof(DirectShared));
+        HostGroup<DirectRegisters> group(DirectLayout::kThreads, how.backwards);
+        run_direct(group, *reinterpret_cast<DirectShared*>(shared.data()), job, piece, head);
+        continue;
+      }
       Poisoned shared(sizeof(ChunkShared));
       HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
-      run_chunks(group, *reinterpret_cast<ChunkShared*>(shared.data()), job, piece, head, outputs);
+      run_chunks(group, *reinterpret_cast<ChunkShared*>(shared.data()), job, piece, head);
+    }
+  }
+}
+
+inline void emulate_states(const GkaJob& job, const Emulation& how) {
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      for (bool u : {false, true}) {
+        Poisoned shared(sizeof(StateShared));
+        HostGroup<StateRegisters> group(StateLayout::kThreads, how.backwards);
+        run_states(group, *reinterpret_cast<StateShared*>(shared.data()), job, piece, head, u);
+      }
+    }
+  }
+}
+
+// Of the pieces after those of the matrix-unit kernels.
+inline void emulate_first_tokens(GkaJob job, int64_t num_pieces, const Emulation& how) {
+  for (int64_t piece = job.num_pieces; piece < num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      Poisoned shared(sizeof(FirstShared));
+      HostGroup<FirstRegisters> group(FirstLayout::kThreads, how.backwards);
+      run_first(group, *reinterpret_cast<FirstShared*>(shared.data()), job, piece, head);
     }
   }
 }
@@ -102,12 +134,12 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
   job.chunk_scratch = scratch.data();
   job.left_over = left_over.data();
   if (job.num_pieces > problem.N) {
-    emulate_chunk_blocks(job, false, how);
+    emulate_states(job, how);
     emulate_segment_sums<float>(job);
   }
-  emulate_chunk_blocks(job, true, how);
-  job.num_pieces = static_cast<int64_t>(pieces.size());
+  emulate_chunk_blocks(job, how);
   emulate_tokens<float, 128>(job, how);
+  emulate_first_tokens(job, static_cast<int64_t>(pieces.size()), how);
   double sum = 0;
   for (int32_t e : left_over) sum += e;
   return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());

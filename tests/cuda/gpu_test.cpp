@@ -126,7 +126,8 @@ void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
     DeviceCase<BFloat16, G> on_gpu(*to);
     GkaOutputs outputs = on_gpu.outputs();
     outputs.x = outputs.residual = View();
-    EXPECT_EQ(gka_forward(on_gpu.inputs(), outputs, options).chunk_size, 64) << describe(spec);
+    const int64_t chunk = options.solver == Solver::direct ? 32 : 64;
+    EXPECT_EQ(gka_forward(on_gpu.inputs(), outputs, options).chunk_size, chunk) << describe(spec);
     on_gpu.download();
   }
   GkaOptions standard = options;
@@ -149,6 +150,28 @@ void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
   EXPECT_TRUE(within(where, "o", c.o.view(), d.o.view(), bound));
   EXPECT_TRUE(within(where, "h_final", c.h_final.view(), d.h_final.view(), 2e-5));
   EXPECT_TRUE(within(where, "u_final", c.u_final.view(), d.u_final.view(), 2e-5));
+}
+
+TEST_F(CudaGpu, DirectOnMatrixUnitsMatchesTheOracleAndTheTokenKernel) {
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  int turn = 0;
+  for (double ridge : {0.1, 0.02, 0.005, 0.001}) {
+    for (double memory : {20.0, 200.0, 5000.0}) {
+      for (int64_t T : {1, 33, 130, 512 + 70}) {
+        CaseSpec spec = small_case(turn++);
+        spec.T = T, spec.K = spec.V = 128, spec.strided = false, spec.ridge_ratio = ridge;
+        spec.B = 1, spec.memory = memory;
+        spec.key_correlation = turn % 2 == 0 ? 0.0 : 0.9;
+        check_chunks<float>(spec, direct, 2 * 1.7e-3);
+      }
+    }
+  }
+  CaseSpec packed = small_case(2);
+  packed.K = packed.V = 128, packed.lengths = {0, 70, 1, 600, 130};
+  check_chunks<BFloat16>(packed, direct, 2 * 1.7e-3);
+  packed.memory = 3;  // shorter chunks
+  check_chunks<float>(packed, direct, 2 * 1.7e-3);
 }
 
 TEST_F(CudaGpu, MatrixUnitsMatchTheOracleAndTheTokenKernel) {

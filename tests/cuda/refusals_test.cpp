@@ -18,10 +18,11 @@ TEST(CudaRefusals, NameWhatToPassInstead) {
   };
   GkaOptions cg = options;
   cg.solver = Solver::cg;
-  EXPECT_NE(refusal(cg).find("pass solver chebyshev or direct"), std::string::npos) << refusal(cg);
+  EXPECT_NE(refusal(cg).find("pass solver chebyshev, direct or auto"), std::string::npos)
+      << refusal(cg);
   const std::string backward =
       message_of([&] { gka_backward(c.inputs(), {}, c.output_grads(), c.grads(), cg); });
-  EXPECT_NE(backward.find("pass solver chebyshev or direct"), std::string::npos) << backward;
+  EXPECT_NE(backward.find("pass solver chebyshev, direct or auto"), std::string::npos) << backward;
   for (double e : c.o.values()) EXPECT_TRUE(std::isnan(e)) << "an output was written";
 }
 

@@ -320,15 +320,16 @@ TEST(GatedRmsNorm, MatchesPlain) {
   EXPECT_ERROR(layers::gated_rms_norm(at::ones({2, 3}), at::ones({2, 4}), at::ones({3})), "gate: ");
 }
 
-TEST(UnitHeads, OnePassIsLibTorchsOperators) {
+TEST(UnitHeads, OneOperatorIsLibTorchs) {
   torch::manual_seed(kSeed);
-  for (const int64_t width : {1, 7, 32, 100}) {
+  for (const auto& [width, kind] : std::initializer_list<std::pair<int64_t, const char*>>{
+           {1, "official"}, {7, "official"}, {32, "official"}, {100, "official"}, {33, "fla"}}) {
     Tensor exact = at::randn({3, 5, 2, width}, at::kDouble);
     exact[0][0][0].zero_();     // the gradient of |t| is 0 there
     exact[0][1][0].mul_(1e-6);  // where eps matters
     exact.requires_grad_();
     const Tensor single = exact.detach().to(at::kFloat).requires_grad_();
-    const Tensor want = layers::unit_heads(exact), got = layers::unit_heads(single);
+    const Tensor want = layers::unit_heads(exact, kind), got = layers::unit_heads(single, kind);
     EXPECT_NEAR_RELATIVE(got, want, 1e-6, "y");
     const Tensor dy = at::randn_like(want);
     const Tensor dt = torch::autograd::grad({want}, {exact}, {dy})[0];
@@ -340,9 +341,9 @@ TEST(UnitHeads, OnePassIsLibTorchsOperators) {
       }
     }
     const at::NoGradGuard no_grad;
-    EXPECT_TRUE(at::equal(layers::unit_heads(single), got));
-    EXPECT_NEAR_RELATIVE(layers::unit_heads(single.transpose(1, 2)), want.transpose(1, 2), 1e-6,
-                         "transposed");
+    EXPECT_TRUE(at::equal(layers::unit_heads(single, kind), got));
+    EXPECT_NEAR_RELATIVE(layers::unit_heads(single.transpose(1, 2), kind), want.transpose(1, 2),
+                         1e-6, "transposed");
   }
 }
 

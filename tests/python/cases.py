@@ -1,5 +1,6 @@
 """Random problems and the measure of errors."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,6 +8,31 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 SEED = 20261123
+# Of the option --device (conftest.py).
+DEVICE = os.environ.get("KALMANET_TEST_DEVICE", "cpu")
+
+
+_TORCH = torch  # conftest.py puts a TorchOnDevice in the other name's place
+
+
+class TorchOnDevice:
+    """`torch`, with its new tensors on DEVICE. Random ones are drawn on the CPU: the same numbers
+    everywhere, also from a CPU generator."""
+
+    FACTORIES = frozenset(
+        ["arange", "empty", "eye", "full", "ones", "rand", "randint", "randn", "tensor", "zeros"]
+    )  # fmt: skip
+
+    def __getattr__(self, name):
+        real = getattr(_TORCH, name)
+        if name not in self.FACTORIES:
+            return real
+
+        def make(*args, device=None, requires_grad=False, **options):
+            made = real(*args, device=device or "cpu", **options)
+            return (made if device else made.to(DEVICE)).requires_grad_(requires_grad)
+
+        return make
 
 
 def problem(

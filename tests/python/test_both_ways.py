@@ -12,6 +12,8 @@ import torch
 from cases import ROOT, SEED
 
 pytest.importorskip("transformers", reason="the extra `models` is not installed")
+import safetensors.torch  # noqa: E402
+from plain import language_model  # noqa: E402
 
 
 def command(*arguments):
@@ -188,3 +190,13 @@ def test_synthetic_checkpoints_mean_the_same_in_the_command(trained, text, tmp_p
     )
     want_loss = report["nats"] / report["bytes"]
     assert abs(loss_of(model, text, 300) - want_loss) <= 1e-5 * want_loss
+    # And the plain model, in float64 from the files themselves.
+    stored = {}
+    for file in tmp_path.glob("*.safetensors"):
+        stored |= {n: t.double() for n, t in safetensors.torch.load_file(file).items()}
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    kinds = json.loads((tmp_path / "config.json").read_text())
+    ids = torch.tensor([list(text.read_bytes()[:300])])
+    logits = language_model(ids, stored, kinds)[0]
+    plain_loss = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
+    assert abs(plain_loss - want_loss) <= 1e-5 * want_loss

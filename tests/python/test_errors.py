@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import problem
+from cases import DEVICE, problem
 from kalmanet.ops import (
     chunk_gka,
     fused_recurrent_gka,
@@ -28,7 +28,14 @@ PUBLISHED = {
     ),
     "g": ({"g": Z(2, 7, 1)}, "g: must be [B,T,H] = [2, 7, 2], got [2, 7, 1]"),
     "gk": ({"gk": Z(2, 6, 2)}, "gk: must be [B,T,H] = [2, 7, 2], got [2, 6, 2]"),
-    "alpha": ({"alpha": Z(2, 7)}, "alpha: must have the 3 dimensions [B,T,H], got [2, 7]"),
+    "alpha": ({"alpha": Z(2, 7, 3)}, "alpha: must be [B,T,H] = [2, 7, 2], got [2, 7, 3]"),
+    "alpha, a number a token": (
+        {"alpha": Z(2, 7)},
+        "alpha: must have the 3 dimensions [B,T,H], got [2, 7]",
+    ),
+    "k of three dimensions": ({"k": Z(7, 2, 5)}, "k: must have the 4 dimensions [B,T,H,K], got"),
+    "v of three dimensions": ({"v": Z(7, 2, 3)}, "v: must have the 4 dimensions [B,T,H,V], got"),
+    "V": ({"v": Z(2, 7, 2, 257)}, "v: has a head dim (last size) of 257; allowed are 1 to 256"),
     "q of three dimensions": ({"q": Z(7, 2, 5)}, "q: must have the 4 dimensions [B,T,H,K], got"),
     "a list": ({"q": [1.0]}, "q: must be a tensor [B,T,H,K], got list"),
     "integers": ({"v": Z(2, 7, 2, 3).long()}, "v: has dtype torch.int64; allowed are float32"),
@@ -56,6 +63,7 @@ PUBLISHED = {
 }
 OURS = {
     "num_iter 0": ({"num_iter": 0}, "num_iter: is 0; it must be >= 1"),
+    "num_iter -1": ({"num_iter": -1}, "num_iter: is -1; it must be >= 1"),
     "num_iter text": ({"num_iter": "many"}, "num_iter: is 'many'; it must be a whole number >= 1"),
     "solver": (
         {"solver": "newton"},
@@ -69,6 +77,15 @@ OURS = {
     "cu_seqlens of floats": (
         {"cu_seqlens": Z(3)},
         "cu_seqlens: must be int64 [N+1], from 0 to T, got [3] of torch.float32",
+    ),
+    "states beside packed sequences": (
+        {n: Z(1, 7, 2, d) for n, d in (("q", 5), ("k", 5), ("v", 3))}
+        | {n: None for n in ("g", "gk", "alpha")}
+        | {
+            "cu_seqlens": torch.tensor([0, 3, 7]),
+            "initial_state": (Z(1, 2, 5, 5), Z(1, 2, 5, 3)),
+        },
+        "initial_state (h_kk): must be [N,H,K,K] = [2, 2, 5, 5], got [1, 2, 5, 5]",
     ),
     "one offset": ({"cu_seqlens": torch.tensor([0])}, "cu_seqlens: needs at least 2 offsets"),
 }
@@ -103,12 +120,15 @@ def test_only_chunked():
         chunk_gka(**arguments(), chunk_size=1000)
     with pytest.raises(ValueError, match='num_iter: is "auto", which the naive functions'):
         naive_recurrent_gka_chebyshev(**arguments(), num_iter="auto")
+    with pytest.raises(ValueError, match="num_iter: is 0; it must be >= 1"):
+        naive_recurrent_gka_chebyshev(**arguments(), num_iter=0)
 
 
 def test_what_only_the_library_can_see():
     p = arguments()
-    with pytest.raises(RuntimeError, match="ridge"):
-        chunk_gka(**p, ridge_ratio=torch.full((2, 7, 2), -1.0))
+    if DEVICE == "cpu":  # a GPU's numbers are not looked at from the host
+        with pytest.raises(RuntimeError, match="ridge"):
+            chunk_gka(**p, ridge_ratio=torch.full((2, 7, 2), -1.0))
     packed = {n: t[:1] for n, t in p.items()}
     with pytest.raises(RuntimeError, match="cu_seqlens"):
         chunk_gka(**packed, cu_seqlens=torch.tensor([0, 9]))
@@ -119,7 +139,7 @@ def test_what_only_the_library_can_see():
 
 def test_devices():
     p = arguments()
-    with pytest.raises(ValueError, match="g: is on meta, but q is on cpu"):
+    with pytest.raises(ValueError, match=f"g: is on meta, but q is on {p['q'].device}"):
         chunk_gka(**p | {"g": p["g"].to("meta")})
 
 

@@ -13,6 +13,8 @@ from kalmanet.ops import chunk_gka as torch_gka
 jax = pytest.importorskip("jax", reason="the extra `jax` is not installed")
 import jax.numpy as jnp  # noqa: E402
 
+from jax import export  # noqa: E402
+
 if os.environ.get("KALMANET_TEST_INSTALLED") != "1" and "KALMANET_JAX_LIBRARY" not in os.environ:
     built = sorted(ROOT.glob("build/*/src/jax/libkalmanet_jax.so"), key=lambda p: p.stat().st_mtime)
     if not built:
@@ -54,7 +56,7 @@ def off(a, b):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("f", [chunk_gka, chunk_gka_xla])
+@pytest.mark.parametrize("f", [chunk_gka, chunk_gka_xla, fused_recurrent_gka])
 def test_values_and_gradients_are_pytorch_s(shape, f):
     p = problem(**SHAPES[shape], dtype=torch.float32)
     p["ridge"] = (
@@ -86,6 +88,18 @@ def test_values_and_gradients_are_pytorch_s(shape, f):
     grads = jax.jit(jax.grad(loss))(mine)
     for name, b in zip(named, want):
         assert off(grads[name], b) <= 1e-5, f"d{name}, {shape}: {off(grads[name], b):.1e}"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_plain_version_compiles_for_any_device(platform):
+    """Lowered for it, here: no call into the library is in it."""
+    p = arrays(problem(**SHAPES["states"], dtype=torch.float32))
+    grad = jax.jit(jax.grad(lambda p: jnp.sum(call(chunk_gka_xla, p)[0])))
+    exported = export.export(grad, platforms=[platform])(p)
+    assert exported.platforms == (platform,) and "custom_call" not in exported.mlir_module()
+    # (The other version has such a call.)
+    direct = jax.jit(lambda p: call(chunk_gka, p)[0]).lower(p).as_text()
+    assert "custom_call @kalmanet" in direct
 
 
 @pytest.mark.parametrize("f", [chunk_gka, chunk_gka_xla, fused_recurrent_gka])

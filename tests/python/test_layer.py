@@ -1,10 +1,12 @@
 """GatedKalmaNet against a plain PyTorch layer, in every setting; caches, padding, packing."""
 
+import collections
+import inspect
 import re
 
 import pytest
 import torch
-from cases import SEED, relative
+from cases import DEVICE, SEED, relative
 from kalmanet import GatedKalmaNet, State
 from plain import layer as plain_layer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -36,7 +38,7 @@ SETTINGS = {
 
 def make(settings, dtype=torch.float64):
     torch.manual_seed(SEED)
-    layer = GatedKalmaNet(**SMALL | settings)
+    layer = GatedKalmaNet(**SMALL | settings, device=DEVICE)
     with torch.no_grad():  # nothing stays at a special value
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
@@ -99,10 +101,10 @@ def test_parameter_names_are_the_checkpoint_s():
 
 def test_the_expansion_starts_as_a_repeat():
     torch.manual_seed(1)
-    repeat = GatedKalmaNet(**SMALL, num_kv_heads=2).double()
+    repeat = GatedKalmaNet(**SMALL, num_kv_heads=2, device=DEVICE).double()
     for residual in (False, True):
         expanded = GatedKalmaNet(
-            **SMALL, num_kv_heads=2, kv_proj_rank=3, kv_learnable_residual=residual
+            **SMALL, num_kv_heads=2, kv_proj_rank=3, kv_learnable_residual=residual, device=DEVICE
         ).double()
         expanded.load_state_dict(repeat.state_dict(), strict=False)
         assert relative(expanded(tokens())[0], repeat(tokens())[0]) <= 1e-12
@@ -113,6 +115,56 @@ def test_official_parameters_of_a_gate_that_is_off_are_left_alone():
     off.load_state_dict(off.state_dict() | {
         "A_log": torch.zeros(4), "dt_bias": torch.zeros(4), "a_proj.weight": torch.zeros(4, 24)
     })  # fmt: skip
+
+
+def test_the_published_arguments():
+    """flash-linear-attention's in their order, with their defaults; the official ones by name."""
+    theirs = {
+        "hidden_size": 2048, "expand_v": 1.0, "head_dim": 128, "num_heads": 16,
+        "num_v_heads": None, "num_kv_heads": None, "mode": "chunk", "use_beta_gate": True,
+        "use_alpha_connection": True, "use_v_conv": True, "use_forgetting_gate": True,
+        "use_forgetting_gate_kk": True, "gla_rescale": True, "ridge_ratio": 0.02, "num_iter": 30,
+        "use_gate": True, "conv_size": 4, "layer_idx": None, "norm_eps": 1e-6,
+    }  # fmt: skip
+    ours = inspect.signature(GatedKalmaNet).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    two_names = ("num_heads", "ridge_ratio")  # None stands for their default
+    for name, value in theirs.items():
+        assert ours[name].default == (None if name in two_names else value), name
+    with torch.device("meta"):
+        layer = GatedKalmaNet()
+    o = layer.options
+    assert (o.num_heads, o.num_k_heads, o.num_v_heads, o.ridge_ratio) == (16, 16, 16, 0.02)
+    assert (o.head_dim, o.value_dim, o.solver) == (128, 128, "chebyshev")
+    forward = inspect.signature(layer.forward).parameters
+    wanted = ("hidden_states", "attention_mask", "past_key_values", "use_cache")
+    assert list(forward)[:5] == [*wanted, "output_attentions"] and "cu_seqlens" in forward
+    official = {
+        "hidden_size": 24, "head_dim": 6, "num_q_heads": 4, "num_k_heads": 2, "num_v_heads": 2,
+        "use_beta_gate": True, "use_alpha_connection": True, "use_v_conv": True,
+        "use_forgetting_gate": True, "use_forgetting_gate_kk": True, "gla_rescale": True,
+        "solver_type": "chebyshev", "bp_lambda": True, "num_iter": 30, "ridge_strength": 0.02,
+        "use_gate": True, "conv_size": 4, "layer_idx": 3, "norm_eps": 1e-6, "chunk_size": 64,
+        "kv_proj_rank": 2, "kv_learnable_residual": True,
+    }  # fmt: skip
+    layer = GatedKalmaNet(**official)
+    o = layer.options
+    assert (o.num_heads, o.num_k_heads, o.num_v_heads, layer.layer_idx) == (4, 2, 2, 3)
+    assert (o.solver, o.ridge_ratio, o.chunk_size, o.kv_proj_rank) == ("chebyshev", 0.02, 64, 2)
+
+
+@pytest.mark.parametrize("first", [*range(1, 10), 63, 64, 65, 69])
+def test_prefill_of_any_length(first):
+    """Around the chunk sizes, the step's limit and the convolution's reach."""
+    layer, T = make({}, torch.float32), 70
+    x = tokens(T=T, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(x)[0]
+        got, _, state = layer(x[:, :first], use_cache=True)
+        outs = [got]
+        for t in range(first, T):
+            outs.append(layer(x[:, t : t + 1], past_key_values=state, use_cache=True)[0])
+    assert relative(torch.cat(outs, 1), want) <= 1e-5
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -234,7 +286,7 @@ def test_sixteen_bits_and_autocast(dtype, bound):
     layer = make({}, torch.float32)
     x = tokens(dtype=torch.float32)
     want = layer(x)[0]
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         got, _, state = layer(x, use_cache=True)
     assert got.dtype == dtype and relative(got, want) <= bound
     assert state[0]["recurrent_state"][0].dtype == torch.float32
@@ -242,21 +294,96 @@ def test_sixteen_bits_and_autocast(dtype, bound):
     assert relative(half(x.to(dtype))[0], want) <= 2 * bound
 
 
-def test_compile_without_graph_break_or_recompilation():
+def same_results(layer, compiled, T):
+    """Output, and gradients of x and of every parameter."""
+    x = tokens(T=T, dtype=torch.float32)
+    named = [*layer.parameters()]
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, want = compiled(a)[0], layer(b)[0]
+    assert relative(got, want) <= 1e-6, f"T = {T}"
+    for g, w in zip(*(torch.autograd.grad(o.sum(), [t, *named]) for o, t in ((got, a), (want, b)))):
+        assert relative(g, w) <= 1e-5, f"T = {T}"
+
+
+@pytest.mark.parametrize("settings", [{"num_kv_heads": 2}, {"qk_norm": "fla", "solver": "direct"}])
+def test_compile_without_graph_break_or_recompilation(settings):
     torch._dynamo.reset()
-    layer = make({"num_kv_heads": 2}, torch.float32)
+    layer = make(settings, torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for T in (64, 80, 101, 128):
-        x = tokens(T=T, dtype=torch.float32)
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        got, want = compiled(a)[0], layer(b)[0]
-        assert relative(got, want) <= 1e-6
-        (da,), (db,) = (torch.autograd.grad(o.sum(), t) for o, t in ((got, a), (want, b)))
-        assert relative(da, db) <= 1e-5
-        if T == 64:
-            first = counter.frame_count
+    same_results(layer, compiled, 64)
+    first = counter.frame_count
+    for T in range(65, 129):
+        if T in (80, 101, 128):
+            same_results(layer, compiled, T)
+        else:
+            compiled(tokens(T=T, dtype=torch.float32).requires_grad_())
         assert counter.frame_count == first, f"T = {T} was compiled anew"
+
+
+def test_compile_through_inductor():
+    torch._dynamo.reset()
+    layer = make({}, torch.float32)
+    same_results(layer, torch.compile(layer, fullgraph=True), 20)
+
+
+def test_export_runs_at_other_lengths():
+    layer = make({}, torch.float32)
+    program = torch.export.export(
+        layer, (tokens(T=16, dtype=torch.float32),), strict=False,
+        dynamic_shapes={"hidden_states": {1: torch.export.Dim("T", min=2, max=4096)}},
+    )  # fmt: skip
+    x = tokens(T=33, dtype=torch.float32)
+    assert relative(program.module()(x)[0], layer(x)[0]) <= 1e-6
+
+
+# Tensors of B*T*D numbers are what a layer's time goes by. Each of these reads or writes some; the
+# C++ layer does the same and no more (benchmarks/python_layer.py holds the two together).
+FORWARD = {
+    "aten::mm": 5,  # q, k, v, gate and output projections
+    "kalmanet::causal_conv_forward": 3,
+    "kalmanet::unit_norm_forward": 2,
+    "kalmanet::gka_forward": 1,
+    "kalmanet::gated_rms_norm_forward": 1,
+}
+BACKWARD = {
+    "aten::mm": 5 + 3,  # to x from q, k, v, gate and three gates a head; through the output's
+    "aten::add": 6,  # of the seven gradients of x
+    "kalmanet::gated_rms_norm_backward": 1,
+    "kalmanet::gka_backward": 1,
+    "kalmanet::unit_norm_backward": 2,
+    "kalmanet::causal_conv_backward": 3,
+}
+
+
+class LargeResults(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operators that fill new tensors of at least `size` numbers."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.counts = size, collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        made = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.counts[func._schema.name] += any(
+            t.numel() >= self.size and t.untyped_storage().data_ptr() not in inputs for t in made
+        )
+        return result
+
+
+def test_the_layer_makes_no_large_tensor_that_it_need_not():
+    layer = make({}, torch.float32)
+    B, T, D = 2, 128, 24
+    x = tokens(B, T, torch.float32).requires_grad_()
+    with LargeResults(B * T * D) as forward:
+        out = layer(x)[0]
+    assert +forward.counts == FORWARD
+    cotangent = torch.ones_like(out)
+    with LargeResults(B * T * D) as backward:
+        torch.autograd.grad(out, [x, *layer.parameters()], cotangent)
+    assert +backward.counts == BACKWARD
 
 
 ERRORS: dict[str, dict] = {
@@ -287,7 +414,7 @@ def test_settings_that_do_not_fit(message):
 
 
 def test_calls_that_do_not_fit():
-    layer = GatedKalmaNet(**SMALL)
+    layer = GatedKalmaNet(**SMALL, device=DEVICE)
     x = tokens(dtype=torch.float32)
     cases = {
         "hidden_states: must be [B,T,hidden_size] with hidden_size 24": lambda: layer(x[..., :5]),

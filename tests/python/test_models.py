@@ -7,7 +7,7 @@ import re
 import kalmanet
 import pytest
 import torch
-from cases import SEED, relative
+from cases import DEVICE, SEED, relative
 from plain import language_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -44,7 +44,7 @@ def model_of(change=(), **more):
     config = HybridQwen3Config(
         **{k: v for k, v in config_of(dict(change)).items() if k != "model_type"}
     )
-    model = HybridQwen3ForCausalLM(config, **more)
+    model = HybridQwen3ForCausalLM(config, **more).to(DEVICE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith(("A_log", "dt_bias")):
@@ -54,6 +54,11 @@ def model_of(change=(), **more):
 
 def tokens(B=2, T=21):
     return torch.randint(0, 60, (B, T), generator=torch.Generator().manual_seed(SEED))
+
+
+def kept(output):
+    """The cache that a call returns; newer releases of Transformers call the field `cache`."""
+    return output["cache"] if "cache" in output else output["past_key_values"]
 
 
 def write_checkpoint(folder, change, shards, dtype):
@@ -89,13 +94,13 @@ def test_a_checkpoint_gives_the_logits_of_the_plain_model(case, shards, dtype, t
     sd = write_checkpoint(tmp_path, change, shards, dtype)
     exact = {n: t.double() for n, t in sd.items()}
     want = language_model(tokens(), exact, config_of(change))
-    model = kalmanet.load(tmp_path)
+    model = kalmanet.load(tmp_path, device=DEVICE)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     with torch.no_grad():
         got = model(tokens()).logits
     assert relative(got, want) <= 1e-5, f"{case}: {relative(got, want):.1e}"
     if dtype == torch.bfloat16:
-        half = kalmanet.load(tmp_path, dtype="auto")
+        half = kalmanet.load(tmp_path, dtype="auto", device=DEVICE)
         kinds = {n.split(".")[-1]: p.dtype for n, p in half.named_parameters()}
         assert kinds["weight"] == torch.bfloat16
         assert kinds.get("A_log", torch.float32) == torch.float32
@@ -110,7 +115,7 @@ def test_auto_classes_and_saving_again(tmp_path):
     assert isinstance(again, HybridQwen3ForCausalLM)
     kalmanet.save(again, second, max_shard_size="20KB")
     assert len(list(second.glob("model-*.safetensors"))) > 1
-    third = kalmanet.load(second)
+    third = kalmanet.load(second, device=DEVICE)
     with torch.no_grad():
         assert torch.equal(third(tokens()).logits, model(tokens()).logits)
     assert transformers.AutoConfig.from_pretrained(second).gka_config == SMALL["gka_config"]
@@ -173,13 +178,13 @@ def test_padded_batches_equal_each_alone(side):
     with torch.no_grad():
         got = model(ids, attention_mask=mask)
         after = model(
-            tokens(3, 4)[:, :4], past_key_values=got.cache, use_cache=True,
+            tokens(3, 4)[:, :4], past_key_values=kept(got), use_cache=True,
             attention_mask=torch.cat([mask, torch.ones(3, 4, dtype=torch.int64)], 1),
         )  # fmt: skip
         for b in range(3):
             alone = model(ids[b : b + 1, mask[b].bool()], use_cache=True)
             assert relative(got.logits[b, mask[b].bool()], alone.logits[0]) <= 1e-5
-            more = model(tokens(3, 4)[b : b + 1], past_key_values=alone.cache)
+            more = model(tokens(3, 4)[b : b + 1], past_key_values=kept(alone))
             assert relative(after.logits[b], more.logits[0]) <= 1e-5
         if side == "left":
             batch = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
@@ -196,7 +201,7 @@ def test_a_saved_state_goes_on(pattern, tmp_path):
         state = kalmanet.State()
         outs = [model(ids[:, :9], past_key_values=state, use_cache=True).logits]
         state.save(tmp_path / "s")
-        state = kalmanet.State.load(tmp_path / "s")
+        state = kalmanet.State.load(tmp_path / "s", DEVICE)
         for t in range(9, 20):
             outs.append(model(ids[:, t : t + 1], past_key_values=state, use_cache=True).logits)
     assert relative(torch.cat(outs, 1), want) <= 1e-5
@@ -211,6 +216,48 @@ def test_beam_search_and_sampling_run():
     one = model.generate(tokens(2, 4), max_new_tokens=5, do_sample=True)
     torch.manual_seed(1)
     assert torch.equal(one, model.generate(tokens(2, 4), max_new_tokens=5, do_sample=True))
+
+
+@pytest.mark.parametrize("pattern", ["GKA-*-GKA", "GKA-GKA-GKA"])
+def test_a_cache_of_transformers(pattern):
+    """Given by hand, in a loop and to generate()."""
+    model, ids = model_of({"hybrid_override_pattern": pattern}), tokens(2, 12)
+    with torch.no_grad():
+        want = model(ids).logits
+        for make in (
+            transformers.DynamicCache,
+            lambda: transformers.DynamicCache(config=model.config),
+        ):
+            cache, outs = make(), []
+            for begin, end in ((0, 5), (5, 6), (6, 12)):
+                out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+                assert kept(out) is cache and cache.get_seq_length() == end
+                outs.append(out.logits)
+            assert relative(torch.cat(outs, 1), want) <= 1e-5
+            cache.reorder_cache(torch.tensor([1, 1]))
+            swapped = model(ids[:1, :1].repeat(2, 1), past_key_values=cache, use_cache=True).logits
+            assert torch.equal(swapped[0], swapped[1])
+            cache.reset()
+            assert cache.get_seq_length() == 0
+            assert torch.equal(model(ids, past_key_values=cache, use_cache=True).logits, want)
+        plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+        cache = transformers.DynamicCache()
+        got = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
+        assert torch.equal(got, plain) and cache.get_seq_length() == 12 + 5
+        # And on with the same cache.
+        more = model.generate(got, max_new_tokens=3, do_sample=False, past_key_values=cache)
+        assert torch.equal(more, model.generate(ids, max_new_tokens=9, do_sample=False))
+        beams = [
+            model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False, **given)
+            for given in ({}, {"past_key_values": transformers.DynamicCache()})
+        ]
+        assert torch.equal(*beams)
+    other = transformers.DynamicCache()
+    other.update(torch.zeros(2, 2, 3, 6), torch.zeros(2, 2, 3, 6), 0)
+    with pytest.raises(ValueError, match="this cache was filled by another model"):
+        model(ids, past_key_values=other)
+    with pytest.raises(NotImplementedError, match="cannot go back to fewer tokens"):
+        cache.layers[0].crop(1)
 
 
 def test_packed_sequences():
@@ -248,7 +295,7 @@ def test_new_weights():
         hidden_size=64, num_hidden_layers=2, hybrid_override_pattern="GKA-*", num_key_value_heads=2,
         gka_config={"learned_ridge": True, **MIXED},
     )  # fmt: skip
-    model = HybridQwen3ForCausalLM(config)
+    model = HybridQwen3ForCausalLM(config).to(DEVICE)
     std = {n: p.std().item() for n, p in model.named_parameters() if p.numel() > 1000}
     assert len(std) > 10
     for name, value in std.items():
@@ -264,13 +311,19 @@ def test_new_weights():
     assert dt.min() >= 1e-4 and dt.max() <= 0.1001
 
 
-def test_compile_of_a_two_layer_model():
+@pytest.mark.parametrize("pattern", ["GKA-*", "GKA-GKA"])
+def test_compile_of_a_two_layer_model(pattern):
     torch._dynamo.reset()
-    model = model_of({"num_hidden_layers": 2, "hybrid_override_pattern": "GKA-*"}).train()
+    model = model_of({"num_hidden_layers": 2, "hybrid_override_pattern": pattern}).train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
-    for T in (64, 96, 128):
+    first = None
+    for T in range(64, 129):
         ids = tokens(2, T)
+        if T not in (64, 97, 128):
+            compiled(ids)
+            assert counter.frame_count == first, f"T = {T} was compiled anew"
+            continue
         got, want = compiled(ids).logits, model(ids).logits
         assert relative(got, want) <= 1e-5
         grads = [
@@ -289,7 +342,9 @@ def test_calls_that_do_not_fit():
         model(tokens(2, 21))
     with pytest.raises(ValueError, match=r"attention_mask: must be \[B,T\] = \[2, 12\]"):
         model(ids, attention_mask=torch.ones(2, 5))
-    with pytest.raises(ValueError, match="past_key_values: must be a kalmanet.State, got"):
-        model(ids, past_key_values=transformers.DynamicCache())
+    with pytest.raises(
+        ValueError, match="past_key_values: must be a kalmanet.State or .* got tuple"
+    ):
+        model(ids, past_key_values=())
     with pytest.raises(ValueError, match="input_ids: give either"):
         model()

@@ -4,7 +4,7 @@ checkpointing, deterministic mode, second derivatives refused."""
 import pytest
 import torch
 import torch.utils.checkpoint
-from cases import SEED, cotangents, leaves, problem, relative
+from cases import DEVICE, SEED, cotangents, leaves, problem, relative
 from kalmanet.ops import chunk_gka, fused_recurrent_gka, gka, naive_recurrent_gka
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -29,14 +29,16 @@ def operator_calls(dtype, gradients):
         "gka_forward": (first, {"save_x": True}),
         "causal_conv_forward": ([x, weight, state], {"want_final_state": True}),
         "gated_rms_norm_forward": ([o, gate, norm], {}),
+        "unit_norm_forward": ([o], {"kind": "fla"}),
     }
     if gradients:
         return {n: ([t.clone().requires_grad_() for t in a], kw) for n, (a, kw) in forward.items()}
     d_o = random(2, 5, 2, 3, dtype=dtype)
     backward = {
-        "gka_backward": ([d_o, *first, None, None, h0, u0], {}),
+        "gka_backward": ([d_o, *first, None, None, None, h0, u0], {}),
         "causal_conv_backward": ([x, x, weight, state, None, state], {}),
         "gated_rms_norm_backward": ([o, o, gate, norm], {}),
+        "unit_norm_backward": ([o, gate], {}),
         "gka_step": ([*first[:3], h0.clone(), u0.clone(), *first[3:8]], {}),
         "layer_step": (
             [
@@ -57,6 +59,8 @@ def operator_calls(dtype, gradients):
         ),
         "causal_conv_step": ([x[:, 0], weight, state.clone()], {}),
     }
+    if DEVICE != "cpu":
+        del backward["layer_step"]  # the layer takes the operators one by one there
     return forward | backward
 
 
@@ -65,6 +69,51 @@ def operator_calls(dtype, gradients):
 def test_opcheck(dtype, gradients):
     for name, (args, kwargs) in operator_calls(dtype, gradients).items():
         torch.library.opcheck(getattr(ops, name).default, tuple(args), kwargs)
+
+
+@pytest.mark.parametrize("lengths", [None, [520, 0, 640]])
+def test_segment_states_in_fake_and_autograd(lengths):
+    """What the forward keeps for the backward every 512 tokens: its shape without data, and that
+    gradients are those of a call that keeps nothing."""
+    p = problem(B=1, T=1160, H=1, K=3, V=2, dtype=torch.float32)
+    cu = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0).cpu()
+    args = [p[n] for n in ("q", "k", "v", "g", "gk", "alpha")]
+    torch.library.opcheck(
+        ops.gka_forward.default,
+        (*args, None, None, None, None, cu),
+        {"save_x": True},
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    kept = [t.clone().requires_grad_() for t in args]
+    o = ops.gka_forward(*kept, cu_seqlens=cu, save_x=True)[0]
+    got = torch.autograd.grad(o.sum(), kept)
+    want = ops.gka_backward(torch.ones_like(o), *args, None, None, None, None, cu)[:6]
+    for name, a, b in zip(("q", "k", "v", "g", "gk", "alpha"), got, want, strict=True):
+        assert relative(a, b) < 1e-5, f"d{name}: {relative(a, b):.1e}"
+
+
+@pytest.mark.cpu_only("saved states are bytes in the processor's memory")
+def test_opcheck_of_saved_states():
+    h, u = random(2, 3, 4, 4), random(2, 3, 4, 5)
+    data = ops.save_state(h, u)
+    torch.library.opcheck(ops.save_state.default, (h, u))
+    torch.library.opcheck(ops.saved_state_bytes.default, (data,))
+    # Dtype and sizes of what it gives are in the data: there is nothing to say without them.
+    torch.library.opcheck(
+        ops.load_state.default, (data,), test_utils=("test_schema", "test_autograd_registration")
+    )
+
+
+def test_no_operator_is_left_out():
+    named = {
+        name.removeprefix("kalmanet::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("kalmanet::")
+    }
+    about_strings = {"backend_info", "instruction_set", "set_instruction_set"}
+    states = {"save_state", "saved_state_bytes", "load_state"}
+    states |= set() if DEVICE == "cpu" else {"layer_step"}
+    assert named == set(operator_calls(torch.float32, False)) | states | about_strings
 
 
 @pytest.mark.parametrize("same_gate", [False, True])
@@ -103,7 +152,7 @@ def test_gradcheck_with_few_heads_and_beta():
 
 
 def test_gradcheck_of_convolution_and_norm():
-    for name in ("causal_conv_forward", "gated_rms_norm_forward"):
+    for name in ("causal_conv_forward", "gated_rms_norm_forward", "unit_norm_forward"):
         args, kwargs = operator_calls(torch.float64, True)[name]
         assert torch.autograd.gradcheck(lambda *a: getattr(ops, name)(*a, **kwargs), args), name  # noqa: B023
 
@@ -159,12 +208,12 @@ def test_vmap_of_packed_sequences_convolution_and_norm():
     assert torch.equal(got, torch.stack([f(x, cu) for x in q]))
     with pytest.raises(ValueError, match="cu_seqlens: vmap cannot map over it"):
         torch.vmap(f)(q, cu.expand(3, 3).contiguous())
-    for name in ("causal_conv_forward", "gated_rms_norm_forward"):
+    for name in ("causal_conv_forward", "gated_rms_norm_forward", "unit_norm_forward"):
         args, kwargs = operator_calls(torch.float64, False)[name]
         op = getattr(ops, name)
-        for mapped in range(3):
+        for mapped in range(len(args)):
             batch = [torch.stack([a, 2 * a]) if i == mapped else a for i, a in enumerate(args)]
-            dims = tuple(0 if i == mapped else None for i in range(3))
+            dims = tuple(0 if i == mapped else None for i in range(len(args)))
             first = lambda *a: (lambda r: r[0] if isinstance(r, tuple) else r)(op(*a, **kwargs))  # noqa: B023, E731
             got = torch.vmap(first, in_dims=dims)(*batch)
             for i in range(2):
@@ -244,7 +293,7 @@ def test_export_runs_at_other_lengths():
 def test_autocast_changes_nothing():
     p = problem(dtype=torch.float32)
     want = chunk_gka(**p)[0], naive_recurrent_gka(**p)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got = chunk_gka(**p)[0], naive_recurrent_gka(**p)[0]
     for a, b in zip(got, want):
         assert a.dtype == torch.float32 and torch.equal(a, b)

@@ -5,14 +5,16 @@ import struct
 
 import pytest
 import torch
-from cases import SEED
+from cases import DEVICE, SEED
 from kalmanet import GatedKalmaNet, State
 from kalmanet.state import KeyValues, load_gka_state, save_gka_state
 
 
 def example():
     torch.manual_seed(SEED)
-    layers = [GatedKalmaNet(16, head_dim=4, num_heads=2, layer_idx=i) for i in (0, 2)]
+    layers = [
+        GatedKalmaNet(16, head_dim=4, num_heads=2, layer_idx=i, device=DEVICE) for i in (0, 2)
+    ]
     x = torch.randn(2, 9, 16)
     state = State()
     with torch.no_grad():
@@ -32,7 +34,7 @@ def tensors(state):
 def test_a_saved_state_goes_on_as_the_kept_one(tmp_path):
     state, layers, x = example()
     state.save(tmp_path / "state.kn")
-    loaded = State.load(tmp_path / "state.kn")
+    loaded = State.load(tmp_path / "state.kn", DEVICE)
     a, b = tensors(state), tensors(loaded)
     assert len(a) == len(b) == 13 and all(torch.equal(s, t) for s, t in zip(a, b))
     assert loaded.get_seq_length() == 9 and len(loaded) == 3
@@ -53,15 +55,15 @@ def test_the_file_begins_with_the_documented_format(tmp_path):
     version, header, dtype, N, H, K, V, payload = struct.unpack_from("<IIIqqqqq", data, 12)
     assert (version, header, dtype, N, H, K, V) == (1, 128, 0, 2, 2, 4, 4)
     assert payload == 4 * 2 * 2 * 4 * 8
-    assert data[128 : 128 + h.numel() * 4] == h.numpy().tobytes()
+    assert data[128 : 128 + h.numel() * 4] == h.cpu().numpy().tobytes()
     second = 128 + payload
     assert data[second : second + 8] == data[:8]
     assert save_gka_state(h, u) == data[:second]
     again = load_gka_state(data)
-    assert torch.equal(again[0], h) and torch.equal(again[1], u)
+    assert torch.equal(again[0], h.cpu()) and torch.equal(again[1], u.cpu())
     # A file of saved states alone is one too.
     (tmp_path / "bare").write_bytes(data[: 2 * second])
-    bare = State.load(tmp_path / "bare")
+    bare = State.load(tmp_path / "bare", DEVICE)
     assert len(bare) == 2 and torch.equal(bare[0]["recurrent_state"][1], u)
 
 
@@ -69,7 +71,7 @@ def test_float64_and_strides():
     h = torch.randn(2, 3, 4, 4, dtype=torch.float64).transpose(2, 3)
     u = torch.randn(2, 3, 5, 4, dtype=torch.float64).transpose(2, 3)
     a, b = load_gka_state(save_gka_state(h, u))
-    assert torch.equal(a, h) and torch.equal(b, u)
+    assert torch.equal(a, h.cpu()) and torch.equal(b, u.cpu())
 
 
 def test_a_clone_is_independent():

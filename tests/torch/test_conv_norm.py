@@ -1,4 +1,4 @@
-"""torch.ops.kalmanet.causal_conv_* and gated_rms_norm_* against PyTorch in float64."""
+"""torch.ops.kalmanet.causal_conv_*, gated_rms_norm_* and unit_norm_* against PyTorch in float64."""
 
 import pytest
 import torch
@@ -68,3 +68,16 @@ def test_gated_rms_norm(gated):
         assert got.pop(1).numel() == 0
     for a, b in zip(got, grads, strict=False):
         assert relative(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["official", "fla"])
+def test_unit_norm(kind):
+    gen = torch.Generator().manual_seed(SEED)
+    x = torch.randn(11, 37, generator=gen, dtype=torch.float64, requires_grad=True)
+    square = x.square().sum(-1, keepdim=True)
+    want = x / (square.sqrt() + 0.1) if kind == "official" else x / (square + 0.1).sqrt()
+    dy = torch.randn(11, 37, generator=gen, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(want, x, dy)
+    x32 = x.detach().float()
+    assert relative(ops.unit_norm_forward(x32, kind=kind, eps=0.1), want) <= 1e-6
+    assert relative(ops.unit_norm_backward(dy.float(), x32, kind=kind, eps=0.1), grad) <= 1e-6

@@ -60,6 +60,28 @@ def test_backward(shape, backend, dtype, _bound, bound):
             assert error <= bound, f"d{name}, {shape}, {backend}: {error:.2e} > {bound}"
 
 
+@pytest.mark.parametrize("lengths", [None, [600, 1, 0, 520, 39]])
+def test_segment_states_change_no_bit(lengths):
+    """What the forward keeps every 512 tokens for the backward; in another chunk size, nothing."""
+    p = problem(B=1, T=1160, dtype=torch.float32)
+    cu = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    N = 1 if lengths is None else len(lengths)
+    for name in ("h0", "u0"):
+        p[name] = p[name].expand(N, *p[name].shape[1:]).contiguous()
+    B, T, H, K = 1, 1160, p["g"].shape[2], p["q"].shape[3]
+    o, _h, _u, x, _r, states = ops.gka_forward(**p, cu_seqlens=cu, save_x=True)
+    assert states.shape[:3] == (B, H, T // 512) and states.dtype == torch.float32
+    assert states.shape[3] == 16 * (-(-K // 16)) * 16 * (-(-K // 16) + -(-o.shape[3] // 16))
+    d_o = torch.ones_like(o)
+    got = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x, segment_states=states)
+    want = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    other = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x, segment_states=2 * states)
+    assert not torch.equal(other[1], want[1]), "not read"
+    for options in ({"chunk_size": 12}, {"backend": "reference"}):
+        assert ops.gka_forward(**p, cu_seqlens=cu, save_x=True, **options)[5].numel() == 0
+
+
 @pytest.mark.parametrize("backend, dtype, bound, _grad_bound", BACKENDS)
 def test_step_updates_in_place_and_equals_forward(backend, dtype, bound, _grad_bound):
     p = problem(T=6, dtype=dtype)
@@ -144,7 +166,7 @@ def test_thread_count_does_not_matter(backend, dtype, _bound, _grad_bound):
 def test_empty_and_zero_keys(T, backend, dtype, _bound, _grad_bound):
     p = problem(T=T, states=False, dtype=dtype)
     p["k"].zero_()
-    o, h, u, _, residual = ops.gka_forward(**p, want_residual=True, backend=backend)
+    o, h, u, _, residual, _ = ops.gka_forward(**p, want_residual=True, backend=backend)
     assert o.shape == (2, T, 2, 3)
     for t in (o, h, u, residual):
         assert torch.equal(t, torch.zeros_like(t))

@@ -29,6 +29,8 @@ def test_schemas_declare_what_is_written():
         "causal_conv_backward",
         "gated_rms_norm_forward",
         "gated_rms_norm_backward",
+        "unit_norm_forward",
+        "unit_norm_backward",
     ):
         schema = getattr(torch.ops.kalmanet, name).default._schema
         assert not schema.is_mutable, name
@@ -122,6 +124,12 @@ def test_errors_of_conv_and_norm():
         ops.gated_rms_norm_forward(x, None, torch.ones(4))
     with pytest.raises(RuntimeError, match="gate"):
         ops.gated_rms_norm_forward(x[0], x[0, :2], torch.ones(4))
+    with pytest.raises(RuntimeError, match="x: .*2 dimensions"):
+        ops.unit_norm_forward(x)
+    with pytest.raises(RuntimeError, match='kind: is "l1"; allowed are "official" and "fla"'):
+        ops.unit_norm_forward(x[0], kind="l1")
+    with pytest.raises(RuntimeError, match="eps: got 0"):
+        ops.unit_norm_backward(x[0], x[0], eps=0.0)
 
 
 def test_backend_can_be_asked_and_forced():
@@ -160,6 +168,8 @@ def test_calls_leave_no_memory_behind():
         "causal_conv_step": lambda: ops.causal_conv_step(row, weight, state),
         "gated_rms_norm_forward": lambda: ops.gated_rms_norm_forward(row, row, row[0]),
         "gated_rms_norm_backward": lambda: ops.gated_rms_norm_backward(row, row, row, row[0]),
+        "unit_norm_forward": lambda: ops.unit_norm_forward(row, kind="fla"),
+        "unit_norm_backward": lambda: ops.unit_norm_backward(row, row, kind="official"),
     }
 
     def resident():

@@ -36,7 +36,7 @@ std::pair<double, std::vector<at::Tensor>> gradients(models::HybridLanguageModel
   const int64_t context = ids.size(1) - 1;
   double value = 0;
   {
-    const Autocast autocast(bf16);
+    const Autocast autocast(bf16, at::kCPU);
     const at::Tensor logits = model->forward(ids.narrow(1, 0, context).contiguous());
     const at::Tensor loss = at::cross_entropy_loss(logits.flatten(0, 1).to(at::kFloat),
                                                    ids.narrow(1, 1, context).flatten());

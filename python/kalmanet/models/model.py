@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -24,6 +25,7 @@ from .._layer_options import FIRST_LEARNED_RIDGE
 from ..layer import GatedKalmaNet
 from ..state import State
 from .attention import Attention, RMSNorm, rope_tables
+from .cache import state_of
 from .config import HybridQwen3Config
 
 # Transformers renamed past_key_values to cache.
@@ -166,24 +168,22 @@ class HybridQwen3Model(HybridQwen3PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: State | None = None,
+        past_key_values: State | Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: State | None = None,
+        cache: State | Cache | None = None,
         output_hidden_states: bool | None = None,
         **_unused: Any,
     ) -> BaseModelOutputWithPast:
         """attention_mask ``[B,S]`` of 0 and 1, S tokens so far and of this call (or of this call
         alone): left and right padding. cu_seqlens: int64 ``[N+1]``, packed sequences, B == 1.
-        cache (or past_key_values): a :class:`kalmanet.State`; ``use_cache`` makes one."""
-        state = past_key_values if cache is None else cache
+        cache (or past_key_values): a :class:`kalmanet.State`, or a Transformers cache, which then
+        holds one; ``use_cache`` makes a State."""
+        given = past_key_values if cache is None else cache
+        state = None if given is None else state_of(given)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either these or inputs_embeds")
-        if state is not None and not isinstance(state, State):
-            raise ValueError(
-                f"past_key_values: must be a kalmanet.State, got {type(state).__name__}"
-            )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
         if use_cache is None:
@@ -191,7 +191,7 @@ class HybridQwen3Model(HybridQwen3PreTrainedModel):
         if self.gradient_checkpointing and self.training:
             use_cache = False  # a block that runs twice would advance the state twice
         if use_cache and state is None:
-            state = State()
+            given = state = State()
         if state is not None and cu_seqlens is not None and "*" in self.kinds:
             raise ValueError(
                 "cache: cannot be kept for packed sequences in a pattern with `*` layers"
@@ -218,7 +218,7 @@ class HybridQwen3Model(HybridQwen3PreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=None if seen is None else (*seen, x),
-            **{_CACHE_FIELD: state if use_cache else None},
+            **{_CACHE_FIELD: given if use_cache else None},
         )
 
 
@@ -282,13 +282,13 @@ class HybridQwen3ForCausalLM(HybridQwen3PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: State | None = None,
+        past_key_values: State | Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
-        cache: State | None = None,
+        cache: State | Cache | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:

@@ -5,7 +5,6 @@ Every mistake is a ValueError that names the argument, what was expected and wha
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -14,6 +13,8 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 MAX_NUM_ITER = 1_000_000
+# "meta": shapes without data. A build without CUDA kernels says so itself when it is called.
+DEVICES = ("cpu", "cuda", "meta")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOLVERS = ("chebyshev", "direct", "cg", "auto")
 ARITHMETICS = ("standard", "bfloat16")
@@ -40,21 +41,16 @@ def tensor(name: str, value: object, sizes: str, rank: int) -> None:
         )
 
 
-@functools.cache
-def _has_kernel(operator: str, device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
-
-
-def devices(named: dict[str, Tensor | None], operator: str = "kalmanet::gka_forward") -> None:
-    """All on one device, for which there is a kernel."""
+def devices(named: dict[str, Tensor | None]) -> None:
+    """All on one device, of a kind for which there are kernels."""
     device = named["q"].device  # type: ignore[union-attr]
     for name, t in named.items():
         if t is not None and t.device != device:
             raise ValueError(f"{name}: is on {t.device}, but q is on {device}")
-    if device.type not in ("cpu", "meta") and not _has_kernel(operator, device.type):
+    if device.type not in DEVICES:
         raise ValueError(
-            f"q: is on {device}, for which this build of kalmanet has no kernels; move the "
-            f"tensors to the CPU (`python -m kalmanet.doctor` lists what is there)"
+            f"q: is on {device}, for which kalmanet has no kernels; move the tensors to the CPU or "
+            f"to a CUDA device (`python -m kalmanet.doctor` lists what is there)"
         )
 
 
@@ -168,6 +164,13 @@ def states(
         if t.shape != (N, H, K, last):
             raise ValueError(f"{label}: must be {letters} = {[N, H, K, last]}, got {shape(t)}")
     return initial_state[0], initial_state[1]
+
+
+def common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The one that holds all three."""
+    if q.dtype == k.dtype == v.dtype:
+        return q.dtype
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
 def fine(dtype: torch.dtype) -> torch.dtype:

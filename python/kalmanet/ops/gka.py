@@ -109,7 +109,7 @@ def gka(
     _check.devices({"q": q, "k": k, "v": v, **gates, "h_kk": h0, "h_kv": u0})
 
     out_dtype = v.dtype
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = _check.common_dtype(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     same = gk is g
     g = _check.as_gate(g, dtype)
@@ -117,12 +117,13 @@ def gka(
     alpha, beta = _check.as_gate(alpha, dtype), _check.as_gate(beta, dtype)
     ridge = _check.as_gate(ridge, dtype)
     h0, u0 = _check.as_state(h0, dtype), _check.as_state(u0, dtype)
-    o, h, u, _x, r = _ops.gka_forward(
+    o, h, u, _x, r, _segments = _ops.gka_forward(
         q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu,
         scale=scale, ridge_ratio=ratio, solver=solver, num_iter=steps, tolerance=tolerance,
         chunk_size=chunk_size, arithmetic=arithmetic,
-        # x spares the backward one solve.
-        save_x=_records(q, k, v, g, gk, alpha, beta, ridge, h0, u0),
+        # x spares the CPU's backward one solve. The GPU's solves again in any case, and its forward
+        # is on matrix units only where it need not write x.
+        save_x=not q.is_cuda and _records(q, k, v, g, gk, alpha, beta, ridge, h0, u0),
         want_residual=residual, backend=backend, bp_lambda=bp_lambda,
     )  # fmt: skip
     return o.to(out_dtype), (h, u), r.detach() if residual else None
@@ -163,7 +164,7 @@ def _stepped(
     _check.devices(
         {"q": q, "k": k, "v": v, "g": g, "gk": gk, "alpha": alpha, "h_kk": h0, "h_kv": u0}
     )
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = _check.common_dtype(q, k, v)
     N, H, K, V = sizes
     fine = _check.fine(dtype)
     with torch.no_grad():

@@ -1,10 +1,13 @@
-// The GKA operators on the CPU: tensors to views, results allocated, kalmanet called.
+// The GKA operators: tensors to views, results allocated on their device, kalmanet called.
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <utility>
 
 #include "torch/executor.hpp"
+#include "torch/place.hpp"
 #include "torch/views.hpp"
 
 namespace kalmanet::torch_ops {
@@ -27,7 +30,7 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
           const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
           const OptionalTensor& cu_seqlens, std::optional<double> scale, double ridge_ratio,
           const std::string& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
-          const std::string& arithmetic, const std::string& backend) {
+          const std::string& arithmetic, Backend backend, void* stream) {
   Call call;
   require_rank(q, 4, "q", "[B,T,Hq,K]");
   require_rank(k, 4, "k", "[B,T,Hk,K]");
@@ -76,12 +79,21 @@ Call read(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
   options.tolerance = tolerance;
   options.chunk_size = chunk_size;
   options.arithmetic = arithmetic_of(arithmetic);
-  options.backend = backend_of(backend);
+  options.backend = backend;
+  options.stream = stream;
   options.executor = &torch_executor();
   return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
+// Whether segment states are for this call (gka.hpp).
+bool keeps_segments(const Call& call) {
+  const GkaOptions& options = call.options;
+  return (options.backend == Backend::automatic || options.backend == Backend::cpu) &&
+         (options.chunk_size == 0 ||
+          std::has_single_bit(static_cast<uint64_t>(options.chunk_size)));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
     const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
     const OptionalTensor& ridge, const OptionalTensor& h0, const OptionalTensor& u0,
@@ -89,8 +101,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
     const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
     const Text& arithmetic, bool save_x, bool want_residual, const Text& backend,
     bool /*bp_lambda*/) {
-  Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
-                   solver, num_iter, tolerance, chunk_size, arithmetic, backend);
+  const Place place({"q", q}, {{"k", k},
+                               {"v", v},
+                               {"g", g},
+                               {"gk", gk},
+                               {"alpha", alpha},
+                               {"beta", beta},
+                               {"ridge", ridge},
+                               {"h0", h0},
+                               {"u0", u0}});
+  Call call =
+      read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio, solver,
+           num_iter, tolerance, chunk_size, arithmetic, place.backend(backend), place.stream());
   call.inputs.cu_seqlens = call.cu_seqlens;
   const auto [B, T, H, K, V, N] = std::tuple(call.B, call.T, call.H, call.K, call.V, call.N);
   Tensor o = new_tensor(q, {B, T, H, V}, call.dtype);
@@ -98,27 +120,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_cpu(
   Tensor u = new_tensor(q, {N, H, K, V}, call.state_dtype);
   Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.fine_dtype) : no_tensor(q);
   Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.fine_dtype) : no_tensor(q);
+  const bool segments = save_x && keeps_segments(call);
+  Tensor states = segments ? new_tensor(q, {B, H, T / kSegmentTokens, gka_segment_state_size(K, V)},
+                                        call.state_dtype)
+                           : no_tensor(q);
   GkaOutputs outputs;
   outputs.o = mutable_view(o, "o");
   outputs.h_final = mutable_view(h, "h_final");
   outputs.u_final = mutable_view(u, "u_final");
   if (save_x) outputs.x = mutable_view(x, "x");
   if (want_residual) outputs.residual = mutable_view(residual, "residual");
+  if (segments) outputs.segment_states = mutable_view(states, "segment_states");
   gka_forward(call.inputs, outputs, call.options);
-  return {o, h, u, x, residual};
+  return {o, h, u, x, residual, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-gka_backward_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
-                 const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
-                 const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& h0,
-                 const OptionalTensor& u0, const OptionalTensor& cu_seqlens,
-                 const OptionalTensor& x, const OptionalTensor& dh, const OptionalTensor& du,
-                 std::optional<double> scale, double ridge_ratio, const Text& solver,
-                 int64_t num_iter, double tolerance, int64_t chunk_size, const Text& arithmetic,
-                 bool bp_lambda, const Text& backend) {
-  Call call = read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio,
-                   solver, num_iter, tolerance, chunk_size, arithmetic, backend);
+gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tensor& v,
+                const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
+                const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& h0,
+                const OptionalTensor& u0, const OptionalTensor& cu_seqlens, const OptionalTensor& x,
+                const OptionalTensor& segment_states, const OptionalTensor& dh,
+                const OptionalTensor& du, std::optional<double> scale, double ridge_ratio,
+                const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+                const Text& arithmetic, bool bp_lambda, const Text& backend) {
+  const Place place({"q", q}, {{"k", k},
+                               {"v", v},
+                               {"g", g},
+                               {"gk", gk},
+                               {"alpha", alpha},
+                               {"beta", beta},
+                               {"ridge", ridge},
+                               {"h0", h0},
+                               {"u0", u0},
+                               {"d_o", d_o},
+                               {"x", x},
+                               {"segment_states", segment_states},
+                               {"dh", dh},
+                               {"du", du}});
+  Call call =
+      read(q, k, v, g, gk, alpha, beta, ridge, h0, u0, cu_seqlens, scale, ridge_ratio, solver,
+           num_iter, tolerance, chunk_size, arithmetic, place.backend(backend), place.stream());
   call.inputs.cu_seqlens = call.cu_seqlens;
   call.options.bp_lambda = bp_lambda;
   const auto [B, T, H, K, V, N] = std::tuple(call.B, call.T, call.H, call.K, call.V, call.N);
@@ -157,21 +199,32 @@ gka_backward_cpu(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tens
   Tensor dridge = gate(ridge, grads.d_ridge_ratio, "dridge");
   Tensor dh0 = state(h0, K, grads.d_h0, "dh0");
   Tensor du0 = state(u0, V, grads.d_u0, "du0");
-  gka_backward(call.inputs, const_view(x, "x"), output_grads, grads, call.options);
+  const GkaSaved saved{const_view(x, "x"), const_view(segment_states, "segment_states")};
+  gka_backward(call.inputs, saved, output_grads, grads, call.options);
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }
 
-std::tuple<Tensor, Tensor> gka_step_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
-                                        const Tensor& h, const Tensor& u, const OptionalTensor& g,
-                                        const OptionalTensor& gk, const OptionalTensor& alpha,
-                                        const OptionalTensor& beta, const OptionalTensor& ridge,
-                                        const OptionalTensor& cu_seqlens,
-                                        std::optional<double> scale, double ridge_ratio,
-                                        const Text& solver, int64_t num_iter, double tolerance,
-                                        int64_t chunk_size, const Text& arithmetic,
-                                        bool want_residual, const Text& backend) {
-  Call call = read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio,
-                   solver, num_iter, tolerance, chunk_size, arithmetic, backend);
+std::tuple<Tensor, Tensor> gka_step_op(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& h, const Tensor& u, const OptionalTensor& g,
+                                       const OptionalTensor& gk, const OptionalTensor& alpha,
+                                       const OptionalTensor& beta, const OptionalTensor& ridge,
+                                       const OptionalTensor& cu_seqlens,
+                                       std::optional<double> scale, double ridge_ratio,
+                                       const Text& solver, int64_t num_iter, double tolerance,
+                                       int64_t chunk_size, const Text& arithmetic,
+                                       bool want_residual, const Text& backend) {
+  const Place place({"q", q}, {{"k", k},
+                               {"v", v},
+                               {"g", g},
+                               {"gk", gk},
+                               {"alpha", alpha},
+                               {"beta", beta},
+                               {"ridge", ridge},
+                               {"h", h},
+                               {"u", u}});
+  Call call =
+      read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio, solver,
+           num_iter, tolerance, chunk_size, arithmetic, place.backend(backend), place.stream());
   call.inputs.cu_seqlens = call.cu_seqlens;
   Tensor o = new_tensor(q, {call.B, call.T, call.H, call.V}, call.dtype);
   Tensor residual =
@@ -190,8 +243,11 @@ std::tuple<Tensor, Tensor> gka_step_cpu(const Tensor& q, const Tensor& k, const 
 }  // namespace
 }  // namespace kalmanet::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(kalmanet, CPU, m) {
-  m.impl("gka_forward", TORCH_BOX(&kalmanet::torch_ops::gka_forward_cpu));
-  m.impl("gka_backward", TORCH_BOX(&kalmanet::torch_ops::gka_backward_cpu));
-  m.impl("gka_step", TORCH_BOX(&kalmanet::torch_ops::gka_step_cpu));
-}
+#define KN_REGISTER(device)                                                   \
+  STABLE_TORCH_LIBRARY_IMPL(kalmanet, device, m) {                            \
+    m.impl("gka_forward", TORCH_BOX(&kalmanet::torch_ops::gka_forward_op));   \
+    m.impl("gka_backward", TORCH_BOX(&kalmanet::torch_ops::gka_backward_op)); \
+    m.impl("gka_step", TORCH_BOX(&kalmanet::torch_ops::gka_step_op));         \
+  }
+KN_REGISTER(CPU)
+KN_REGISTER(CUDA)

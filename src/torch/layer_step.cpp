@@ -1,9 +1,11 @@
-// The layer's fused decode step on the CPU: tensors to views, result allocated, kalmanet called.
+// The layer's fused decode step: tensors to views, result allocated, kalmanet called. It has no
+// CUDA kernel; the error for CUDA tensors says what has.
 #include <algorithm>
 #include <string>
 #include <tuple>
 
 #include "torch/executor.hpp"
+#include "torch/place.hpp"
 #include "torch/views.hpp"
 
 namespace kalmanet::torch_ops {
@@ -13,14 +15,7 @@ View mutable_view(const OptionalTensor& tensor, const char* name) {
   return tensor ? torch_ops::mutable_view(*tensor, name) : View{};
 }
 
-QkNorm qk_norm_of(const std::string& text) {
-  if (text == "official") return QkNorm::official;
-  if (text == "fla") return QkNorm::fla;
-  throw Error(ErrorCode::invalid_argument, "qk_norm",
-              "is \"" + text + "\"; allowed are \"official\" and \"fla\"");
-}
-
-std::tuple<Tensor, Tensor> layer_step_cpu(
+std::tuple<Tensor, Tensor> layer_step_op(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
     const Tensor& conv_q, const Tensor& conv_k, const OptionalTensor& conv_v,
     const Tensor& conv_q_weight, const Tensor& conv_k_weight, const OptionalTensor& conv_v_weight,
@@ -30,6 +25,24 @@ std::tuple<Tensor, Tensor> layer_step_cpu(
     double ridge_ratio, const Text& solver, int64_t num_iter, double tolerance, bool decay_h,
     double fixed_alpha, const Text& qk_norm, double min_ridge, double max_ridge, double norm_eps,
     bool want_residual) {
+  const Place place({"q", q}, {{"k", k},
+                               {"v", v},
+                               {"h", h},
+                               {"u", u},
+                               {"conv_q", conv_q},
+                               {"conv_k", conv_k},
+                               {"conv_v", conv_v},
+                               {"conv_q_weight", conv_q_weight},
+                               {"conv_k_weight", conv_k_weight},
+                               {"conv_v_weight", conv_v_weight},
+                               {"o_norm", o_norm},
+                               {"gate", gate},
+                               {"b", b},
+                               {"alpha", alpha},
+                               {"a", a},
+                               {"ridge", ridge},
+                               {"A_log", A_log},
+                               {"dt_bias", dt_bias}});
   require_rank(q, 4, "q", "[B,T,Hq,K]");
   require_rank(v, 4, "v", "[B,T,Hv,V]");
   require_rank(h, 4, "h", "[B,H,K,K]");
@@ -59,9 +72,10 @@ std::tuple<Tensor, Tensor> layer_step_cpu(
   options.gka.num_iter = num_iter_of(num_iter);
   options.gka.tolerance = tolerance;
   options.gka.executor = &torch_executor();
+  options.gka.backend = place.backend("auto");
   options.decay_h = decay_h;
   options.fixed_alpha = fixed_alpha;
-  options.qk_norm = qk_norm_of(qk_norm);
+  options.qk_norm = qk_norm_of(qk_norm, "qk_norm");
   options.min_ridge = min_ridge;
   options.max_ridge = max_ridge;
   options.norm_eps = norm_eps;
@@ -76,6 +90,9 @@ std::tuple<Tensor, Tensor> layer_step_cpu(
 }  // namespace
 }  // namespace kalmanet::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(kalmanet, CPU, m) {
-  m.impl("layer_step", TORCH_BOX(&kalmanet::torch_ops::layer_step_cpu));
-}
+#define KN_REGISTER(device)                                               \
+  STABLE_TORCH_LIBRARY_IMPL(kalmanet, device, m) {                        \
+    m.impl("layer_step", TORCH_BOX(&kalmanet::torch_ops::layer_step_op)); \
+  }
+KN_REGISTER(CPU)
+KN_REGISTER(CUDA)

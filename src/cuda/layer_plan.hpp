@@ -1,0 +1,24 @@
+// From validated arguments to the jobs of the layer's kernels.
+#pragma once
+
+#include <vector>
+
+#include "core/problem.hpp"
+#include "cuda/layer_job.hpp"
+#include "cuda/plan.hpp"
+#include "kalmanet/conv.hpp"
+#include "kalmanet/norm.hpp"
+
+namespace kalmanet::cuda {
+
+// The spans of `tokens` of each sequence; an empty one has one empty span.
+std::vector<ConvSpan> spans_of(const std::vector<core::Sequence>& sequences, int64_t tokens);
+
+// All but the workspace. Where the sequences are packed, job.spans is for the caller to set to
+// `spans` in the GPU's memory; else it is empty.
+ConvJob conv_job(const ConvInputs& inputs, const std::vector<core::Sequence>& sequences,
+                 int64_t tokens, bool silu, std::vector<ConvSpan>& spans);
+NormJob norm_job(const NormInputs& inputs);
+NormJob norm_job(const UnitNormInputs& inputs);
+
+}  // namespace kalmanet::cuda
