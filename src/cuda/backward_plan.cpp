@@ -85,8 +85,8 @@ BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, 
   // has room for no more); any number gives the same bits.
   bytes.blocks = std::min(pieces * problem.H, int64_t{chunks ? 1 : 2} * device.multiprocessors);
   job.block_bytes = gradient_block_bytes(float64, problem.K, problem.V);
-  const int64_t of_chunks = chunks ? gradient_chunk_block_bytes() : 0;
-  bytes.gradients = bytes.blocks * std::max(job.block_bytes, of_chunks);
+  bytes.gradients = bytes.blocks * (chunks ? gradient_chunk_block_bytes() : job.block_bytes);
+  bytes.gradients = std::max(bytes.gradients, job.block_bytes);  // for what is left over
   return bytes;
 }
 
@@ -143,7 +143,7 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
   job.dv_parts = dv_parts.data();
   job.block_scratch = scratch.data();
   if (chunks) launch_gradient_chunks(job, bytes.blocks, stream);
-  launch_gradients(job, float64, bytes.blocks, stream);
+  launch_gradients(job, float64, bytes.gradients / job.block_bytes, stream);
   launch_head_sums(job, problem.B, float64, stream);
   return chunks;
 }
