@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/backward_chunk_products.hpp"
+#include "cuda/backward_first_body.hpp"
 
 namespace kalmanet::cuda {
 
@@ -136,8 +137,8 @@ struct BackwardChunkBody : BackwardProducts<Group> {
   KALMANET_KERNEL void check_amplification() {
     group.each([&](int thread, Registers& r) {
       if (thread >= L::kTokens) return;
-      const bool exact =
-          piece.first && job.h0.data == nullptr && t0 + thread < piece.begin + kExactTokens;
+      const bool exact = piece.first && job.h0.data == nullptr &&
+                         t0 + thread < piece.begin + BackwardFirstLayout::kTokens;
       const bool counts = thread < n && !exact;
       shared.norm2[thread] = counts ? this->dot(0, thread) * this->dot(1, thread) : 0.0;
       shared.gate[0][thread] = counts ? r.sum * r.sum : 0.0;

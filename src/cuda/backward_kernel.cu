@@ -1,6 +1,7 @@
 // The backward's kernels for any shape, compiled and launched.
 #include <algorithm>
 
+#include "cuda/backward_first_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
 #include "cuda/backward_launch.hpp"
 #include "cuda/backward_solve_body.hpp"
@@ -16,6 +17,13 @@ __global__ void __launch_bounds__(TokenLayout<S, KP>::kThreads, kBlocksAMultipro
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<TokenRegisters<S, KP>> group;
   run_backward_solve<S, KP>(group, shared_memory, job, blockIdx.x, blockIdx.y);
+}
+
+__global__ void __launch_bounds__(BackwardFirstLayout::kThreads)
+    gka_backward_first(const __grid_constant__ BackwardJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<BackwardFirstRegisters> group;
+  run_backward_first(group, shared_memory, job, blockIdx.x, blockIdx.y);
 }
 
 template <class S>
@@ -87,6 +95,16 @@ void launch_backward_solve(const BackwardJob& job, bool float64, Stream stream) 
              static_cast<cudaStream_t>(stream)>>>(job);
     check(cudaGetLastError(), "launch of gka_backward_solve");
   });
+}
+
+void launch_backward_first(const BackwardJob& job, Stream stream) {
+  const int shared = static_cast<int>(backward_first_bytes(job.in.K, job.in.V));
+  check(
+      cudaFuncSetAttribute(gka_backward_first, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+      "cudaFuncSetAttribute");
+  gka_backward_first<<<grid_of(job, 1), BackwardFirstLayout::kThreads, shared,
+                       static_cast<cudaStream_t>(stream)>>>(job);
+  check(cudaGetLastError(), "launch of gka_backward_first");
 }
 
 void launch_adjoints(const BackwardJob& job, bool float64, Stream stream) {

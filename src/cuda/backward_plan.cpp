@@ -47,18 +47,24 @@ bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads&
          backward_chunk_shared_bytes() <= device.max_shared;
 }
 
+std::vector<Piece> backward_pieces_of(const core::GkaProblem& problem, bool chunks) {
+  std::vector<Piece> pieces = pieces_of(problem, false);
+  for (Piece& piece : pieces) piece.always = chunks ? 0 : 1;
+  return pieces;
+}
+
 BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, int64_t pieces,
-                             int64_t own, bool chunks, const DeviceInfo& device, bool all) {
+                             bool chunks, const DeviceInfo& device, bool all) {
   const bool float64 = problem.dtype == DType::float64;
   const int64_t item = size_of(core::state_dtype(problem));
   const int64_t places = problem.B * problem.T * problem.H;
   const int64_t doubles = static_cast<int64_t>(sizeof(double));
   BackwardBytes bytes = {};
   bytes.pieces = pieces * static_cast<int64_t>(sizeof(Piece));
-  bytes.adjoints = states_bytes(problem, own);
-  if (own > problem.N) {
-    bytes.states = states_bytes(problem, own);
-    bytes.decays = decays_bytes(problem, own);
+  bytes.adjoints = states_bytes(problem, pieces);
+  if (pieces > problem.N) {
+    bytes.states = states_bytes(problem, pieces);
+    bytes.decays = decays_bytes(problem, pieces);
   }
   job.in.num_pieces = pieces;
   bytes.solve = plan_tokens(job.in, float64, false, device.max_shared);
@@ -72,15 +78,15 @@ BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, 
   bytes.dk_parts = parts(job.dk, problem.k_group, problem.K);
   bytes.dv_parts = parts(job.dv, problem.v_group, problem.V);
   if (chunks) {
-    bytes.chunk_scratch = own * problem.H * chunk_scratch_bytes();
-    bytes.left_over = own * problem.H * static_cast<int64_t>(sizeof(int32_t));
+    bytes.chunk_scratch = pieces * problem.H * chunk_scratch_bytes();
+    bytes.left_over = pieces * problem.H * static_cast<int64_t>(sizeof(int32_t));
   }
   // Two blocks a multiprocessor hide each other's waits (one on matrix units, whose shared memory
   // has room for no more); any number gives the same bits.
-  bytes.blocks = std::min(own * problem.H, int64_t{chunks ? 1 : 2} * device.multiprocessors);
+  bytes.blocks = std::min(pieces * problem.H, int64_t{chunks ? 1 : 2} * device.multiprocessors);
   job.block_bytes = gradient_block_bytes(float64, problem.K, problem.V);
-  const int64_t of_chunks = chunks ? gradient_chunk_block_bytes() : 0;
-  bytes.gradients = bytes.blocks * std::max(job.block_bytes, of_chunks);
+  bytes.gradients = bytes.blocks * (chunks ? gradient_chunk_block_bytes() : job.block_bytes);
+  bytes.gradients = std::max(bytes.gradients, job.block_bytes);  // for what is left over
   return bytes;
 }
 
@@ -88,10 +94,8 @@ int64_t most_backward_bytes(const core::GkaProblem& problem, const DeviceInfo& d
   BackwardJob job = backward_job_of(problem, {}, {});
   const bool chunks = problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
                       problem.dtype == DType::bfloat16;
-  const std::vector<Piece> pieces = chunks ? chunk_pieces_of(problem) : pieces_of(problem, false);
-  const int64_t count = static_cast<int64_t>(pieces.size());
-  return backward_bytes(problem, job, count, num_chunk_pieces(pieces), chunks, device, true)
-      .total();
+  const int64_t count = static_cast<int64_t>(backward_pieces_of(problem, chunks).size());
+  return backward_bytes(problem, job, count, chunks, device, true).total();
 }
 
 bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
@@ -99,11 +103,11 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
   const Stream stream = problem.options.stream;
   const bool float64 = problem.dtype == DType::float64;
   const bool chunks = fits_backward_chunks(problem, output_grads, grads, device);
-  const std::vector<Piece> pieces = chunks ? chunk_pieces_of(problem) : pieces_of(problem, false);
-  const int64_t all = static_cast<int64_t>(pieces.size()), own = num_chunk_pieces(pieces);
-  if (all == 0) return chunks;
+  const std::vector<Piece> pieces = backward_pieces_of(problem, chunks);
+  const int64_t count = static_cast<int64_t>(pieces.size());
+  if (count == 0) return chunks;
   BackwardJob job = backward_job_of(problem, output_grads, grads);
-  const BackwardBytes bytes = backward_bytes(problem, job, all, own, chunks, device, false);
+  const BackwardBytes bytes = backward_bytes(problem, job, count, chunks, device, false);
   const Workspace list(bytes.pieces, stream), states(bytes.states, stream);
   const Workspace decays(bytes.decays, stream), adjoints(bytes.adjoints, stream);
   const Workspace x(bytes.solutions, stream), z(bytes.solutions, stream);
@@ -125,13 +129,11 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
     job.in.scratch = scratch.data();
     job.in.chunk_scratch = chunk_scratch.data();
     job.in.left_over = static_cast<int32_t*>(left_over.data());
-    job.in.num_pieces = own;
     if (bytes.states != 0 && chunks) launch_chunk_states(job.in, stream);
     if (bytes.states != 0 && !chunks) launch_segments(job.in, float64, stream);
     if (chunks) launch_backward_chunks(job, stream);
-    job.in.num_pieces = all;
     launch_backward_solve(job, float64, stream);
-    job.in.num_pieces = own;
+    if (!float64 && !problem.inputs.h0.defined()) launch_backward_first(job, stream);
   }
   if (chunks) launch_adjoint_chunks(job, stream);
   launch_adjoints(job, float64, stream);
@@ -141,7 +143,7 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
   job.dv_parts = dv_parts.data();
   job.block_scratch = scratch.data();
   if (chunks) launch_gradient_chunks(job, bytes.blocks, stream);
-  launch_gradients(job, float64, bytes.blocks, stream);
+  launch_gradients(job, float64, bytes.gradients / job.block_bytes, stream);
   launch_head_sums(job, problem.B, float64, stream);
   return chunks;
 }

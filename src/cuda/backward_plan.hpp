@@ -25,10 +25,11 @@ struct BackwardBytes {
   int64_t blocks;                    // of the gradients' kernel
   int64_t total() const;
 };
-// `pieces`: of which the first `own` are the sequences' whole pieces, all but where `chunks`
-// (plan.hpp). `all`: as if every gradient were asked for. Plans the job's token kernel.
+// `chunks`: on matrix units, so that the token kernel does what is left over alone.
+std::vector<Piece> backward_pieces_of(const core::GkaProblem& problem, bool chunks);
+// `all`: as if every gradient were asked for. Plans the job's token kernel.
 BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, int64_t pieces,
-                             int64_t own, bool chunks, const DeviceInfo& device, bool all);
+                             bool chunks, const DeviceInfo& device, bool all);
 // The same of a problem that has sizes but no tensors, at most.
 int64_t most_backward_bytes(const core::GkaProblem& problem, const DeviceInfo& device);
 

@@ -4,18 +4,14 @@
 //   dm_t = scale U_t do_t     x_t = (H_t + lambda_t I)^{-1} q_t     z_t, the same of alpha_t dm_t
 //
 // and with them all gradients that need no others: of q, of alpha and of the ridge ratio. x and z
-// go to the workspace, for the kernels that follow.
+// go to the workspace, for the kernels that follow. (Beside float32, a sequence's first tokens are
+// then solved again in float64: backward_first_body.hpp.)
 #pragma once
 
 #include "cuda/backward_job.hpp"
 #include "cuda/token_body.hpp"
 
 namespace kalmanet::cuda {
-
-// Of a sequence that starts from nothing, so many tokens are solved in float64: x and z are long
-// there, and the gradients want their small parts along the few keys
-// (src/cpu/gka_backward_solve.hpp does the same).
-inline constexpr int64_t kExactBackwardTokens = 16;
 
 template <class Group, class S, int KP>
 struct BackwardSolveBody : TokenBody<Group, S, KP> {
@@ -87,57 +83,6 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
     group.barrier();
   }
 
-  // dm_t once more, from the keys and values themselves, in float64: an element of U is rounded,
-  // and by that U_t do_t leaves what the keys span, where a small ridge magnifies it.
-  KALMANET_KERNEL void exact_dm(int64_t t, double since_u) {
-    constexpr int kLanes = Layout::kThreads / kExactBackwardTokens;
-    const int tokens = static_cast<int>(t - piece.begin) + 1;
-    double* const decay = kept(4);  // of U, of each token so far
-    double* const weight = decay + kExactBackwardTokens;
-    const auto value = [&](int j, int64_t c) {
-      const int64_t at = offset_of(job.v, piece.row, piece.begin + j, head / job.v_group);
-      return static_cast<double>(load_element<S>(job.v, at + c * job.v.stride[3]));
-    };
-    group.each([&](int thread, Registers& r) {
-      if (thread == 0) decay[tokens - 1] = exp(static_cast<double>(shared.scalar[kGateOfU]));
-      const int j = thread / kLanes;
-      r.sum = 0.0;
-      if (j >= tokens) return;
-      for (int64_t c = thread % kLanes; c < job.V; c += kLanes) {
-        r.sum += value(j, c) * static_cast<double>(shared.o[c]);
-      }
-    });
-    group.template sum_lanes<kLanes>([](Registers& r) -> double& { return r.sum; });
-    group.barrier();
-    group.each([&](int thread, Registers& r) {
-      const int j = thread / kLanes;
-      if (thread % kLanes != 0 || j >= tokens) return;
-      const double beta =
-          static_cast<double>(scalar_at<S>(job.beta, piece.row, piece.begin + j, head, 1.0));
-      double w = beta * beta * r.sum;
-      for (int i = j + 1; i < tokens; ++i) w *= decay[i];
-      weight[j] = w;
-    });
-    group.barrier();
-    const StateView<S> start = state_view<S>(job.u0, piece.sequence, head);
-    group.each([&](int thread, Registers&) {
-      if (thread >= job.K) return;
-      double sum = 0.0;
-      for (int64_t c = 0; c < job.V && start.data != nullptr; ++c) {
-        sum +=
-            static_cast<double>(start.data[start.at(thread, c)]) * static_cast<double>(shared.o[c]);
-      }
-      sum *= since_u;
-      for (int j = 0; j < tokens; ++j) {
-        const int64_t at = offset_of(job.k, piece.row, piece.begin + j, head / job.k_group);
-        sum +=
-            weight[j] * static_cast<double>(load_element<S>(job.k, at + thread * job.k.stride[3]));
-      }
-      dm()[thread] = job.scale * sum;
-    });
-    group.barrier();
-  }
-
   // alpha_t dm_t, in both precisions.
   KALMANET_KERNEL void put_right_side() {
     const double alpha = static_cast<double>(shared.scalar[kAlpha]);
@@ -158,7 +103,7 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
     group.barrier();
   }
 
-  KALMANET_KERNEL void solve(const TokenSystem& system, int num_iter, bool exact) {
+  KALMANET_KERNEL void solve(const TokenSystem& system, int num_iter) {
     if (system.f == 0.0) {
       group.each([&](int thread, Registers&) {
         if (thread < KP) x()[thread] = z()[thread] = 0.0;
@@ -171,13 +116,6 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
         if (thread < KP) z()[thread] = thread < job.K ? solver.second_row()[thread] : 0.0;
       });
       group.barrier();
-    } else if (exact) {
-      solver.park();
-      solver.template chebyshev<double>(system, num_iter, shared.q);
-      keep<double>(x());
-      solver.template chebyshev<double>(system, num_iter, right_side());
-      keep<double>(z());
-      solver.unpark();
     } else {
       solver.template chebyshev<S>(system, num_iter, shared.q);
       keep<S>(x());
@@ -217,7 +155,6 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
   KALMANET_KERNEL void run() {
     StateView<S> from = piece.first ? state_view<S>(job.u0, piece.sequence, head)
                                     : slot_view<S>(job, piece.slot, head, true);
-    const bool from_nothing = piece.first && job.h0.data == nullptr;
     double since_h = 1.0, since_u = 1.0;
     this->fetch_token(piece.begin);
     this->load_h();
@@ -234,14 +171,12 @@ struct BackwardSolveBody : TokenBody<Group, S, KP> {
       if (!(system.ridge > 0.0)) system.ridge = NAN;
       system.f = this->update_h(decay, beta2);
       system.lambda = system.ridge * system.f;
-      const bool exact = Base::kHasWider && from_nothing && t < piece.begin + kExactBackwardTokens;
       advance_u(from, u_decay, beta2);
-      if (exact) exact_dm(t, since_u);
       put_right_side();
       from = u;
       int num_iter = job.num_iter;
       if (num_iter == 0) num_iter = counted_steps(system.ridge, job.tolerance);
-      solve(system, num_iter, exact);
+      solve(system, num_iter);
       store(t, system, since_h, since_u);
     }
   }

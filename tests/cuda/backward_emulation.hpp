@@ -3,6 +3,7 @@
 
 #include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
+#include "cuda/backward_first_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
 #include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_plan.hpp"
@@ -23,6 +24,16 @@ void emulate_backward_solve(BackwardJob job, const Emulation& how) {
       Poisoned shared(token_shared_bytes<S, KP>(in.direct, in.spill_is_shared));
       HostGroup<TokenRegisters<S, KP>> group(TokenLayout<S, KP>::kThreads, how.backwards);
       run_backward_solve<S, KP>(group, shared.data(), job, piece, head);
+    }
+  }
+}
+
+inline void emulate_backward_first(const BackwardJob& job, const Emulation& how) {
+  for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.in.H; ++head) {
+      Poisoned shared(backward_first_bytes(job.in.K, job.in.V));
+      HostGroup<BackwardFirstRegisters> group(BackwardFirstLayout::kThreads, how.backwards);
+      run_backward_first(group, shared.data(), job, piece, head);
     }
   }
 }
@@ -84,7 +95,7 @@ struct BackwardMemory {
   Poisoned states, decays, adjoints, x, z, w, since, dq_parts, dk_parts, dv_parts;
 
   BackwardMemory(const core::GkaProblem& problem, BackwardJob& job, bool chunks = false)
-      : pieces(chunks ? chunk_pieces_of(problem) : pieces_of(problem, false)),
+      : pieces(backward_pieces_of(problem, chunks)),
         states(states_bytes(problem, count())),
         decays(decays_bytes(problem, count())),
         adjoints(states_bytes(problem, count())),
@@ -125,6 +136,7 @@ inline void emulate_backward(const core::GkaProblem& problem, const GkaOutputGra
     } else {
       emulate_backward_solve<S, 256>(job, how);
     }
+    if (sizeof(S) == 4) emulate_backward_first(job, how);
     emulate_adjoints<S>(job, how);
     emulate_gradients<S>(job, how.backwards ? 1 : 3, how);  // any number gives the same bits
     emulate_head_sums<S>(job, problem.B);
@@ -143,13 +155,12 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
                                       const GkaInputGrads& grads, const Emulation& how) {
   BackwardJob job = backward_job_of(problem, output_grads, grads);
   const BackwardMemory memory(problem, job, true);
-  const int64_t own = num_chunk_pieces(memory.pieces);
+  const int64_t own = memory.count();
   Poisoned scratch(own * problem.H * chunk_scratch_bytes());
   std::vector<int32_t> left_over(static_cast<size_t>(own * problem.H), -1);
   job.in.chunk_scratch = scratch.data();
   job.in.left_over = left_over.data();
   job.in.split = problem.options.arithmetic == Arithmetic::standard;
-  job.in.num_pieces = own;
   if (own > problem.N) {
     emulate_states(job.in, how);
     emulate_segment_sums<float>(job.in);
@@ -162,9 +173,8 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
                           head);
     }
   }
-  job.in.num_pieces = memory.count();
   emulate_backward_solve<float, 128>(job, how);
-  job.in.num_pieces = own;
+  emulate_backward_first(job, how);
   for (int64_t i = 0; i < own * problem.H * 2; ++i) {
     Poisoned shared(sizeof(GradientChunkShared));
     HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);

@@ -107,7 +107,8 @@ TEST_F(CudaGpuBackward, MatrixUnitsMatchTheOracle) {
       });
       EXPECT_TRUE(c.gaps_intact()) << text(where, "gaps");
       WorstErrors errors;
-      expect_oracle_gradients(c, {}, where, errors, 2e-3);
+      // A lone token's z . x may all but cancel, the more the smaller the ridge.
+      expect_oracle_gradients(c, {}, where, errors, ridge < 0.02 ? 1e-2 : 2e-3);
       errors.print(describe(spec).c_str());
     }
   }
