@@ -114,6 +114,7 @@ AnyView as_segments(AnyView view) {
 // What no state is written to: the rest of each head after its last one; of packed sequences, whose
 // ends say what that is, all of it. An operator's results are the same whenever it is called.
 void clear_rest(const View& states, DType dtype, bool packed) {
+  if (!states.defined()) return;  // no elements
   const auto [B, H, T, numbers] = states.size;
   const int64_t kept = packed ? 0 : T / kSegmentTokens * kSegmentTokens;
   for (int64_t i = 0; i < B * H; ++i) {
