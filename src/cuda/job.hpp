@@ -19,7 +19,6 @@ struct Array {
 // A stretch of a sequence that one block works through, once a head: its tokens [begin, end) in
 // batch row `row`. A sequence is cut at multiples of kSegmentTokens from its own start, whatever
 // else is in the batch: so no answer depends on a neighbour.
-inline constexpr int64_t kSegmentTokens = 512;
 struct Piece {
   int64_t row, begin, end;
   int32_t sequence;

@@ -77,7 +77,7 @@ TEST(CudaBackwardEmulation, MatchesTheOracleForEveryCombinationOfGates) {
 TEST(CudaBackwardEmulation, CutsLongSequences) {
   for (int turn : {0, 1, 2}) {
     CaseSpec spec = small_case(turn);
-    spec.T = 2 * cuda::kSegmentTokens + 3;
+    spec.T = 2 * kSegmentTokens + 3;
     spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
     spec.K = 12, spec.V = 70;
     check<float>(spec, {});
@@ -86,7 +86,7 @@ TEST(CudaBackwardEmulation, CutsLongSequences) {
 
 TEST(CudaBackwardEmulation, PackedSequences) {
   CaseSpec spec = small_case(63);
-  spec.lengths = {0, 3, 0, cuda::kSegmentTokens + 1, 1, 17, 0};
+  spec.lengths = {0, 3, 0, kSegmentTokens + 1, 1, 17, 0};
   spec.K = 10, spec.V = 6;
   check<float>(spec, {});
   check<BFloat16>(spec, {});
@@ -168,7 +168,7 @@ TEST(CudaBackwardEmulation, ChunksMatchTheOracle) {
 TEST(CudaBackwardEmulation, ChunksOfCutPackedAndSharedHeads) {
   CaseSpec spec = small_case(0);
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
-  spec.B = 1, spec.T = cuda::kSegmentTokens + 70;
+  spec.B = 1, spec.T = kSegmentTokens + 70;
   check_chunks<float>(spec, {}, 1e-3);
   spec.lengths = {0, 70, 1, 130};
   spec.H = 2, spec.Hq = 1, spec.Hk = 1, spec.Hv = 1;

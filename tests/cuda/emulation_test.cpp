@@ -61,7 +61,7 @@ TEST(CudaEmulation, MatchesTheOracleOverShapes) {
 TEST(CudaEmulation, CutsLongSequences) {
   for (int turn : {0, 1, 2}) {
     CaseSpec spec = small_case(turn);
-    spec.T = 2 * cuda::kSegmentTokens + 3;
+    spec.T = 2 * kSegmentTokens + 3;
     spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
     spec.K = 12, spec.V = 70;
     check<float>(spec, {});
@@ -71,7 +71,7 @@ TEST(CudaEmulation, CutsLongSequences) {
 
 TEST(CudaEmulation, PackedSequences) {
   CaseSpec spec = small_case(63);
-  spec.lengths = {0, 3, 0, cuda::kSegmentTokens + 1, 1, 17, 0};
+  spec.lengths = {0, 3, 0, kSegmentTokens + 1, 1, 17, 0};
   spec.K = 10, spec.V = 6;
   check<float>(spec, {});
   check<BFloat16>(spec, {});
@@ -167,7 +167,7 @@ TEST(CudaEmulation, DirectChunksForSmallRidgesAndAlikeKeys) {
 TEST(CudaEmulation, ChunksOfCutAndPackedSequences) {
   CaseSpec spec = small_case(0);
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
-  spec.B = 1, spec.T = cuda::kSegmentTokens + 70;
+  spec.B = 1, spec.T = kSegmentTokens + 70;
   check_chunks<float>(spec, {}, 2e-3);
   spec.lengths = {0, 70, 1, 130};
   check_chunks<float>(spec, {}, 2e-3);

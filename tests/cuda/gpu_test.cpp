@@ -75,7 +75,7 @@ TEST_F(CudaGpu, MatchesTheOracleForEveryCombinationOfGates) {
 TEST_F(CudaGpu, CutsLongSequences) {
   for (int turn = 0; turn < 4; ++turn) {
     CaseSpec spec = small_case(turn);
-    spec.T = 3 * cuda::kSegmentTokens + 5;
+    spec.T = 3 * kSegmentTokens + 5;
     spec.K = turn % 2 == 0 ? 64 : 128, spec.V = turn == 2 ? 70 : spec.K;
     check<float>(spec, {});
     check<BFloat16, float>(spec, {});
@@ -85,7 +85,7 @@ TEST_F(CudaGpu, CutsLongSequences) {
 TEST_F(CudaGpu, PackedSequences) {
   int turn = 0;
   for (const std::vector<int64_t>& lengths : std::vector<std::vector<int64_t>>{
-           {0}, {1}, {0, 1, 0, 17, 1, 64, 0}, {16, cuda::kSegmentTokens + 1, 1, 0, 33}}) {
+           {0}, {1}, {0, 1, 0, 17, 1, 64, 0}, {16, kSegmentTokens + 1, 1, 0, 33}}) {
     CaseSpec spec = small_case(turn++);
     spec.lengths = lengths;
     spec.K = 60, spec.V = 33;
@@ -97,7 +97,7 @@ TEST_F(CudaGpu, PackedSequences) {
 // The same sequence alone, and as one of a batch in another place: the same bits.
 TEST_F(CudaGpu, NoAnswerDependsOnItsNeighbours) {
   CaseSpec spec = small_case(0);
-  spec.B = 3, spec.T = cuda::kSegmentTokens + 50, spec.K = 64, spec.V = 64;
+  spec.B = 3, spec.T = kSegmentTokens + 50, spec.K = 64, spec.V = 64;
   Case<float> all(spec);
   run(all, {}, false);
   spec.B = 1;
