@@ -18,8 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 if os.environ.get("KALMANET_TEST_INSTALLED") != "1":
     sys.path.insert(0, str(ROOT / "python"))
     if "KALMANET_TORCH_LIBRARY" not in os.environ:
+        # (One built with a sanitizer ends a process that has not loaded the sanitizer first.)
         built = sorted(
-            ROOT.glob("build/*/src/torch/libkalmanet_torch.so"), key=lambda p: p.stat().st_mtime
+            (
+                path
+                for path in ROOT.glob("build/*/src/torch/libkalmanet_torch.so")
+                if "san" not in path.relative_to(ROOT).parts[1]
+            ),
+            key=lambda path: path.stat().st_mtime,
         )
         if not built:
             pytest.exit("no libkalmanet_torch.so; build the target kalmanet_torch first", 2)
@@ -38,6 +44,15 @@ CPU_ONLY = {
     "test_examples.py": "programs for any machine",
     "test_jax.py": "XLA's functions of the CPU",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compiler_cache(tmp_path_factory):
+    """Inductor keeps compiled graphs from process to process, by a key that does not know what our
+    operators return: what another version of them left there would be taken for this one's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 def pytest_addoption(parser):
