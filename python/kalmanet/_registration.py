@@ -67,7 +67,7 @@ def _(
         q.new_empty((N, H, K, V), dtype=fine),
         q.new_empty((B, T, H, K), dtype=fine) if save_x else _none(q),
         q.new_empty((B, T, H), dtype=fine) if want_residual else _none(q),
-        q.new_empty((B, H, T, _padded(K) * (_padded(K) + _padded(V)) // 512), dtype=fine)
+        q.new_empty((B, H, T, -(-_padded(K) * (_padded(K) + _padded(V)) // 512)), dtype=fine)
         if save_x and _keeps_segments(q, chunk_size, backend)
         else _none(q),
     )

@@ -96,27 +96,33 @@ bool keeps_segments(const Call& call) {
 
 // The operators' [B,H,T,size/512] as kalmanet's [B,H,T/512,size], the same numbers in the same
 // order: a shape that says T and not T/512 is one that compiled and exported programs need no
-// special cases for. (A state's size, of rows padded to 16, is a multiple of 512.)
+// special cases for. (A state's size, of rows padded to 16, is a multiple of 256: size/512 is
+// rounded up, and 256 numbers may lie unused between two states.)
+int64_t segment_numbers(int64_t K, int64_t V) {
+  return (gka_segment_state_size(K, V) + kSegmentTokens - 1) / kSegmentTokens;
+}
 template <class AnyView>
-AnyView as_segments(AnyView view) {
+AnyView as_segments(AnyView view, int64_t K, int64_t V) {
   if (!view.defined()) return view;
-  if (view.rank != 4 || view.stride[3] != 1 || view.stride[2] != view.size[3]) {
+  if (view.rank != 4 || view.stride[3] != 1 || view.stride[2] != view.size[3] ||
+      view.size[3] != segment_numbers(K, V)) {
     throw Error(
         ErrorCode::invalid_shape, "segment_states",
         "is not the [B,H,T,size/512] that gka_forward returned; pass that, or leave it out");
   }
   view.size[2] /= kSegmentTokens;
-  view.size[3] *= kSegmentTokens;
-  view.stride[2] = view.size[3];
+  view.stride[2] = view.size[3] * kSegmentTokens;
+  view.size[3] = gka_segment_state_size(K, V);
   return view;
 }
 
 // What no state is written to: the rest of each head after its last one; of packed sequences, whose
-// ends say what that is, all of it. An operator's results are the same whenever it is called.
-void clear_rest(const View& states, DType dtype, bool packed) {
+// ends say what that is, and where there are gaps between states, all of it. An operator's results
+// are the same whenever it is called.
+void clear_rest(const View& states, DType dtype, bool whole) {
   if (!states.defined()) return;  // no elements
   const auto [B, H, T, numbers] = states.size;
-  const int64_t kept = packed ? 0 : T / kSegmentTokens * kSegmentTokens;
+  const int64_t kept = whole ? 0 : T / kSegmentTokens * kSegmentTokens;
   for (int64_t i = 0; i < B * H; ++i) {
     char* const head = static_cast<char*>(states.data) + i * T * numbers * size_of(dtype);
     std::memset(head + kept * numbers * size_of(dtype), 0,
@@ -152,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
   Tensor x = save_x ? new_tensor(q, {B, T, H, K}, call.fine_dtype) : no_tensor(q);
   Tensor residual = want_residual ? new_tensor(q, {B, T, H}, call.fine_dtype) : no_tensor(q);
   const bool segments = save_x && keeps_segments(call);
-  const int64_t numbers = gka_segment_state_size(K, V) / kSegmentTokens;
+  const int64_t numbers = segment_numbers(K, V);
   Tensor states = segments ? new_tensor(q, {B, H, T, numbers}, call.state_dtype) : no_tensor(q);
   GkaOutputs outputs;
   outputs.o = mutable_view(o, "o");
@@ -162,8 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gka_forward_op(
   if (want_residual) outputs.residual = mutable_view(residual, "residual");
   if (segments) {
     const View whole = mutable_view(states, "segment_states");
-    clear_rest(whole, call.state_dtype, cu_seqlens.has_value());
-    outputs.segment_states = as_segments(whole);
+    const bool gaps = numbers * kSegmentTokens != gka_segment_state_size(K, V);
+    clear_rest(whole, call.state_dtype, cu_seqlens.has_value() || gaps);
+    outputs.segment_states = as_segments(whole, K, V);
   }
   gka_forward(call.inputs, outputs, call.options);
   return {o, h, u, x, residual, states};
@@ -234,7 +241,7 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
   Tensor dh0 = state(h0, K, grads.d_h0, "dh0");
   Tensor du0 = state(u0, V, grads.d_u0, "du0");
   const GkaSaved saved{const_view(x, "x"),
-                       as_segments(const_view(segment_states, "segment_states"))};
+                       as_segments(const_view(segment_states, "segment_states"), K, V)};
   gka_backward(call.inputs, saved, output_grads, grads, call.options);
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }

@@ -71,11 +71,13 @@ def test_opcheck(dtype, gradients):
         torch.library.opcheck(getattr(ops, name).default, tuple(args), kwargs)
 
 
+# A state of 16 (16 + 16) numbers, and one of 112 (112 + 64), an odd multiple of 256.
+@pytest.mark.parametrize("K, V", [(3, 2), (100, 64)])
 @pytest.mark.parametrize("lengths", [None, [520, 0, 640]])
-def test_segment_states_in_fake_and_autograd(lengths):
+def test_segment_states_in_fake_and_autograd(lengths, K, V):
     """What the forward keeps for the backward every 512 tokens: its shape without data, and that
     gradients are those of a call that keeps nothing."""
-    p = problem(B=1, T=1160, H=1, K=3, V=2, dtype=torch.float32)
+    p = problem(B=1, T=1160, H=1, K=K, V=V, dtype=torch.float32)
     cu = None if lengths is None else torch.tensor([0, *lengths], device=DEVICE).cumsum(0).cpu()
     args = [p[n] for n in ("q", "k", "v", "g", "gk", "alpha")]
     torch.library.opcheck(

@@ -60,10 +60,12 @@ def test_backward(shape, backend, dtype, _bound, bound):
             assert error <= bound, f"d{name}, {shape}, {backend}: {error:.2e} > {bound}"
 
 
+# A state of 16 (16 + 16) numbers, and one of 112 (112 + 64), an odd multiple of 256.
+@pytest.mark.parametrize("size", [{}, {"K": 100, "V": 64}], ids=str)
 @pytest.mark.parametrize("lengths", [None, [600, 1, 0, 520, 39]])
-def test_segment_states_change_no_bit(lengths):
+def test_segment_states_change_no_bit(lengths, size):
     """What the forward keeps every 512 tokens for the backward; in another chunk size, nothing."""
-    p = problem(B=1, T=1160, dtype=torch.float32)
+    p = problem(B=1, T=1160, dtype=torch.float32, **size)
     cu = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     N = 1 if lengths is None else len(lengths)
     for name in ("h0", "u0"):
@@ -71,7 +73,10 @@ def test_segment_states_change_no_bit(lengths):
     B, T, H, K = 1, 1160, p["g"].shape[2], p["q"].shape[3]
     o, _h, _u, x, _r, states = ops.gka_forward(**p, cu_seqlens=cu, save_x=True)
     assert states.shape[:3] == (B, H, T) and states.dtype == torch.float32
-    assert states.shape[3] == 16 * (-(-K // 16)) * 16 * (-(-K // 16) + -(-o.shape[3] // 16)) // 512
+    numbers = 16 * -(-K // 16) * 16 * (-(-K // 16) + -(-o.shape[3] // 16))
+    assert states.shape[3] == -(-numbers // 512)
+    again = ops.gka_forward(**p, cu_seqlens=cu, save_x=True)[5]
+    assert torch.equal(states, again), "other numbers where no state is"
     d_o = torch.ones_like(o)
     got = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x, segment_states=states)
     want = ops.gka_backward(d_o=d_o, **p, cu_seqlens=cu, x=x)
