@@ -112,8 +112,14 @@ ERRORS = [
     Planted(
         "direct: the backward is not corrected",
         "src/cpu/direct.hpp",
-        "if (!corrected || !kHasWider<Vec> ||",
-        "if (corrected || !kHasWider<Vec> ||",
+        "if (!corrected || !kHasWider<Vec>)",
+        "if (corrected || !kHasWider<Vec>)",
+    ),
+    Planted(
+        "direct: corrected once whatever the cancellation",
+        "src/cpu/direct.hpp",
+        "left > kLargestCancellation; left *= kCorrectionTolerance",
+        "left > kLargestCancellation; left = 0",
     ),
     Planted(
         "direct: the factor's rows without the last product",

@@ -280,21 +280,18 @@ typename Vec::Elem* iterate_direct(const DirectBlock<Vec>& d, const B* b, int st
 // which is one of H_t, restores it; its own solution need not have more than two digits. Eight
 // times is three bits: with 1 instead, forward and backward took 7% longer at ridge 0.02 and
 // memory 256, and the table of docs/numerics.md section 9 was hardly better for it.
+// A correction leaves kCorrectionTolerance of what it corrects, so a larger factor takes another:
+// 86,000 was met in a chunk whose decay empties the memory, at ridge 0.001, where one correction
+// left dk of a head wrong by 4e-2.
 inline constexpr double kLargestCancellation = 8.0;
 inline constexpr double kCorrectionTolerance = 0.01;
 
-// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk, as above.
+// solution += an approximate solution for its residual. residual: room, lanes [Kp][t].
 template <class Vec, class B, class S>
-typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk<S>& c, const S* h,
-                                 bool h_is_zero, const B* b, int steps, typename Vec::Elem* x,
-                                 typename Vec::Elem* other, bool corrected) {
+void correct(const DirectBlock<Vec>& d, const Chunk<S>& c, const S* h, bool h_is_zero, const B* b,
+             typename Vec::Elem* solution, typename Vec::Elem* residual) {
   using Reg = typename Vec::Reg;
   using Elem = typename Vec::Elem;
-  Elem* const solution = iterate_direct<Vec>(d, b, steps, x, other);
-  if (!corrected || !kHasWider<Vec> || !(d.cancellation > kLargestCancellation)) {
-    return solution;
-  }
-  Elem* const residual = solution == x ? other : x;
   alignas(64) Elem lambda[kLanes];
   for (int64_t t = 0; t < kLanes; ++t) lambda[t] = static_cast<Elem>(c.lambda[t]);
   apply_h<Vec>(c, h, h_is_zero, solution, [&](int64_t at, int lane, Reg hx) {
@@ -306,6 +303,20 @@ typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk<S>& c, c
                           d.correction[0], d.correction[1]);
   for (int64_t at = 0; at < d.Kp * kLanes; at += Vec::kWidth) {
     Vec::store(solution + at, Vec::add(Vec::load(solution + at), Vec::load(change + at)));
+  }
+}
+
+// Solves (H_t + lambda_t I) x_t = b_t for every token of the chunk, as above.
+template <class Vec, class B, class S>
+typename Vec::Elem* solve_direct(const DirectBlock<Vec>& d, const Chunk<S>& c, const S* h,
+                                 bool h_is_zero, const B* b, int steps, typename Vec::Elem* x,
+                                 typename Vec::Elem* other, bool corrected) {
+  using Elem = typename Vec::Elem;
+  Elem* const solution = iterate_direct<Vec>(d, b, steps, x, other);
+  if (!corrected || !kHasWider<Vec>) return solution;
+  Elem* const residual = solution == x ? other : x;
+  for (double left = d.cancellation; left > kLargestCancellation; left *= kCorrectionTolerance) {
+    correct<Vec>(d, c, h, h_is_zero, b, solution, residual);
   }
   return solution;
 }
