@@ -145,6 +145,11 @@ class DeviceGroup {
   __device__ __forceinline__ void shuffle(To&& to, From&& from, Lane&& lane_of) {
     to(registers_) = __shfl_sync(~0u, from(registers_), lane_of(thread_));
   }
+  // The same from the lane whose number differs in the bits of kMask.
+  template <int kMask, class To, class From>
+  __device__ __forceinline__ void exchange(To&& to, From&& from) {
+    to(registers_) = __shfl_xor_sync(~0u, from(registers_), kMask);
+  }
   // The largest over the warp.
   template <class Member>
   __device__ __forceinline__ void max_warp(Member&& member) {
@@ -205,6 +210,10 @@ class HostGroup {
       const size_t lane = static_cast<size_t>(lane_of(static_cast<int>(i))) % 32;
       to(registers_[i]) = old[i / 32 * 32 + lane];
     }
+  }
+  template <int kMask, class To, class From>
+  void exchange(To&& to, From&& from) {
+    shuffle(to, from, [](int thread) { return thread % 32 ^ kMask; });
   }
   template <class Member>
   void max_warp(Member&& member) {

@@ -35,6 +35,15 @@ struct GkaJob {
   double scale = 1, ridge_ratio = 0.02, tolerance = 1e-5;
   int num_iter = 30;    // 0: from a_t and the tolerance
   bool direct = false;  // a Cholesky factorisation a token
+  // gka_step's (gka.hpp): the row of the states of each sequence; the tokens of the last call's
+  // draft, how many of them there are, and how many of each sequence's were accepted; whether this
+  // call's own tokens leave the states alone.
+  const int32_t* slots = nullptr;
+  int64_t num_slots = 0;
+  Array draft_k, draft_v, draft_g, draft_gk, draft_beta;
+  const int32_t* accepted = nullptr;
+  int64_t num_drafted = 0;
+  bool is_draft = false;
   // Pieces, one a block (in x; heads are y). Null: piece i is the whole of batch row i.
   const Piece* pieces = nullptr;
   int64_t num_pieces = 0, T = 0;
@@ -57,6 +66,21 @@ struct GkaJob {
 KALMANET_KERNEL Piece piece_of(const GkaJob& job, int64_t i) {
   if (job.pieces != nullptr) return job.pieces[i];
   return {i, 0, job.T, static_cast<int32_t>(i), 1, 1, 0};
+}
+
+// The row of a sequence's states; negative: it has none and is left alone. One that the pool does
+// not have reads as negative too: better no output than another sequence's.
+KALMANET_KERNEL int64_t state_row(const GkaJob& job, int64_t sequence) {
+  if (job.slots == nullptr) return sequence;
+  const int64_t slot = job.slots[sequence];
+  return slot < job.num_slots ? slot : -1;
+}
+
+// How many tokens of the last call's draft belong to the states now.
+KALMANET_KERNEL int64_t accepted_of(const GkaJob& job, int64_t sequence) {
+  if (job.accepted == nullptr) return 0;
+  const int64_t n = job.accepted[sequence];
+  return n < 0 ? 0 : n < job.num_drafted ? n : job.num_drafted;
 }
 
 KALMANET_KERNEL float half_to_float(DType dtype, const void* data, int64_t at) {
