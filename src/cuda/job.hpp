@@ -68,12 +68,12 @@ KALMANET_KERNEL Piece piece_of(const GkaJob& job, int64_t i) {
   return {i, 0, job.T, static_cast<int32_t>(i), 1, 1, 0};
 }
 
-// The row of a sequence's states; negative: it has none and is left alone. One that the pool does
-// not have reads as negative too: better no output than another sequence's.
+// The row of a sequence's states. Negative: it has none, and is left alone.
 KALMANET_KERNEL int64_t state_row(const GkaJob& job, int64_t sequence) {
-  if (job.slots == nullptr) return sequence;
-  const int64_t slot = job.slots[sequence];
-  return slot < job.num_slots ? slot : -1;
+  return job.slots == nullptr ? sequence : job.slots[sequence];
+}
+KALMANET_KERNEL bool has_states(const GkaJob& job, int64_t row) {
+  return job.slots == nullptr || (row >= 0 && row < job.num_slots);
 }
 
 // How many tokens of the last call's draft belong to the states now.
@@ -81,6 +81,12 @@ KALMANET_KERNEL int64_t accepted_of(const GkaJob& job, int64_t sequence) {
   if (job.accepted == nullptr) return 0;
   const int64_t n = job.accepted[sequence];
   return n < 0 ? 0 : n < job.num_drafted ? n : job.num_drafted;
+}
+
+// Whether the matrix-unit kernels have done the piece.
+KALMANET_KERNEL bool is_done(const GkaJob& job, int64_t piece_index, int64_t head) {
+  return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
+         job.left_over[piece_index * job.H + head] == 0;
 }
 
 KALMANET_KERNEL float half_to_float(DType dtype, const void* data, int64_t at) {

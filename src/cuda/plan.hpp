@@ -36,6 +36,18 @@ Array array_of(const ConstView& view);
 // All but pieces and workspace.
 GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
+// Whether the step kernel (step_kernel.hpp) does a step; the token kernel does the others.
+bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs);
+// Its job. direct is so many of Chebyshev's steps that truncation is half the tolerance, or half of
+// what a 16-bit o can show: truncation is relative to x's own components, which U does not magnify,
+// and 2^-12 is a sixteenth of what rounding o to bfloat16 costs, half of float16's.
+GkaJob step_job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
+double direct_tolerance(const core::GkaProblem& problem);
+int direct_steps(const core::GkaProblem& problem);
+// Beyond these a Cholesky factorisation a token (the token kernel's) is the cheaper one: 157 us on
+// one H100 beside 0.16 us a step.
+inline constexpr int kMostDirectSteps = 1000;
+
 // Bytes of GkaJob::states and ::decays.
 int64_t states_bytes(const core::GkaProblem& problem, int64_t num_pieces);
 int64_t decays_bytes(const core::GkaProblem& problem, int64_t num_pieces);

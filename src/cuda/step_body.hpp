@@ -1,0 +1,425 @@
+// The body of the step kernel: states in, the last draft's accepted tokens, the call's tokens, out.
+#pragma once
+
+#include "cuda/step_kernel.hpp"
+#include "cuda/token_body.hpp"
+
+namespace kalmanet::cuda {
+
+template <class Group>
+struct StepBody : StepProducts<Group> {
+  using Base = StepProducts<Group>;
+  using Base::group, Base::shared;
+  using L = StepLayout;
+  using Registers = StepRegisters;
+
+  // A token's own numbers.
+  struct Scalars {
+    float decay, u_decay, alpha, beta2, ridge;
+  };
+
+  const GkaJob& job;
+  int64_t sequence, head;
+  StateView<float> h_to, u_to;
+  Scalars now, next;
+
+  // ---- states
+
+  KALMANET_KERNEL void start_u(const StateView<float>& from) {
+    group.each([&](int thread, Registers&) {
+      KALMANET_UNROLL
+      for (int i = 0; i < L::kUSteps; ++i) {
+        const int row = L::u_row(thread, i), column = L::u_column(thread);
+        float* const to = shared.u + row * L::kDim + column;
+        if (from.data != nullptr) {
+          copy16(to, from.data + from.at(row, column));
+        } else {
+          store4(to, {0, 0, 0, 0});
+        }
+      }
+    });
+  }
+  KALMANET_KERNEL void load_h(const StateView<float>& from) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        KALMANET_UNROLL
+        for (int i = 0; i < L::kRows; ++i) {
+          if (from.data != nullptr) {
+            load4(from.data + from.at(L::row(thread) + i, L::column(thread, p)), r.h[p][i]);
+          } else {
+            r.h[p][i][0] = r.h[p][i][1] = r.h[p][i][2] = r.h[p][i][3] = 0;
+          }
+        }
+      }
+    });
+  }
+  KALMANET_KERNEL void store_h() {
+    if (h_to.data == nullptr) return;
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        KALMANET_UNROLL
+        for (int i = 0; i < L::kRows; ++i) {
+          store4(h_to.data + h_to.at(L::row(thread) + i, L::column(thread, p)), r.h[p][i]);
+        }
+      }
+    });
+  }
+  KALMANET_KERNEL void store_u() {
+    if (u_to.data == nullptr) return;
+    wait_copies();
+    group.each([&](int thread, Registers&) {
+      KALMANET_UNROLL
+      for (int i = 0; i < L::kUSteps; ++i) {
+        const int row = L::u_row(thread, i), column = L::u_column(thread);
+        float u[4];
+        load4(shared.u + row * L::kDim + column, u);
+        store4(u_to.data + u_to.at(row, column), u);
+      }
+    });
+  }
+
+  // ---- tokens
+
+  // Token t of the call, or of the last draft, on its way.
+  template <bool kDraft>
+  KALMANET_KERNEL void fetch(int64_t t) {
+    const Array& k = kDraft ? job.draft_k : job.k;
+    const Array& v = kDraft ? job.draft_v : job.v;
+    const int64_t k_at = offset_of(k, sequence, t, head / job.k_group);
+    const int64_t v_at = offset_of(v, sequence, t, head / job.v_group);
+    const int64_t q_at = kDraft ? 0 : offset_of(job.q, sequence, t, head / job.q_group);
+    group.each([&](int thread, Registers& r) {
+      const bool low = thread < L::kDim;
+      const int i = thread % L::kDim;
+      r.first = low ? load_element<float>(k, k_at + i * k.stride[3])
+                    : load_element<float>(v, v_at + i * v.stride[3]);
+      if (!kDraft && low) r.second = load_element<float>(job.q, q_at + i * job.q.stride[3]);
+    });
+    const auto scalar = [&](const Array& a, double absent) {
+      return scalar_at<float>(a, sequence, t, head, absent);
+    };
+    next.decay = scalar(kDraft ? job.draft_gk : job.gk, 0.0);  // its logarithm, so far
+    next.u_decay = scalar(kDraft ? job.draft_g : job.g, 0.0);
+    next.beta2 = scalar(kDraft ? job.draft_beta : job.beta, 1.0);
+    if (kDraft) return;
+    next.alpha = scalar(job.alpha, 1.0);
+    next.ridge = scalar(job.ridge, job.ridge_ratio);
+  }
+  template <bool kDraft>
+  KALMANET_KERNEL void take() {
+    now = next;
+    now.decay = exp_of(now.decay);
+    now.u_decay = exp_of(now.u_decay);
+    now.beta2 *= now.beta2;
+    // A ratio that is not positive has no answer, and must not look as if it had one.
+    if (!kDraft && !(now.ridge > 0.0f)) now.ridge = NAN;
+    group.each([&](int thread, Registers& r) {
+      if (thread < L::kDim) {
+        shared.k[thread] = r.first;
+        shared.weighted_k[thread] = now.beta2 * r.first;
+        if (!kDraft) shared.x[0][thread] = r.second;
+      } else {
+        shared.v[thread - L::kDim] = r.first;
+      }
+    });
+    group.barrier();
+  }
+
+  // Both states past a token of the last draft.
+  KALMANET_KERNEL void advance() {
+    group.each([&](int thread, Registers& r) {
+      float row[L::kRows];
+      load4(shared.weighted_k + L::row(thread), row);
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        float k[4];
+        load4(shared.k + L::column(thread, p), k);
+        KALMANET_UNROLL
+        for (int i = 0; i < L::kRows; ++i) {
+          KALMANET_UNROLL
+          for (int j = 0; j < 4; ++j) r.h[p][i][j] = now.decay * r.h[p][i][j] + row[i] * k[j];
+        }
+      }
+    });
+    wait_copies();
+    group.each([&](int thread, Registers&) {
+      float v[4];
+      load4(shared.v + L::u_column(thread), v);
+      KALMANET_UNROLL
+      for (int i = 0; i < L::kUSteps; ++i) {
+        const int row = L::u_row(thread, i);
+        float* const at = shared.u + row * L::kDim + L::u_column(thread);
+        float u[4];
+        load4(at, u);
+        KALMANET_UNROLL
+        for (int j = 0; j < 4; ++j) u[j] = now.u_decay * u[j] + shared.weighted_k[row] * v[j];
+        store4(at, u);
+      }
+    });
+    group.barrier();
+  }
+
+  // H past a token; registers.product <- H q on the way. Returns |H|_F, 0 where it has vanished.
+  KALMANET_KERNEL float update_h(bool store) {
+    group.each([&](int thread, Registers& r) {
+      float row[L::kRows], squares[4] = {};
+      load4(shared.weighted_k + L::row(thread), row);
+      KALMANET_UNROLL
+      for (int i = 0; i < L::kRows; ++i) r.sum[i] = 0;
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        float k[4], q[4];
+        load4(shared.k + L::column(thread, p), k);
+        load4(shared.x[0] + L::column(thread, p), q);
+        KALMANET_UNROLL
+        for (int i = 0; i < L::kRows; ++i) {
+          KALMANET_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            const float h = now.decay * r.h[p][i][j] + row[i] * k[j];
+            r.h[p][i][j] = h;
+            squares[j] += h * h;
+            r.sum[i] += h * q[j];
+          }
+        }
+      }
+      r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+      r.q = shared.x[0][L::own_row(thread)];
+    });
+    if (store) store_h();
+    this->put_squares(0, [](Registers& r) -> float& { return r.squares; });
+    this->add_sums();
+    group.barrier();
+    const float f2 = this->total(0);
+    constexpr float kVanished = static_cast<float>(kVanishedNorm * kVanishedNorm);
+    return f2 <= kVanished ? 0.0f : sqrtf(f2);
+  }
+
+  // x into registers: Chebyshev's iteration from the product H q on. m = q + alpha (x - q) into
+  // shared memory, |x|^2 into squares[1]. Ends with a barrier.
+  KALMANET_KERNEL void solve(float f, int num_iter) {
+    const float lambda = now.ridge * f;
+    const float step = divide(2.0f, 2.0f * lambda + f);
+    const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f);
+    float w = 2;
+    group.each([&](int, Registers& r) {
+      r.x = f == 0.0f ? 0.0f : step * r.q;
+      r.previous = 0;
+      r.product *= step;
+    });
+    for (int k = 0; f != 0.0f; ++k) {
+      w = divide(1.0f, 1.0f - rho * rho * w);
+      const float gain = step * w, momentum = w - 1.0f;
+      const bool last = k + 1 == num_iter;
+      float* const out = shared.x[1 - k % 2];
+      group.each([&](int thread, Registers& r) {
+        const float rest = lambda * r.x - r.q;
+        const float carried = momentum * (r.x - r.previous) + r.x;
+        r.previous = r.x;
+        r.x = carried - gain * (rest + r.product);
+        if (!last && thread % 2 == 0) out[L::own_row(thread)] = r.x;
+      });
+      if (last) break;
+      group.barrier();
+      this->multiply(out);
+    }
+    group.each([&](int thread, Registers& r) {
+      if (thread % 2 == 0) shared.m[L::own_row(thread)] = now.alpha * (r.x - r.q) + r.q;
+      r.squares = thread % 2 == 0 ? r.x * r.x : 0.0f;
+    });
+    this->put_squares(1, [](Registers& r) -> float& { return r.squares; });
+    group.barrier();
+  }
+
+  // The same in float64; m into x64[0].
+  KALMANET_KERNEL void solve64(float f, int num_iter) {
+    const double ridge = static_cast<double>(now.ridge), norm = static_cast<double>(f);
+    const double lambda = ridge * norm, step = 2.0 / (2.0 * lambda + norm);
+    const double rho = 0.5 / (2.0 * ridge + 1.0);
+    double w = 2;
+    group.each([&](int thread, Registers& r) {
+      r.x_64 = step * static_cast<double>(r.q);
+      r.previous64 = 0;
+      if (thread % 2 == 0) shared.x64[0][L::own_row(thread)] = r.x_64;
+    });
+    group.barrier();
+    KALMANET_LOOP
+    for (int k = 0; k < num_iter; ++k) {
+      w = 1.0 / (1.0 - rho * rho * w);
+      const double gain = step * w, momentum = w - 1.0;
+      this->multiply64(shared.x64[k % 2]);
+      group.each([&](int thread, Registers& r) {
+        const double rest = lambda * r.x_64 - static_cast<double>(r.q);
+        const double carried = momentum * (r.x_64 - r.previous64) + r.x_64;
+        r.previous64 = r.x_64;
+        r.x_64 = carried - gain * (rest + r.product64);
+        if (thread % 2 == 0) shared.x64[1 - k % 2][L::own_row(thread)] = r.x_64;
+      });
+      group.barrier();
+    }
+    group.each([&](int thread, Registers& r) {
+      const double q = static_cast<double>(r.q);
+      if (thread % 2 == 0) {
+        shared.x64[0][L::own_row(thread)] = static_cast<double>(now.alpha) * (r.x_64 - q) + q;
+      }
+    });
+    group.barrier();
+  }
+
+  // U past a token (into shared memory, or `store`: where it belongs) and o = scale U^T m, stored;
+  // |U|^2 into squares[2], |o|^2 into squares[3]. Ends with a barrier.
+  KALMANET_KERNEL void read_out(int64_t t, bool store) {
+    wait_copies();
+    group.each([&](int thread, Registers& r) {
+      float v[4], squares[4] = {};
+      load4(shared.v + L::u_column(thread), v);
+      KALMANET_UNROLL
+      for (int j = 0; j < 4; ++j) r.o[j] = 0;
+      KALMANET_UNROLL
+      for (int i0 = 0; i0 < L::kUSteps; i0 += 4) {
+        float m[4], k[4];
+        load4(shared.m + L::u_row(thread, i0), m);
+        load4(shared.weighted_k + L::u_row(thread, i0), k);
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = L::u_row(thread, i0 + i), column = L::u_column(thread);
+          float u[4];
+          load4(shared.u + row * L::kDim + column, u);
+          KALMANET_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            u[j] = now.u_decay * u[j] + k[i] * v[j];
+            r.o[j] += m[i] * u[j];
+            squares[j] += u[j] * u[j];
+          }
+          if (store) {
+            store4(u_to.data + u_to.at(row, column), u);
+          } else {
+            store4(shared.u + row * L::kDim + column, u);
+          }
+        }
+      }
+      r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+      store4(shared.partial[thread / 32] + L::u_column(thread), r.o);
+    });
+    this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
+    group.barrier();
+    const int64_t at = offset_of(job.o, sequence, t, head);
+    group.each([&](int thread, Registers& r) {
+      r.squares = 0;
+      if (thread >= L::kDim) return;
+      float o = 0;
+      KALMANET_UNROLL
+      for (int w = 0; w < L::kWarps; ++w) o += shared.partial[w][thread];
+      o *= static_cast<float>(job.scale);
+      store_element(job.o, at + thread * job.o.stride[3], o);
+      r.squares = o * o;
+    });
+    this->put_squares(3, [](Registers& r) -> float& { return r.squares; });
+    group.barrier();
+  }
+
+  // o once more, of x64[0] and the U that read_out has made.
+  KALMANET_KERNEL void read_out64(int64_t t, bool stored) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int j = 0; j < 4; ++j) r.o64[j] = 0;
+      KALMANET_LOOP
+      for (int i = 0; i < L::kUSteps; ++i) {
+        const int row = L::u_row(thread, i), column = L::u_column(thread);
+        float u[4];
+        if (stored) {
+          load4(u_to.data + u_to.at(row, column), u);
+        } else {
+          load4(shared.u + row * L::kDim + column, u);
+        }
+        KALMANET_UNROLL
+        for (int j = 0; j < 4; ++j) r.o64[j] += shared.x64[0][row] * static_cast<double>(u[j]);
+      }
+      store4(shared.partial64[thread / 32] + L::u_column(thread), r.o64);
+    });
+    group.barrier();
+    const int64_t at = offset_of(job.o, sequence, t, head);
+    group.each([&](int thread, Registers&) {
+      if (thread >= L::kDim) return;
+      double o = 0;
+      for (int w = 0; w < L::kWarps; ++w) o += shared.partial64[w][thread];
+      store_element(job.o, at + thread * job.o.stride[3], static_cast<float>(job.scale * o));
+    });
+    group.barrier();
+  }
+
+  // Whether the amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears.
+  KALMANET_KERNEL bool amplified() {
+    const double weight = static_cast<double>(now.alpha) * job.scale;
+    const double scaled = weight * weight * static_cast<double>(this->total(1)) *
+                          static_cast<double>(this->total(2));
+    const double o2 = static_cast<double>(this->total(3));
+    const double limit = largest_amplification(job.o.dtype);
+    return o2 > 0.0 && scaled > limit * limit * L::kDim * o2;
+  }
+
+  KALMANET_KERNEL void token(int64_t t, bool keeps) {
+    const int num_iter = job.num_iter != 0
+                             ? job.num_iter
+                             : counted_steps(static_cast<double>(now.ridge), job.tolerance);
+    const float f = update_h(keeps);
+    solve(f, num_iter);
+    const bool store = keeps && u_to.data != nullptr;
+    read_out(t, store);
+    if (f != 0.0f && amplified()) {
+      solve64(f, num_iter);
+      read_out64(t, store);
+    }
+  }
+
+  KALMANET_KERNEL void run() {
+    const int64_t row = state_row(job, sequence);
+    if (!has_states(job, row)) {
+      answer_nothing(group, job, {sequence, 0, job.T, 0, 1, 1, 0}, head, row);
+      return;
+    }
+    const StateView<float> h_from = state_view<float>(job.h0, row, head);
+    const StateView<float> u_from = state_view<float>(job.u0, row, head);
+    h_to = state_view<float>(job.h_final, row, head);
+    u_to = state_view<float>(job.u_final, row, head);
+    const int64_t accepted = accepted_of(job, sequence);
+    if (accepted > 0) {
+      fetch<true>(0);
+    } else if (job.T > 0) {
+      fetch<false>(0);
+    }
+    load_h(h_from);
+    start_u(u_from);
+    KALMANET_LOOP
+    for (int64_t i = 0; i < accepted; ++i) {
+      take<true>();
+      if (i + 1 < accepted) {
+        fetch<true>(i + 1);
+      } else if (job.T > 0) {
+        fetch<false>(0);
+      }
+      advance();
+    }
+    if (job.is_draft || job.T == 0) {  // what the states become is known before the new tokens
+      if (accepted > 0 || h_from.data != h_to.data) store_h();
+      if (accepted > 0 || u_from.data != u_to.data) store_u();
+    }
+    KALMANET_LOOP
+    for (int64_t t = 0; t < job.T; ++t) {
+      take<false>();
+      if (t + 1 < job.T) fetch<false>(t + 1);
+      token(t, t + 1 == job.T && !job.is_draft);
+    }
+  }
+};
+
+// The work of block (sequence, head).
+template <class Group>
+KALMANET_KERNEL void run_step(Group& group, StepShared& shared, const GkaJob& job, int64_t sequence,
+                              int64_t head) {
+  StepBody<Group> body{{group, shared}, job, sequence, head, {}, {}, {}, {}};
+  body.run();
+}
+
+}  // namespace kalmanet::cuda
