@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "core/half.hpp"
 #include "cuda/chunk_body.hpp"
@@ -137,6 +138,7 @@ bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   };
   if (problem.K != StepLayout::kDim || problem.V != StepLayout::kDim ||
       problem.dtype == DType::float64 || problem.T == 0 || !in.cu_seqlens.empty() ||
+      problem.B * problem.H > std::numeric_limits<int32_t>::max() ||
       outputs.x.defined() || outputs.residual.defined()) {
     return false;
   }

@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<StepRegisters> group;
-  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
+  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job,
+           blockIdx.x / static_cast<unsigned>(job.H), blockIdx.x % static_cast<unsigned>(job.H));
 }
 
 }  // namespace
@@ -24,8 +25,7 @@ void launch_step(const GkaJob& job, Stream stream) {
   const int shared = static_cast<int>(step_shared_bytes());
   check(cudaFuncSetAttribute(gka_step_tokens, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
         "cudaFuncSetAttribute");
-  const dim3 grid(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
-  gka_step_tokens<<<grid, StepLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(job);
+  gka_step_tokens<<<static_cast<unsigned>(job.num_pieces * job.H), StepLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(job);
   check(cudaGetLastError(), "launch of gka_step_tokens");
 }
 

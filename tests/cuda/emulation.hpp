@@ -14,7 +14,8 @@
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
-#include "cuda/token_body.hpp"
+#include "cuda/step_body.hpp"
+#include "cuda/token_run.hpp"
 
 namespace kalmanet::cuda {
 
@@ -145,7 +146,20 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
   return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
 }
 
-// What the backend does, without a GPU.
+// The step kernel.
+inline void emulate_step(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                         const Emulation& how) {
+  const GkaJob job = step_job_of(problem, outputs);
+  for (int64_t sequence = 0; sequence < job.num_pieces; ++sequence) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      Poisoned shared(sizeof(StepShared));
+      HostGroup<StepRegisters> group(StepLayout::kThreads, how.backwards);
+      run_step(group, *reinterpret_cast<StepShared*>(shared.data()), job, sequence, head);
+    }
+  }
+}
+
+// What the backend does, without a GPU, by the general kernels.
 inline void emulate(const core::GkaProblem& problem, const GkaOutputs& outputs, bool whole,
                     const Emulation& how) {
   const std::vector<Piece> pieces = pieces_of(problem, whole);
