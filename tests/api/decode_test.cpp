@@ -1,6 +1,7 @@
 // gka_step's slots and drafts on the host's backends, and what is refused.
 #include <gtest/gtest.h>
 
+#include "api/c_call.hpp"
 #include "kalmanet/kalmanet.hpp"
 #include "support/decode.hpp"
 #include "support/message_of.hpp"
@@ -30,6 +31,26 @@ TEST(Decode, DraftsMatchTheOracle) {
       Decode<double>().run(spec, on_host, options, 1e-13, 1e-14, where);
     }
   }
+}
+
+// The same through the C ABI.
+TEST(Decode, DraftsOfCCallers) {
+  const CPlan plan;
+  const DecodeStep step = [&](const GkaInputs& in, const GkaOutputs& out, const GkaOptions&,
+                              const std::vector<Memory>&) {
+    const kalmanet_gka_inputs from = c_inputs(in);
+    const kalmanet_gka_outputs to = c_outputs(out);
+    ASSERT_TRUE(ok(kalmanet_gka_step(plan.plan, &from, &to, nullptr)));
+  };
+  Decode<float>().run({}, step, {}, 1e-5, 1e-6, {"drafts", "C ABI", ""});
+  const std::vector<int32_t> slots = {0};
+  GkaInputs in;
+  in.slots = slots;
+  kalmanet_gka_inputs from = c_inputs(in);
+  from.slots_count = 0;
+  const kalmanet_gka_outputs to = c_outputs({});
+  EXPECT_TRUE(fails(kalmanet_gka_step(plan.plan, &from, &to, nullptr), KALMANET_INVALID_ARGUMENT,
+                    "slots", "slots_count = 0"));
 }
 
 TEST(Decode, MistakesAreNamed) {
