@@ -34,9 +34,10 @@ void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream);
 // blocks.
 int64_t plan_tokens(GkaJob& job, bool float64, bool rows, int64_t max_shared);
 void launch_tokens(const GkaJob& job, bool float64, Stream stream);
-// The step at full speed (step_kernel.hpp); nothing beside the job.
+// The step at full speed (step_kernel.hpp), or a `few` tokens at once (few_kernel.hpp); they need
+// nothing beside the job.
 int64_t step_shared_bytes();
-void launch_step(const GkaJob& job, Stream stream);
+void launch_step(const GkaJob& job, bool few, Stream stream);
 // The states before every piece but a sequence's first.
 void launch_segments(const GkaJob& job, bool float64, Stream stream);
 

@@ -149,6 +149,11 @@ bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   return in_rows(in.h0) && in_rows(in.u0) && in_rows(outputs.h_final) && in_rows(outputs.u_final);
 }
 
+bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  return problem.T > 1 && core::is_half(problem.dtype) &&
+         (!problem.inputs.is_draft || (outputs.h_final.defined() && outputs.u_final.defined()));
+}
+
 double direct_tolerance(const core::GkaProblem& problem) {
   const double tolerance = problem.options.tolerance / 2;
   return core::is_half(problem.dtype) ? std::max(tolerance, 0x1p-13) : tolerance;

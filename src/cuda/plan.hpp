@@ -38,6 +38,8 @@ GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
 // Whether the step kernel (step_kernel.hpp) does a step; the token kernel does the others.
 bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs);
+// Whether, of those, the kernel of a few tokens at once does it (few_kernel.hpp).
+bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs);
 // Its job. direct is so many of Chebyshev's steps that truncation is half the tolerance, or half of
 // what a 16-bit o can show: truncation is relative to x's own components, which U does not magnify,
 // and 2^-12 is a sixteenth of what rounding o to bfloat16 costs, half of float16's.

@@ -21,7 +21,7 @@ struct StepBody : StepProducts<Group> {
   const GkaJob& job;
   int64_t sequence, head;
   StateView<float> h_to, u_to;
-  Scalars now, next;
+  Scalars now;
 
   // ---- states
 
@@ -91,35 +91,35 @@ struct StepBody : StepProducts<Group> {
     const int64_t v_at = offset_of(v, sequence, t, head / job.v_group);
     const int64_t q_at = kDraft ? 0 : offset_of(job.q, sequence, t, head / job.q_group);
     group.each([&](int thread, Registers& r) {
-      const bool low = thread < L::kDim;
       const int i = thread % L::kDim;
-      r.first = low ? load_element<float>(k, k_at + i * k.stride[3])
-                    : load_element<float>(v, v_at + i * v.stride[3]);
-      if (!kDraft && low) r.second = load_element<float>(job.q, q_at + i * job.q.stride[3]);
+      r.second = 0;
+      if (thread < L::kDim) {
+        r.first = load_element<float>(k, k_at + i * k.stride[3]);
+        if (!kDraft) r.second = load_element<float>(job.q, q_at + i * job.q.stride[3]);
+      } else {
+        r.first = load_element<float>(v, v_at + i * v.stride[3]);
+      }
     });
     const auto scalar = [&](const Array& a, double absent) {
       return scalar_at<float>(a, sequence, t, head, absent);
     };
-    next.decay = scalar(kDraft ? job.draft_gk : job.gk, 0.0);  // its logarithm, so far
-    next.u_decay = scalar(kDraft ? job.draft_g : job.g, 0.0);
-    next.beta2 = scalar(kDraft ? job.draft_beta : job.beta, 1.0);
-    if (kDraft) return;
-    next.alpha = scalar(job.alpha, 1.0);
-    next.ridge = scalar(job.ridge, job.ridge_ratio);
+    now.decay = scalar(kDraft ? job.draft_gk : job.gk, 0.0);  // its logarithm, so far
+    now.u_decay = scalar(kDraft ? job.draft_g : job.g, 0.0);
+    now.beta2 = scalar(kDraft ? job.draft_beta : job.beta, 1.0);
+    now.alpha = kDraft ? 1.0f : scalar(job.alpha, 1.0);
+    now.ridge = kDraft ? 1.0f : scalar(job.ridge, job.ridge_ratio);
   }
-  template <bool kDraft>
   KALMANET_KERNEL void take() {
-    now = next;
     now.decay = exp_of(now.decay);
     now.u_decay = exp_of(now.u_decay);
     now.beta2 *= now.beta2;
     // A ratio that is not positive has no answer, and must not look as if it had one.
-    if (!kDraft && !(now.ridge > 0.0f)) now.ridge = NAN;
+    if (!(now.ridge > 0.0f)) now.ridge = NAN;
     group.each([&](int thread, Registers& r) {
       if (thread < L::kDim) {
         shared.k[thread] = r.first;
         shared.weighted_k[thread] = now.beta2 * r.first;
-        if (!kDraft) shared.x[0][thread] = r.second;
+        shared.x[0][thread] = r.second;
       } else {
         shared.v[thread - L::kDim] = r.first;
       }
@@ -373,43 +373,40 @@ struct StepBody : StepProducts<Group> {
     }
   }
 
-  KALMANET_KERNEL void run() {
+  // `resumed`: the last draft's tokens are in h_final and u_final already.
+  KALMANET_KERNEL void run(bool resumed) {
     const int64_t row = state_row(job, sequence);
     if (!has_states(job, row)) {
       answer_nothing(group, job, {sequence, 0, job.T, 0, 1, 1, 0}, head, row);
       return;
     }
-    const StateView<float> h_from = state_view<float>(job.h0, row, head);
-    const StateView<float> u_from = state_view<float>(job.u0, row, head);
+    const StateView<float> h_from = state_view<float>(resumed ? job.h_final : job.h0, row, head);
+    const StateView<float> u_from = state_view<float>(resumed ? job.u_final : job.u0, row, head);
     h_to = state_view<float>(job.h_final, row, head);
     u_to = state_view<float>(job.u_final, row, head);
-    const int64_t accepted = accepted_of(job, sequence);
-    if (accepted > 0) {
-      fetch<true>(0);
-    } else if (job.T > 0) {
-      fetch<false>(0);
-    }
-    load_h(h_from);
-    start_u(u_from);
+    const int64_t accepted = resumed ? 0 : accepted_of(job, sequence);
     KALMANET_LOOP
-    for (int64_t i = 0; i < accepted; ++i) {
-      take<true>();
-      if (i + 1 < accepted) {
-        fetch<true>(i + 1);
-      } else if (job.T > 0) {
-        fetch<false>(0);
+    for (int64_t i = 0; i < accepted + job.T; ++i) {
+      const bool old = i < accepted;
+      if (old) {
+        fetch<true>(i);
+      } else {
+        fetch<false>(i - accepted);
       }
-      advance();
-    }
-    if (job.is_draft || job.T == 0) {  // what the states become is known before the new tokens
-      if (accepted > 0 || h_from.data != h_to.data) store_h();
-      if (accepted > 0 || u_from.data != u_to.data) store_u();
-    }
-    KALMANET_LOOP
-    for (int64_t t = 0; t < job.T; ++t) {
-      take<false>();
-      if (t + 1 < job.T) fetch<false>(t + 1);
-      token(t, t + 1 == job.T && !job.is_draft);
+      if (i == 0) {
+        load_h(h_from);
+        start_u(u_from);
+      }
+      if (i == accepted && job.is_draft) {  // what the states become is known before the new tokens
+        if (accepted > 0 || h_from.data != h_to.data) store_h();
+        if (accepted > 0 || u_from.data != u_to.data) store_u();
+      }
+      take();
+      if (old) {
+        advance();
+      } else {
+        token(i - accepted, i + 1 == accepted + job.T && !job.is_draft);
+      }
     }
   }
 };
@@ -417,9 +414,9 @@ struct StepBody : StepProducts<Group> {
 // The work of block (sequence, head).
 template <class Group>
 KALMANET_KERNEL void run_step(Group& group, StepShared& shared, const GkaJob& job, int64_t sequence,
-                              int64_t head) {
-  StepBody<Group> body{{group, shared}, job, sequence, head, {}, {}, {}, {}};
-  body.run();
+                              int64_t head, bool resumed = false) {
+  StepBody<Group> body{{group, shared}, job, sequence, head, {}, {}, {}};
+  body.run(resumed);
 }
 
 }  // namespace kalmanet::cuda

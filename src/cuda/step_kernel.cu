@@ -1,7 +1,7 @@
 // The step kernel, compiled and launched.
 #include "cuda/check.hpp"
 #include "cuda/launch.hpp"
-#include "cuda/step_body.hpp"
+#include "cuda/few_body.hpp"
 
 namespace kalmanet::cuda {
 namespace {
@@ -11,22 +11,51 @@ __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<StepRegisters> group;
-  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job,
-           blockIdx.x / static_cast<unsigned>(job.H), blockIdx.x % static_cast<unsigned>(job.H));
+  const unsigned heads = static_cast<unsigned>(job.H);
+  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.x / heads,
+           blockIdx.x % heads);
+}
+
+constexpr size_t kFewShared =
+    sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared) : sizeof(StepShared);
+
+// Two blocks again: 102 KB.
+__global__ void __launch_bounds__(FewLayout::kThreads, 2)
+    gka_step_few(const __grid_constant__ GkaJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  const unsigned heads = static_cast<unsigned>(job.H);
+  const int64_t sequence = blockIdx.x / heads, head = blockIdx.x % heads;
+  {
+    DeviceGroup<FewRegisters> group;
+    if (!run_few(group, *reinterpret_cast<FewShared*>(shared_memory), job, sequence, head)) return;
+  }
+  __syncthreads();
+  DeviceGroup<StepRegisters> group;
+  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job, sequence, head, job.is_draft);
+}
+
+template <class Kernel>
+void launch(Kernel kernel, int threads, int64_t shared, const GkaJob& job, Stream stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)),
+        "cudaFuncSetAttribute");
+  kernel<<<static_cast<unsigned>(job.num_pieces * job.H), threads, static_cast<size_t>(shared),
+           static_cast<cudaStream_t>(stream)>>>(job);
+  check(cudaGetLastError(), "launch of a step kernel");
 }
 
 }  // namespace
 
 int64_t step_shared_bytes() {
-  return sizeof(StepShared);
+  return kFewShared;
 }
 
-void launch_step(const GkaJob& job, Stream stream) {
-  const int shared = static_cast<int>(step_shared_bytes());
-  check(cudaFuncSetAttribute(gka_step_tokens, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-        "cudaFuncSetAttribute");
-  gka_step_tokens<<<static_cast<unsigned>(job.num_pieces * job.H), StepLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(job);
-  check(cudaGetLastError(), "launch of gka_step_tokens");
+void launch_step(const GkaJob& job, bool few, Stream stream) {
+  if (few) {
+    launch(gka_step_few, FewLayout::kThreads, kFewShared, job, stream);
+  } else {
+    launch(gka_step_tokens, StepLayout::kThreads, sizeof(StepShared), job, stream);
+  }
 }
 
 }  // namespace kalmanet::cuda

@@ -57,11 +57,8 @@ struct StepRegisters {
   double x_64, previous64;
   float squares, u_squares, o[4];
   double o64[4];
-  float first, second, scalar[5];  // of the next token: k and q, or v; its numbers
+  float first, second;  // of the next token: k and q, or v
 };
-
-// A token's own numbers, in every thread.
-enum StepScalar { kStepGateOfH, kStepGateOfU, kStepAlpha, kStepBeta, kStepRidge };
 
 // The operations on H in registers.
 template <class Group>

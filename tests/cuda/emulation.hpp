@@ -14,7 +14,7 @@
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
-#include "cuda/step_body.hpp"
+#include "cuda/few_body.hpp"
 #include "cuda/token_run.hpp"
 
 namespace kalmanet::cuda {
@@ -146,17 +146,29 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
   return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
 }
 
-// The step kernel.
-inline void emulate_step(const core::GkaProblem& problem, const GkaOutputs& outputs,
+// The step kernel, or that of a few tokens at once. Returns how many blocks of the latter were left
+// to the former.
+inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& outputs,
                          const Emulation& how) {
   const GkaJob job = step_job_of(problem, outputs);
+  const bool few = fits_few(problem, outputs);
+  int64_t left = 0;
   for (int64_t sequence = 0; sequence < job.num_pieces; ++sequence) {
     for (int64_t head = 0; head < job.H; ++head) {
+      if (few) {
+        Poisoned shared(sizeof(FewShared));
+        HostGroup<FewRegisters> group(FewLayout::kThreads, how.backwards);
+        auto& memory = *reinterpret_cast<FewShared*>(shared.data());
+        if (!run_few(group, memory, job, sequence, head)) continue;
+        ++left;
+      }
       Poisoned shared(sizeof(StepShared));
       HostGroup<StepRegisters> group(StepLayout::kThreads, how.backwards);
-      run_step(group, *reinterpret_cast<StepShared*>(shared.data()), job, sequence, head);
+      run_step(group, *reinterpret_cast<StepShared*>(shared.data()), job, sequence, head,
+               few && job.is_draft);
     }
   }
+  return left;
 }
 
 // What the backend does, without a GPU, by the general kernels.
