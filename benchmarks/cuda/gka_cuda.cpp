@@ -384,8 +384,13 @@ int main(int argc, char** argv) {
       time_step(p, options, copy);
       time_step(p, direct, copy);
     }
-    Problem four(128, 4, 32, 128);
-    time_step(four, options, copy);
+    for (int64_t batch : {1, 128}) {
+      for (int64_t tokens : {2, 4, 8}) {
+        Problem p(batch, tokens, 32, 128);
+        time_step(p, options, copy);
+        if (tokens == 4) time_step(p, direct, copy);
+      }
+    }
   }
   GkaOptions bf16 = options;
   bf16.arithmetic = Arithmetic::bfloat16;

@@ -46,7 +46,7 @@ struct StepShared {
   alignas(16) float m[StepLayout::kDim];
   alignas(16) float partial[StepLayout::kWarps][StepLayout::kDim];  // of o
   alignas(16) double partial64[StepLayout::kWarps][StepLayout::kDim];
-  alignas(16) float squares[3][StepLayout::kWarps];  // of H, or x and U; of o
+  alignas(16) float squares[4][StepLayout::kWarps];  // of H, x, U and o
 };
 
 struct StepRegisters {

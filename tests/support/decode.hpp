@@ -118,7 +118,9 @@ class Decode {
         for (size_t e = 0; e < static_cast<size_t>(now.T_) * row; ++e) {
           const double o = static_cast<double>(now.o[n * static_cast<size_t>(now.T_) * row + e]);
           ASSERT_TRUE(std::isfinite(o)) << text(where, "o");
-          if (slots[n] < 0) ASSERT_EQ(o, 0.0) << text(where, "o of a sequence without a slot");
+          if (slots[n] < 0) {
+            ASSERT_EQ(o, 0.0) << text(where, "o of a sequence without a slot");
+          }
           if (e < static_cast<size_t>(right_ones[n]) * row) outputs[n].push_back(o);
         }
         position[n] += right_ones[n];
