@@ -110,6 +110,28 @@ KALMANET_KERNEL S load_element(const Array& a, int64_t at) {
   }
 }
 
+// The same (not float64) in two steps: the bits, on their way while other loads are begun, and the
+// number once it is needed.
+KALMANET_KERNEL uint32_t load_bits(const Array& a, int64_t at) {
+  if (a.dtype == DType::float32) return static_cast<const uint32_t*>(a.data)[at];
+  return static_cast<const uint16_t*>(a.data)[at];
+}
+KALMANET_KERNEL float from_bits(DType dtype, uint32_t bits) {
+#ifdef __CUDACC__
+  if (dtype == DType::float32) return __uint_as_float(bits);
+  return dtype == DType::bfloat16 ? __uint_as_float(bits << 16)
+                                  : __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+#else
+  if (dtype != DType::float32) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    return dtype == DType::bfloat16 ? core::from_bfloat16(half) : core::from_float16(half);
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
 // Rounded to the nearest, ties to even.
 template <class S>
 KALMANET_KERNEL void store_element(const Array& a, int64_t at, S value) {

@@ -13,7 +13,8 @@ struct StepBody : StepProducts<Group> {
   using L = StepLayout;
   using Registers = StepRegisters;
 
-  // A token's own numbers.
+  // A token's own numbers: on their way, and there.
+  enum Scalar { kDecay, kUDecay, kBeta, kAlpha, kRidge, kScalars };
   struct Scalars {
     float decay, u_decay, alpha, beta2, ridge;
   };
@@ -21,6 +22,7 @@ struct StepBody : StepProducts<Group> {
   const GkaJob& job;
   int64_t sequence, head;
   StateView<float> h_to, u_to;
+  uint32_t coming[kScalars];
   Scalars now;
 
   // ---- states
@@ -82,6 +84,14 @@ struct StepBody : StepProducts<Group> {
 
   // ---- tokens
 
+  template <bool kDraft>
+  KALMANET_KERNEL const Array& array_of(int scalar) const {
+    return scalar == kDecay    ? (kDraft ? job.draft_gk : job.gk)
+           : scalar == kUDecay ? (kDraft ? job.draft_g : job.g)
+           : scalar == kBeta   ? (kDraft ? job.draft_beta : job.beta)
+           : scalar == kAlpha  ? job.alpha
+                               : job.ridge;
+  }
   // Token t of the call, or of the last draft, on its way.
   template <bool kDraft>
   KALMANET_KERNEL void fetch(int64_t t) {
@@ -94,34 +104,44 @@ struct StepBody : StepProducts<Group> {
       const int i = thread % L::kDim;
       r.second = 0;
       if (thread < L::kDim) {
-        r.first = load_element<float>(k, k_at + i * k.stride[3]);
-        if (!kDraft) r.second = load_element<float>(job.q, q_at + i * job.q.stride[3]);
+        r.first = load_bits(k, k_at + i * k.stride[3]);
+        if (!kDraft) r.second = load_bits(job.q, q_at + i * job.q.stride[3]);
       } else {
-        r.first = load_element<float>(v, v_at + i * v.stride[3]);
+        r.first = load_bits(v, v_at + i * v.stride[3]);
       }
     });
-    const auto scalar = [&](const Array& a, double absent) {
-      return scalar_at<float>(a, sequence, t, head, absent);
-    };
-    now.decay = scalar(kDraft ? job.draft_gk : job.gk, 0.0);  // its logarithm, so far
-    now.u_decay = scalar(kDraft ? job.draft_g : job.g, 0.0);
-    now.beta2 = scalar(kDraft ? job.draft_beta : job.beta, 1.0);
-    now.alpha = kDraft ? 1.0f : scalar(job.alpha, 1.0);
-    now.ridge = kDraft ? 1.0f : scalar(job.ridge, job.ridge_ratio);
+    KALMANET_UNROLL
+    for (int i = 0; i < kScalars; ++i) {
+      if (kDraft && i >= kAlpha) break;
+      const Array& a = array_of<kDraft>(i);
+      coming[i] = a.data == nullptr ? 0u : load_bits(a, offset_of(a, sequence, t, head));
+    }
   }
+  template <bool kDraft>
+  KALMANET_KERNEL float arrived(int scalar, float absent) const {
+    const Array& a = array_of<kDraft>(scalar);
+    return a.data == nullptr ? absent : from_bits(a.dtype, coming[scalar]);
+  }
+  template <bool kDraft>
   KALMANET_KERNEL void take() {
-    now.decay = exp_of(now.decay);
-    now.u_decay = exp_of(now.u_decay);
-    now.beta2 *= now.beta2;
-    // A ratio that is not positive has no answer, and must not look as if it had one.
-    if (!(now.ridge > 0.0f)) now.ridge = NAN;
+    now.decay = exp_of(arrived<kDraft>(kDecay, 0.0f));
+    now.u_decay = exp_of(arrived<kDraft>(kUDecay, 0.0f));
+    const float beta = arrived<kDraft>(kBeta, 1.0f);
+    now.beta2 = beta * beta;
+    if (!kDraft) {
+      now.alpha = arrived<kDraft>(kAlpha, 1.0f);
+      now.ridge = arrived<kDraft>(kRidge, static_cast<float>(job.ridge_ratio));
+      // A ratio that is not positive has no answer, and must not look as if it had one.
+      if (!(now.ridge > 0.0f)) now.ridge = NAN;
+    }
     group.each([&](int thread, Registers& r) {
       if (thread < L::kDim) {
-        shared.k[thread] = r.first;
-        shared.weighted_k[thread] = now.beta2 * r.first;
-        shared.x[0][thread] = r.second;
+        const float k = from_bits(job.k.dtype, r.first);  // (all three have one dtype)
+        shared.k[thread] = k;
+        shared.weighted_k[thread] = now.beta2 * k;
+        shared.x[0][thread] = from_bits(job.k.dtype, r.second);
       } else {
-        shared.v[thread - L::kDim] = r.first;
+        shared.v[thread - L::kDim] = from_bits(job.k.dtype, r.first);
       }
     });
     group.barrier();
@@ -373,7 +393,9 @@ struct StepBody : StepProducts<Group> {
     }
   }
 
-  // `resumed`: the last draft's tokens are in h_final and u_final already.
+  // kOne: the call is one token, no draft, and none before it: without the loop, H needs no other
+  // registers than its own. `resumed`: the last draft's tokens are in h_final and u_final already.
+  template <bool kOne>
   KALMANET_KERNEL void run(bool resumed) {
     const int64_t row = state_row(job, sequence);
     if (!has_states(job, row)) {
@@ -384,6 +406,14 @@ struct StepBody : StepProducts<Group> {
     const StateView<float> u_from = state_view<float>(resumed ? job.u_final : job.u0, row, head);
     h_to = state_view<float>(job.h_final, row, head);
     u_to = state_view<float>(job.u_final, row, head);
+    if constexpr (kOne) {
+      fetch<false>(0);
+      load_h(h_from);
+      start_u(u_from);
+      take<false>();
+      token(0, true);
+      return;
+    }
     const int64_t accepted = resumed ? 0 : accepted_of(job, sequence);
     KALMANET_LOOP
     for (int64_t i = 0; i < accepted + job.T; ++i) {
@@ -401,22 +431,28 @@ struct StepBody : StepProducts<Group> {
         if (accepted > 0 || h_from.data != h_to.data) store_h();
         if (accepted > 0 || u_from.data != u_to.data) store_u();
       }
-      take();
       if (old) {
+        take<true>();
         advance();
       } else {
+        take<false>();
         token(i - accepted, i + 1 == accepted + job.T && !job.is_draft);
       }
     }
   }
 };
 
+// Whether run_step<true> does a job.
+inline bool is_one_token(const GkaJob& job) {
+  return job.T == 1 && !job.is_draft && job.accepted == nullptr;
+}
+
 // The work of block (sequence, head).
-template <class Group>
+template <bool kOne, class Group>
 KALMANET_KERNEL void run_step(Group& group, StepShared& shared, const GkaJob& job, int64_t sequence,
                               int64_t head, bool resumed = false) {
-  StepBody<Group> body{{group, shared}, job, sequence, head, {}, {}, {}};
-  body.run(resumed);
+  StepBody<Group> body{{group, shared}, job, sequence, head, {}, {}, {}, {}};
+  body.template run<kOne>(resumed);
 }
 
 }  // namespace kalmanet::cuda

@@ -7,13 +7,14 @@ namespace kalmanet::cuda {
 namespace {
 
 // Two blocks a multiprocessor: 80 KB of shared memory each, and 128 registers a thread.
+template <bool kOne>
 __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<StepRegisters> group;
   const unsigned heads = static_cast<unsigned>(job.H);
-  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.x / heads,
-           blockIdx.x % heads);
+  run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.x / heads,
+                 blockIdx.x % heads);
 }
 
 constexpr size_t kFewShared =
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(FewLayout::kThreads, 2)
   }
   __syncthreads();
   DeviceGroup<StepRegisters> group;
-  run_step(group, *reinterpret_cast<StepShared*>(shared_memory), job, sequence, head, job.is_draft);
+  run_step<false>(group, *reinterpret_cast<StepShared*>(shared_memory), job, sequence, head,
+                  job.is_draft);
 }
 
 template <class Kernel>
@@ -53,8 +55,10 @@ int64_t step_shared_bytes() {
 void launch_step(const GkaJob& job, bool few, Stream stream) {
   if (few) {
     launch(gka_step_few, FewLayout::kThreads, kFewShared, job, stream);
+  } else if (is_one_token(job)) {
+    launch(gka_step_tokens<true>, StepLayout::kThreads, sizeof(StepShared), job, stream);
   } else {
-    launch(gka_step_tokens, StepLayout::kThreads, sizeof(StepShared), job, stream);
+    launch(gka_step_tokens<false>, StepLayout::kThreads, sizeof(StepShared), job, stream);
   }
 }
 

@@ -57,7 +57,7 @@ struct StepRegisters {
   double x_64, previous64;
   float squares, u_squares, o[4];
   double o64[4];
-  float first, second;  // of the next token: k and q, or v
+  uint32_t first, second;  // of the next token: bits of k and q, or v
 };
 
 // The operations on H in registers.

@@ -164,8 +164,12 @@ inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& o
       }
       Poisoned shared(sizeof(StepShared));
       HostGroup<StepRegisters> group(StepLayout::kThreads, how.backwards);
-      run_step(group, *reinterpret_cast<StepShared*>(shared.data()), job, sequence, head,
-               few && job.is_draft);
+      auto& memory = *reinterpret_cast<StepShared*>(shared.data());
+      if (is_one_token(job)) {
+        run_step<true>(group, memory, job, sequence, head);
+      } else {
+        run_step<false>(group, memory, job, sequence, head, few && job.is_draft);
+      }
     }
   }
   return left;
