@@ -44,6 +44,9 @@ struct GkaJob {
   const int32_t* accepted = nullptr;
   int64_t num_drafted = 0;
   bool is_draft = false;
+  // For the step kernels: a token's own numbers, in the order of StepScalar, and the same of the
+  // last draft (step_kernel.hpp).
+  Array scalars[2][5];
   // Pieces, one a block (in x; heads are y). Null: piece i is the whole of batch row i.
   const Piece* pieces = nullptr;
   int64_t num_pieces = 0, T = 0;

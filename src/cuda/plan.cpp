@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "core/half.hpp"
 #include "cuda/chunk_body.hpp"
@@ -131,14 +130,14 @@ GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs) {
 
 bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;
-  const auto in_rows = [](const ConstView& state) {
+  const auto is_dense = [](const ConstView& state) {
     return !state.defined() ||
            (state.stride[3] == 1 && state.stride[0] % 4 == 0 && state.stride[1] % 4 == 0 &&
-            state.stride[2] % 4 == 0 && reinterpret_cast<uintptr_t>(state.data) % 16 == 0);
+            state.stride[2] == StepLayout::kDim && reinterpret_cast<uintptr_t>(state.data) % 16 == 0);
   };
   if (problem.K != StepLayout::kDim || problem.V != StepLayout::kDim ||
       problem.dtype == DType::float64 || problem.T == 0 || !in.cu_seqlens.empty() ||
-      problem.B * problem.H > std::numeric_limits<int32_t>::max() ||
+      problem.B > 65535 ||
       outputs.x.defined() || outputs.residual.defined()) {
     return false;
   }
@@ -146,11 +145,19 @@ bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
       direct_steps(problem) > kMostDirectSteps) {
     return false;
   }
-  return in_rows(in.h0) && in_rows(in.u0) && in_rows(outputs.h_final) && in_rows(outputs.u_final);
+  return is_dense(in.h0) && is_dense(in.u0) && is_dense(outputs.h_final) &&
+         is_dense(outputs.u_final);
 }
 
 bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs) {
-  return problem.T > 1 && core::is_half(problem.dtype) &&
+  const auto in_fours = [](const ConstView& view) {
+    return !view.defined() || (view.stride[3] == 1 && view.stride[0] % 4 == 0 &&
+                               view.stride[1] % 4 == 0 && view.stride[2] % 4 == 0 &&
+                               reinterpret_cast<uintptr_t>(view.data) % 8 == 0);
+  };
+  const GkaInputs& in = problem.inputs;
+  return problem.T > 1 && core::is_half(problem.dtype) && in_fours(in.q) && in_fours(in.k) &&
+         in_fours(in.v) && in_fours(in.last_draft.k) && in_fours(in.last_draft.v) &&
          (!problem.inputs.is_draft || (outputs.h_final.defined() && outputs.u_final.defined()));
 }
 
@@ -166,6 +173,10 @@ int direct_steps(const core::GkaProblem& problem) {
 GkaJob step_job_of(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   GkaJob job = job_of(problem, outputs);
   job.num_pieces = problem.B;
+  const Array own[] = {job.gk, job.g, job.beta, job.alpha, job.ridge};
+  const Array drafted[] = {job.draft_gk, job.draft_g, job.draft_beta, {}, {}};
+  std::copy(std::begin(own), std::end(own), job.scalars[0]);
+  std::copy(std::begin(drafted), std::end(drafted), job.scalars[1]);
   if (!job.direct) return job;
   job.direct = false;
   job.tolerance = direct_tolerance(problem);

@@ -13,42 +13,53 @@ struct StepBody : StepProducts<Group> {
   using L = StepLayout;
   using Registers = StepRegisters;
 
-  // A token's own numbers: on their way, and there.
-  enum Scalar { kDecay, kUDecay, kBeta, kAlpha, kRidge, kScalars };
   struct Scalars {
     float decay, u_decay, alpha, beta2, ridge;
   };
 
   const GkaJob& job;
   int64_t sequence, head;
-  StateView<float> h_to, u_to;
-  uint32_t coming[kScalars];
+  float *h_to, *u_to;
   Scalars now;
 
   // ---- states
 
-  KALMANET_KERNEL void start_u(const StateView<float>& from) {
+  KALMANET_KERNEL void start_u(const float* from) {
     group.each([&](int thread, Registers&) {
-      KALMANET_UNROLL
+      const int at = L::u_begin(thread);
+      KALMANET_LOOP
       for (int i = 0; i < L::kUSteps; ++i) {
-        const int row = L::u_row(thread, i), column = L::u_column(thread);
-        float* const to = shared.u + row * L::kDim + column;
-        if (from.data != nullptr) {
-          copy16(to, from.data + from.at(row, column));
+        float* const to = shared.u + at + i * L::kDim;
+        if (from != nullptr) {
+          copy16(to, from + at + i * L::kDim);
         } else {
           store4(to, {0, 0, 0, 0});
         }
       }
     });
   }
-  KALMANET_KERNEL void load_h(const StateView<float>& from) {
+  KALMANET_KERNEL void store_u() {
+    if (u_to == nullptr) return;
+    wait_copies();
+    group.each([&](int thread, Registers&) {
+      const int at = L::u_begin(thread);
+      KALMANET_LOOP
+      for (int i = 0; i < L::kUSteps; ++i) {
+        float u[4];
+        load4(shared.u + at + i * L::kDim, u);
+        store4(u_to + at + i * L::kDim, u);
+      }
+    });
+  }
+  KALMANET_KERNEL void load_h(const float* from) {
     group.each([&](int thread, Registers& r) {
+      const int at = L::row(thread) * L::kDim;
       KALMANET_UNROLL
       for (int p = 0; p < L::kPieces; ++p) {
         KALMANET_UNROLL
         for (int i = 0; i < L::kRows; ++i) {
-          if (from.data != nullptr) {
-            load4(from.data + from.at(L::row(thread) + i, L::column(thread, p)), r.h[p][i]);
+          if (from != nullptr) {
+            load4(from + at + L::column(thread, p) + i * L::kDim, r.h[p][i]);
           } else {
             r.h[p][i][0] = r.h[p][i][1] = r.h[p][i][2] = r.h[p][i][3] = 0;
           }
@@ -57,49 +68,29 @@ struct StepBody : StepProducts<Group> {
     });
   }
   KALMANET_KERNEL void store_h() {
-    if (h_to.data == nullptr) return;
+    if (h_to == nullptr) return;
     group.each([&](int thread, Registers& r) {
+      const int at = L::row(thread) * L::kDim;
       KALMANET_UNROLL
       for (int p = 0; p < L::kPieces; ++p) {
         KALMANET_UNROLL
         for (int i = 0; i < L::kRows; ++i) {
-          store4(h_to.data + h_to.at(L::row(thread) + i, L::column(thread, p)), r.h[p][i]);
+          store4(h_to + at + L::column(thread, p) + i * L::kDim, r.h[p][i]);
         }
-      }
-    });
-  }
-  KALMANET_KERNEL void store_u() {
-    if (u_to.data == nullptr) return;
-    wait_copies();
-    group.each([&](int thread, Registers&) {
-      KALMANET_UNROLL
-      for (int i = 0; i < L::kUSteps; ++i) {
-        const int row = L::u_row(thread, i), column = L::u_column(thread);
-        float u[4];
-        load4(shared.u + row * L::kDim + column, u);
-        store4(u_to.data + u_to.at(row, column), u);
       }
     });
   }
 
   // ---- tokens
 
-  template <bool kDraft>
-  KALMANET_KERNEL const Array& array_of(int scalar) const {
-    return scalar == kDecay    ? (kDraft ? job.draft_gk : job.gk)
-           : scalar == kUDecay ? (kDraft ? job.draft_g : job.g)
-           : scalar == kBeta   ? (kDraft ? job.draft_beta : job.beta)
-           : scalar == kAlpha  ? job.alpha
-                               : job.ridge;
-  }
   // Token t of the call, or of the last draft, on its way.
   template <bool kDraft>
   KALMANET_KERNEL void fetch(int64_t t) {
     const Array& k = kDraft ? job.draft_k : job.k;
     const Array& v = kDraft ? job.draft_v : job.v;
-    const int64_t k_at = offset_of(k, sequence, t, head / job.k_group);
-    const int64_t v_at = offset_of(v, sequence, t, head / job.v_group);
-    const int64_t q_at = kDraft ? 0 : offset_of(job.q, sequence, t, head / job.q_group);
+    const int64_t k_at = offset_of(k, sequence, t, grouped(head, job.k_group));
+    const int64_t v_at = offset_of(v, sequence, t, grouped(head, job.v_group));
+    const int64_t q_at = kDraft ? 0 : offset_of(job.q, sequence, t, grouped(head, job.q_group));
     group.each([&](int thread, Registers& r) {
       const int i = thread % L::kDim;
       r.second = 0;
@@ -109,49 +100,56 @@ struct StepBody : StepProducts<Group> {
       } else {
         r.first = load_bits(v, v_at + i * v.stride[3]);
       }
+      if (thread < kStepScalars) {
+        const Array& a = job.scalars[kDraft ? 1 : 0][thread];
+        r.scalar = a.data == nullptr ? 0u : load_bits(a, offset_of(a, sequence, t, head));
+      }
     });
-    KALMANET_UNROLL
-    for (int i = 0; i < kScalars; ++i) {
-      if (kDraft && i >= kAlpha) break;
-      const Array& a = array_of<kDraft>(i);
-      coming[i] = a.data == nullptr ? 0u : load_bits(a, offset_of(a, sequence, t, head));
-    }
-  }
-  template <bool kDraft>
-  KALMANET_KERNEL float arrived(int scalar, float absent) const {
-    const Array& a = array_of<kDraft>(scalar);
-    return a.data == nullptr ? absent : from_bits(a.dtype, coming[scalar]);
   }
   template <bool kDraft>
   KALMANET_KERNEL void take() {
-    now.decay = exp_of(arrived<kDraft>(kDecay, 0.0f));
-    now.u_decay = exp_of(arrived<kDraft>(kUDecay, 0.0f));
-    const float beta = arrived<kDraft>(kBeta, 1.0f);
-    now.beta2 = beta * beta;
-    if (!kDraft) {
-      now.alpha = arrived<kDraft>(kAlpha, 1.0f);
-      now.ridge = arrived<kDraft>(kRidge, static_cast<float>(job.ridge_ratio));
-      // A ratio that is not positive has no answer, and must not look as if it had one.
-      if (!(now.ridge > 0.0f)) now.ridge = NAN;
-    }
     group.each([&](int thread, Registers& r) {
+      const float first = from_bits(job.k.dtype, r.first);  // (k, q and v have one dtype)
       if (thread < L::kDim) {
-        const float k = from_bits(job.k.dtype, r.first);  // (all three have one dtype)
-        shared.k[thread] = k;
-        shared.weighted_k[thread] = now.beta2 * k;
+        shared.k[thread] = first;
         shared.x[0][thread] = from_bits(job.k.dtype, r.second);
       } else {
-        shared.v[thread - L::kDim] = from_bits(job.k.dtype, r.first);
+        shared.v[thread - L::kDim] = first;
+      }
+      if (thread < kStepScalars) {
+        const Array& a = job.scalars[kDraft ? 1 : 0][thread];
+        shared.scalar[thread] =
+            a.data == nullptr ? absent_scalar(job, thread) : from_bits(a.dtype, r.scalar);
       }
     });
     group.barrier();
+    now.decay = exp_of(shared.scalar[kStepDecay]);
+    now.u_decay = exp_of(shared.scalar[kStepUDecay]);
+    now.beta2 = shared.scalar[kStepBeta] * shared.scalar[kStepBeta];
+    now.alpha = shared.scalar[kStepAlpha];
+    now.ridge = shared.scalar[kStepRidge];
+    // A ratio that is not positive has no answer, and must not look as if it had one.
+    if (!(now.ridge > 0.0f)) now.ridge = NAN;
+  }
+
+  // A thread's rows of beta^2 k.
+  KALMANET_KERNEL void weighted_rows(int thread, float (&row)[L::kRows]) const {
+    load4(shared.k + L::row(thread), row);
+    KALMANET_UNROLL
+    for (int i = 0; i < L::kRows; ++i) row[i] *= now.beta2;
+  }
+  // A thread's columns of beta^2 v.
+  KALMANET_KERNEL void weighted_values(int thread, float (&v)[4]) const {
+    load4(shared.v + thread % 32 * 4, v);
+    KALMANET_UNROLL
+    for (int j = 0; j < 4; ++j) v[j] *= now.beta2;
   }
 
   // Both states past a token of the last draft.
   KALMANET_KERNEL void advance() {
     group.each([&](int thread, Registers& r) {
       float row[L::kRows];
-      load4(shared.weighted_k + L::row(thread), row);
+      weighted_rows(thread, row);
       KALMANET_UNROLL
       for (int p = 0; p < L::kPieces; ++p) {
         float k[4];
@@ -166,15 +164,15 @@ struct StepBody : StepProducts<Group> {
     wait_copies();
     group.each([&](int thread, Registers&) {
       float v[4];
-      load4(shared.v + L::u_column(thread), v);
-      KALMANET_UNROLL
+      weighted_values(thread, v);
+      KALMANET_LOOP
       for (int i = 0; i < L::kUSteps; ++i) {
-        const int row = L::u_row(thread, i);
-        float* const at = shared.u + row * L::kDim + L::u_column(thread);
+        float* const at = shared.u + L::u_begin(thread) + i * L::kDim;
+        const float k = shared.k[thread / 32 * L::kUSteps + i];
         float u[4];
         load4(at, u);
         KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) u[j] = now.u_decay * u[j] + shared.weighted_k[row] * v[j];
+        for (int j = 0; j < 4; ++j) u[j] = now.u_decay * u[j] + k * v[j];
         store4(at, u);
       }
     });
@@ -185,7 +183,7 @@ struct StepBody : StepProducts<Group> {
   KALMANET_KERNEL float update_h(bool store) {
     group.each([&](int thread, Registers& r) {
       float row[L::kRows], squares[4] = {};
-      load4(shared.weighted_k + L::row(thread), row);
+      weighted_rows(thread, row);
       KALMANET_UNROLL
       for (int i = 0; i < L::kRows; ++i) r.sum[i] = 0;
       KALMANET_UNROLL
@@ -293,34 +291,34 @@ struct StepBody : StepProducts<Group> {
     wait_copies();
     group.each([&](int thread, Registers& r) {
       float v[4], squares[4] = {};
-      load4(shared.v + L::u_column(thread), v);
+      weighted_values(thread, v);
       KALMANET_UNROLL
       for (int j = 0; j < 4; ++j) r.o[j] = 0;
-      KALMANET_UNROLL
+      KALMANET_LOOP
       for (int i0 = 0; i0 < L::kUSteps; i0 += 4) {
-        float m[4], k[4];
-        load4(shared.m + L::u_row(thread, i0), m);
-        load4(shared.weighted_k + L::u_row(thread, i0), k);
+        const int row = thread / 32 * L::kUSteps + i0, at = L::u_begin(thread) + i0 * L::kDim;
+        float m[4], k[4], u[4][4];
+        load4(shared.m + row, m);
+        load4(shared.k + row, k);
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) load4(shared.u + at + i * L::kDim, u[i]);
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = L::u_row(thread, i0 + i), column = L::u_column(thread);
-          float u[4];
-          load4(shared.u + row * L::kDim + column, u);
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
-            u[j] = now.u_decay * u[j] + k[i] * v[j];
-            r.o[j] += m[i] * u[j];
-            squares[j] += u[j] * u[j];
+            u[i][j] = now.u_decay * u[i][j] + k[i] * v[j];
+            r.o[j] += m[i] * u[i][j];
+            squares[j] += u[i][j] * u[i][j];
           }
           if (store) {
-            store4(u_to.data + u_to.at(row, column), u);
+            store4(u_to + at + i * L::kDim, u[i]);
           } else {
-            store4(shared.u + row * L::kDim + column, u);
+            store4(shared.u + at + i * L::kDim, u[i]);
           }
         }
       }
       r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-      store4(shared.partial[thread / 32] + L::u_column(thread), r.o);
+      store4(shared.partial[thread / 32] + thread % 32 * 4, r.o);
     });
     this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
     group.barrier();
@@ -346,17 +344,13 @@ struct StepBody : StepProducts<Group> {
       for (int j = 0; j < 4; ++j) r.o64[j] = 0;
       KALMANET_LOOP
       for (int i = 0; i < L::kUSteps; ++i) {
-        const int row = L::u_row(thread, i), column = L::u_column(thread);
+        const int row = thread / 32 * L::kUSteps + i;
         float u[4];
-        if (stored) {
-          load4(u_to.data + u_to.at(row, column), u);
-        } else {
-          load4(shared.u + row * L::kDim + column, u);
-        }
+        load4((stored ? u_to : shared.u) + L::u_begin(thread) + i * L::kDim, u);
         KALMANET_UNROLL
         for (int j = 0; j < 4; ++j) r.o64[j] += shared.x64[0][row] * static_cast<double>(u[j]);
       }
-      store4(shared.partial64[thread / 32] + L::u_column(thread), r.o64);
+      store4(shared.partial64[thread / 32] + thread % 32 * 4, r.o64);
     });
     group.barrier();
     const int64_t at = offset_of(job.o, sequence, t, head);
@@ -385,7 +379,7 @@ struct StepBody : StepProducts<Group> {
                              : counted_steps(static_cast<double>(now.ridge), job.tolerance);
     const float f = update_h(keeps);
     solve(f, num_iter);
-    const bool store = keeps && u_to.data != nullptr;
+    const bool store = keeps && u_to != nullptr;
     read_out(t, store);
     if (f != 0.0f && amplified()) {
       solve64(f, num_iter);
@@ -402,10 +396,10 @@ struct StepBody : StepProducts<Group> {
       answer_nothing(group, job, {sequence, 0, job.T, 0, 1, 1, 0}, head, row);
       return;
     }
-    const StateView<float> h_from = state_view<float>(resumed ? job.h_final : job.h0, row, head);
-    const StateView<float> u_from = state_view<float>(resumed ? job.u_final : job.u0, row, head);
-    h_to = state_view<float>(job.h_final, row, head);
-    u_to = state_view<float>(job.u_final, row, head);
+    const float* const h_from = dense_state(resumed ? job.h_final : job.h0, row, head);
+    const float* const u_from = dense_state(resumed ? job.u_final : job.u0, row, head);
+    h_to = dense_state(job.h_final, row, head);
+    u_to = dense_state(job.u_final, row, head);
     if constexpr (kOne) {
       fetch<false>(0);
       load_h(h_from);
@@ -428,8 +422,8 @@ struct StepBody : StepProducts<Group> {
         start_u(u_from);
       }
       if (i == accepted && job.is_draft) {  // what the states become is known before the new tokens
-        if (accepted > 0 || h_from.data != h_to.data) store_h();
-        if (accepted > 0 || u_from.data != u_to.data) store_u();
+        if (accepted > 0 || h_from != h_to) store_h();
+        if (accepted > 0 || u_from != u_to) store_u();
       }
       if (old) {
         take<true>();
@@ -451,7 +445,7 @@ inline bool is_one_token(const GkaJob& job) {
 template <bool kOne, class Group>
 KALMANET_KERNEL void run_step(Group& group, StepShared& shared, const GkaJob& job, int64_t sequence,
                               int64_t head, bool resumed = false) {
-  StepBody<Group> body{{group, shared}, job, sequence, head, {}, {}, {}, {}};
+  StepBody<Group> body{{group, shared}, job, sequence, head, nullptr, nullptr, {}};
   body.template run<kOne>(resumed);
 }
 

@@ -12,9 +12,7 @@ __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<StepRegisters> group;
-  const unsigned heads = static_cast<unsigned>(job.H);
-  run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.x / heads,
-                 blockIdx.x % heads);
+  run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
 }
 
 constexpr size_t kFewShared =
@@ -24,8 +22,7 @@ constexpr size_t kFewShared =
 __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     gka_step_few(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  const unsigned heads = static_cast<unsigned>(job.H);
-  const int64_t sequence = blockIdx.x / heads, head = blockIdx.x % heads;
+  const int64_t sequence = blockIdx.y, head = blockIdx.x;
   {
     DeviceGroup<FewRegisters> group;
     if (!run_few(group, *reinterpret_cast<FewShared*>(shared_memory), job, sequence, head)) return;
@@ -41,7 +38,8 @@ void launch(Kernel kernel, int threads, int64_t shared, const GkaJob& job, Strea
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared)),
         "cudaFuncSetAttribute");
-  kernel<<<static_cast<unsigned>(job.num_pieces * job.H), threads, static_cast<size_t>(shared),
+  const dim3 grid(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
+  kernel<<<grid, threads, static_cast<size_t>(shared),
            static_cast<cudaStream_t>(stream)>>>(job);
   check(cudaGetLastError(), "launch of a step kernel");
 }

@@ -21,6 +21,8 @@
 
 namespace kalmanet::cuda {
 
+// (Code that a warp runs once costs it some 12 cycles an instruction, which must be fetched: hence
+// the rolled loops, the dense states, and one load for all of a token's own numbers.)
 struct StepLayout {
   static constexpr int kDim = 128;
   static constexpr int kThreads = 256;
@@ -32,21 +34,40 @@ struct StepLayout {
   KALMANET_KERNEL static int column(int thread, int piece) { return (piece * 8 + thread % 8) * 4; }
   // The row whose sum a thread (and its neighbour) ends with.
   KALMANET_KERNEL static int own_row(int thread) { return thread / 2; }
-  KALMANET_KERNEL static int u_row(int thread, int i) { return thread / 32 * kUSteps + i; }
-  KALMANET_KERNEL static int u_column(int thread) { return thread % 32 * 4; }
+  // Where a thread's piece of U begins; the others follow, a row further on each.
+  KALMANET_KERNEL static int u_begin(int thread) {
+    return thread / 32 * kUSteps * kDim + thread % 32 * 4;
+  }
 };
+
+// A token's own numbers, as GkaJob::scalars has them.
+enum StepScalar { kStepDecay, kStepUDecay, kStepBeta, kStepAlpha, kStepRidge, kStepScalars };
+
+KALMANET_KERNEL float absent_scalar(const GkaJob& job, int which) {
+  if (which == kStepRidge) return static_cast<float>(job.ridge_ratio);
+  return which <= kStepUDecay ? 0.0f : 1.0f;
+}
+
+// A dense state of one sequence and head; null: absent.
+KALMANET_KERNEL float* dense_state(const Array& a, int64_t row, int64_t head) {
+  if (a.data == nullptr) return nullptr;
+  return static_cast<float*>(a.data) + row * a.stride[0] + head * a.stride[1];
+}
+KALMANET_KERNEL int64_t grouped(int64_t head, int64_t group) {
+  return group == 1 ? head : static_cast<uint32_t>(head) / static_cast<uint32_t>(group);
+}
 
 struct StepShared {
   alignas(128) float u[StepLayout::kDim * StepLayout::kDim];
   alignas(16) float x[2][StepLayout::kDim];  // what the next product is taken of, in turn; q first
   alignas(16) double x64[2][StepLayout::kDim];
   alignas(16) float k[StepLayout::kDim];
-  alignas(16) float weighted_k[StepLayout::kDim];  // beta^2 k
   alignas(16) float v[StepLayout::kDim];
   alignas(16) float m[StepLayout::kDim];
   alignas(16) float partial[StepLayout::kWarps][StepLayout::kDim];  // of o
   alignas(16) double partial64[StepLayout::kWarps][StepLayout::kDim];
   alignas(16) float squares[4][StepLayout::kWarps];  // of H, x, U and o
+  alignas(16) float scalar[8];
 };
 
 struct StepRegisters {
@@ -55,9 +76,9 @@ struct StepRegisters {
   float x, previous, q;  // of own_row
   double sum64[StepLayout::kRows], sent64[2], got64[2], product64;
   double x_64, previous64;
-  float squares, u_squares, o[4];
+  float squares, o[4];
   double o64[4];
-  uint32_t first, second;  // of the next token: bits of k and q, or v
+  uint32_t first, second, scalar;  // of the next token: bits of k and q, or v; one of its numbers
 };
 
 // The operations on H in registers.

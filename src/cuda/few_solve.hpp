@@ -1,0 +1,307 @@
+// A few tokens' systems at once, on matrix units (few_kernel.hpp has the formulas).
+#pragma once
+
+#include "cuda/few_kernel.hpp"
+
+namespace kalmanet::cuda {
+
+template <class Group>
+struct FewSolve {
+  using L = FewLayout;
+  using Registers = FewRegisters;
+  Group& group;
+  FewShared& shared;
+  const GkaJob& job;
+  int64_t sequence, head;
+  int n = 0;           // tokens at work
+  float scale = 1.0f;  // of H_0 as it is split
+
+  // registers.sums over the block's warps: total() after a barrier.
+  KALMANET_KERNEL void put_squares(int which) {
+    KALMANET_UNROLL
+    for (int t = 0; t < L::kTokens; ++t) {
+      group.template sum_lanes<32>([t](Registers& r) -> float& { return r.sums[t]; });
+    }
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 != 0) return;
+      KALMANET_UNROLL
+      for (int t = 0; t < L::kTokens; ++t) shared.squares[which][t][thread / 32] = r.sums[t];
+    });
+  }
+  KALMANET_KERNEL float total(int which, int t) const {
+    float a[4], b[4];
+    load4(shared.squares[which][t], a);
+    load4(shared.squares[which][t] + 4, b);
+    return ((a[0] + a[1]) + (a[2] + a[3])) + ((b[0] + b[1]) + (b[2] + b[3]));
+  }
+
+  // The keys as a left factor. No barrier.
+  KALMANET_KERNEL void split_keys() {
+    group.each([&](int thread, Registers&) {
+      const int tile = thread / 32, key = thread % 32 / 4;  // in fragment rows 0 to 3
+      float k[4] = {};
+      if (key < L::kTokens) load4(shared.k[key] + L::column(thread, tile), k);
+      const float size = to_one(shared.key_norm[key % L::kTokens]);
+      shared.keys[tile][thread % 32] = {{pack_float16(k[0] * size, k[1] * size), 0,
+                                         pack_float16(k[2] * size, k[3] * size), 0}};
+    });
+  }
+
+  // H from float32 to its two parts and back. One barrier; |H_0|^2 is total(1, 0) from it on.
+  KALMANET_KERNEL void split_h() {
+    group.each([&](int, Registers& r) {
+      float sum[4] = {};
+      KALMANET_UNROLL
+      for (int tile = 0; tile < L::kTiles; ++tile) {
+        KALMANET_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          sum[j] += r.raw[tile][0][j] * r.raw[tile][0][j] + r.raw[tile][1][j] * r.raw[tile][1][j];
+        }
+      }
+      r.sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    });
+    group.template sum_lanes<32>([](Registers& r) -> float& { return r.sum; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 == 0) shared.squares[1][0][thread / 32] = r.sum;
+    });
+    group.barrier();
+    scale = to_one(sqrtf(total(1, 0)));
+    group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int tile = 0; tile < L::kTiles; ++tile) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const float a = r.raw[tile][i % 2][i / 2 * 2] * scale;
+          const float b = r.raw[tile][i % 2][i / 2 * 2 + 1] * scale;
+          const uint32_t high = pack_float16(a, b);
+          r.high[tile][i] = high;
+          r.low[tile][i] =
+              pack_float16((a - low_float16(high)) * L::kLow, (b - high_float16(high)) * L::kLow);
+        }
+      }
+    });
+  }
+  KALMANET_KERNEL void unsplit_h() {
+    const float back = 1.0f / scale;  // exact: a power of two
+    group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int tile = 0; tile < L::kTiles; ++tile) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t high = r.high[tile][i], low = r.low[tile][i];
+          float* const to = r.raw[tile][i % 2] + i / 2 * 2;
+          to[0] = (low_float16(high) + low_float16(low) * (1.0f / L::kLow)) * back;
+          to[1] = (high_float16(high) + high_float16(low) * (1.0f / L::kLow)) * back;
+        }
+      }
+    });
+  }
+
+  // d times into as two columns of the right factor. Ends with a barrier.
+  KALMANET_KERNEL void put_right() {
+    group.each([&](int thread, Registers& r) {
+      const int i = thread % 4, word = L::word(L::row(thread));
+      const float a = r.d[0] * r.into, b = r.d[1] * r.into;
+      const uint32_t high = pack_float16(a, b);
+      shared.right[2 * i][word] = high;
+      shared.right[2 * i + 1][word] =
+          pack_float16((a - low_float16(high)) * L::kLow, (b - high_float16(high)) * L::kLow);
+    });
+    group.barrier();
+  }
+  // Of the right factor: its products with H_0 into registers.product, scaled by scale and into, and with
+  // the keys into shared.dots, scaled by their sizes and into. Ends with a barrier.
+  KALMANET_KERNEL void multiply() {
+    group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        r.y[0][i] = r.y[1][i] = r.z[0][i] = r.z[1][i] = r.c[0][i] = r.c[1][i] = 0;
+      }
+    });
+    KALMANET_UNROLL
+    for (int pair = 0; pair < L::kTiles / 2; ++pair) {
+      group.each([&](int thread, Registers& r) {
+        uint32_t words[4];
+        load16(shared.right[thread % 32 / 4] + pair * 16 + thread % 4 * 4, words);
+        r.b[0][0] = words[0], r.b[0][1] = words[1];
+        r.b[1][0] = words[2], r.b[1][1] = words[3];
+      });
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {  // (sums of their own for every other tile: shorter chains)
+        const int tile = 2 * pair + i;
+        const auto y = [i](Registers& r) -> float (&)[4] { return r.y[i]; };
+        const auto z = [i](Registers& r) -> float (&)[4] { return r.z[i]; };
+        const auto b = [i](Registers& r) -> uint32_t (&)[2] { return r.b[i]; };
+        group.multiply_add_float16(
+            y, y, [tile](Registers& r) -> uint32_t (&)[4] { return r.high[tile]; }, b);
+        group.multiply_add_float16(
+            z, z, [tile](Registers& r) -> uint32_t (&)[4] { return r.low[tile]; }, b);
+      }
+      // Half of the keys' dims by each of two warps, which have different schedulers.
+      group.with_warp(pair < 2 ? 0 : L::kOtherKeyWarp, [&] {
+        group.each([&](int thread, Registers& r) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) load16(&shared.keys[2 * pair + i][thread % 32], r.key[i]);
+        });
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const auto c = [i](Registers& r) -> float (&)[4] { return r.c[i]; };
+          group.multiply_add_float16(
+              c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
+              [i](Registers& r) -> uint32_t (&)[2] { return r.b[i]; });
+        }
+      });
+    }
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float low = (r.y[0][2 * e + 1] + r.y[1][2 * e + 1]) + (r.z[0][2 * e] + r.z[1][2 * e]);
+        r.product[e] = (r.y[0][2 * e] + r.y[1][2 * e]) + low * (1.0f / L::kLow);
+      }
+      if (thread % 32 >= 4 * L::kTokens) return;  // fragment rows 0 to 3
+      if (thread >= 32 && thread / 32 != L::kOtherKeyWarp) return;
+      shared.dots[thread < 32 ? 0 : 1][thread % 4][thread % 32 / 4] =
+          (r.c[0][0] + r.c[1][0]) + (r.c[0][1] + r.c[1][1]) * (1.0f / L::kLow);
+    });
+    group.barrier();
+  }
+
+  // |H_t| of a lane's token i = thread % 4 into registers.sum, by
+  //   |H_t|^2 = e^{2 gk} |H_{t-1}|^2 + 2 e^{gk} beta^2 k_t^T H_{t-1} k_t + beta^4 |k_t|^4
+  //   k_t^T H_{t-1} k_t = c_{t-1} k_t^T H_0 k_t + sum_{j<t} m_{t-1,j} (k_j . k_t)^2 ;
+  // no term is negative. 0 where it has vanished.
+  KALMANET_KERNEL void norms() {
+    group.each([&](int thread, Registers& r) {
+      const int i = thread % 4, row = L::row(thread);
+      KALMANET_UNROLL
+      for (int j = 0; j < L::kTokens; ++j) {
+        r.here[j][0] = shared.k[j][row];
+        r.here[j][1] = shared.k[j][row + 1];
+      }
+      r.d[0] = shared.k[i][row];
+      r.d[1] = shared.k[i][row + 1];
+      r.into = to_one(shared.key_norm[i]);
+    });
+    put_right();
+    multiply();
+    group.each([&](int, Registers& r) {
+      r.sum = (r.d[0] * r.product[0] + r.d[1] * r.product[1]) / (scale * r.into);
+    });
+    group.sum_rows([](Registers& r) -> float& { return r.sum; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 < 4) shared.squares[0][thread % 4][thread / 32] = r.sum;
+    });
+    group.barrier();
+    group.each([&](int thread, Registers& r) {
+      float f2 = total(1, 0), start = 1.0f, weight[L::kTokens] = {};
+      r.sum = 0;
+      KALMANET_UNROLL
+      for (int t = 0; t < L::kTokens; ++t) {
+        const float decay = shared.scalar[kStepDecay][t], beta2 = shared.scalar[kStepBeta][t];
+        const float k2 = shared.key_norm[t] * shared.key_norm[t] * beta2;
+        float quadratic = start * total(0, t);
+        KALMANET_UNROLL
+        for (int j = 0; j < t; ++j) {
+          const float dot = (shared.dots[0][t][j] + shared.dots[1][t][j]) /
+                            (to_one(shared.key_norm[t]) * to_one(shared.key_norm[j]));
+          quadratic += weight[j] * dot * dot;
+          weight[j] *= decay;
+        }
+        weight[t] = beta2;
+        f2 = decay * (decay * f2 + 2.0f * beta2 * quadratic) + k2 * k2;
+        start *= decay;
+        if (t == thread % 4) r.sum = f2;
+      }
+      constexpr float kVanished = static_cast<float>(kVanishedNorm * kVanishedNorm);
+      r.sum = r.sum <= kVanished ? 0.0f : sqrtf(r.sum);
+    });
+  }
+
+  // What a lane keeps of its token: the iteration's constants, and m_ij.
+  KALMANET_KERNEL void prepare() {
+    group.each([&](int thread, Registers& r) {
+      const int i = thread % 4, row = L::row(thread);
+      const float f = r.sum, ridge = shared.scalar[kStepRidge][i];
+      const float rho = divide(0.5f, 2.0f * ridge + 1.0f);
+      const bool idle = i >= n || f == 0.0f;
+      r.rho2 = rho * rho;
+      r.w = 2;
+      r.lambda = idle ? 0.0f : ridge * f;
+      r.step = idle ? 0.0f : divide(2.0f, 2.0f * r.lambda + f);
+      r.steps = shared.steps[i];
+      r.into = to_one(r.step * shared.query_norm[i]);
+      const float out = 1.0f / r.into;
+      float through = 1;  // the decays after key j up to token i
+      KALMANET_UNROLL
+      for (int j = L::kTokens - 1; j >= 0; --j) {
+        const bool seen = j <= i;
+        const float weight =
+            through * shared.scalar[kStepBeta][j] * out / to_one(shared.key_norm[j]);
+        r.weight[j] = seen ? weight : 0.0f;
+        if (seen) through *= shared.scalar[kStepDecay][j];
+      }
+      r.start = through * out / scale;
+      KALMANET_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        r.r[e] = shared.q[i][row + e];
+        r.x[e] = r.d[e] = 0;
+      }
+    });
+  }
+
+  // x into registers; m and |x|^2 into shared memory. Ends with a barrier.
+  KALMANET_KERNEL void solve() {
+    prepare();
+    int most = 0;
+    KALMANET_UNROLL
+    for (int t = 0; t < L::kTokens; ++t) most = shared.steps[t] > most ? shared.steps[t] : most;
+    KALMANET_LOOP
+    for (int k = 0;; ++k) {
+      group.each([&](int, Registers& r) {
+        const float gain = k == 0 ? r.step : r.step * r.w;
+        const float momentum = k == 0 ? 0.0f : r.w - 1.0f;
+        r.w = divide(1.0f, 1.0f - r.rho2 * r.w);
+        KALMANET_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          // (A token with fewer steps than another has its answer.)
+          r.d[e] = k <= r.steps ? momentum * r.d[e] + gain * r.r[e] : 0.0f;
+          r.x[e] += r.d[e];
+        }
+      });
+      if (k == most) break;
+      put_right();
+      multiply();
+      group.each([&](int thread, Registers& r) {
+        float dots[4], more[4];
+        load4(shared.dots[0][thread % 4], dots);
+        load4(shared.dots[1][thread % 4], more);
+        KALMANET_UNROLL
+        for (int j = 0; j < L::kTokens; ++j) dots[j] = (dots[j] + more[j]) * r.weight[j];
+        KALMANET_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float a = r.start * r.product[e] + r.lambda * r.d[e];
+          KALMANET_UNROLL
+          for (int j = 0; j < L::kTokens; ++j) a += dots[j] * r.here[j][e];
+          r.r[e] -= a;
+        }
+      });
+    }
+    group.each([&](int thread, Registers& r) {
+      const int i = thread % 4, row = L::row(thread);
+      r.sum = 0;
+      KALMANET_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const float q = shared.q[i][row + e];
+        shared.m[i][row + e] = q + shared.scalar[kStepAlpha][i] * (r.x[e] - q);
+        r.sum += r.x[e] * r.x[e];
+      }
+    });
+    group.sum_rows([](Registers& r) -> float& { return r.sum; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 < 4) shared.squares[1][thread % 4][thread / 32] = r.sum;
+    });
+    group.barrier();
+  }
+};
+
+}  // namespace kalmanet::cuda
