@@ -68,9 +68,9 @@ struct FewRegisters {
   float raw[FewLayout::kTiles][2][4];  // H: rows, columns
   uint32_t high[FewLayout::kTiles][4], low[FewLayout::kTiles][4];  // the same, split
   uint32_t b[2][2], key[2][4];
-  float y[2][4], z[2][4], c[2][4], product[2];
+  float y[2][4], z[4], c[4], product[2], dot_scale;
   float r[2], d[2], x[2];
-  float here[FewLayout::kTokens][2], weight[FewLayout::kTokens];  // keys at its rows; m_tj, scaled
+  float here[FewLayout::kTokens][2];  // the keys at its rows
   float w, rho2, step, lambda, start, into;
   float sum, sums[FewLayout::kTokens], o[FewLayout::kTokens][4];
   uint32_t first[2], second[2], scalar;  // on their way

@@ -16,6 +16,15 @@ struct FewSolve {
   int n = 0;           // tokens at work
   float scale = 1.0f;  // of H_0 as it is split
 
+  KALMANET_KERNEL static void load2(const float* p, float (&out)[2]) {
+#ifdef __CUDACC__
+    const float2 v = *reinterpret_cast<const float2*>(p);
+    out[0] = v.x, out[1] = v.y;
+#else
+    out[0] = p[0], out[1] = p[1];
+#endif
+  }
+
   // registers.sums over the block's warps: total() after a barrier.
   KALMANET_KERNEL void put_squares(int which) {
     KALMANET_UNROLL
@@ -110,13 +119,13 @@ struct FewSolve {
     group.barrier();
   }
   // Of the right factor: its products with H_0 into registers.product, scaled by scale and into, and with
-  // the keys into shared.dots, scaled by their sizes and into. Ends with a barrier.
-  KALMANET_KERNEL void multiply() {
+  // the keys into shared.dots, times dot_scale of a lane whose key is thread % 32 / 4. Meanwhile:
+  // what goes on beside them. Ends with a barrier.
+  template <class Meanwhile>
+  KALMANET_KERNEL void multiply(Meanwhile&& meanwhile) {
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        r.y[0][i] = r.y[1][i] = r.z[0][i] = r.z[1][i] = r.c[0][i] = r.c[1][i] = 0;
-      }
+      for (int i = 0; i < 4; ++i) r.y[0][i] = r.y[1][i] = r.z[i] = r.c[i] = 0;
     });
     KALMANET_UNROLL
     for (int pair = 0; pair < L::kTiles / 2; ++pair) {
@@ -130,7 +139,7 @@ struct FewSolve {
       for (int i = 0; i < 2; ++i) {  // (sums of their own for every other tile: shorter chains)
         const int tile = 2 * pair + i;
         const auto y = [i](Registers& r) -> float (&)[4] { return r.y[i]; };
-        const auto z = [i](Registers& r) -> float (&)[4] { return r.z[i]; };
+        const auto z = [](Registers& r) -> float (&)[4] { return r.z; };
         const auto b = [i](Registers& r) -> uint32_t (&)[2] { return r.b[i]; };
         group.multiply_add_float16(
             y, y, [tile](Registers& r) -> uint32_t (&)[4] { return r.high[tile]; }, b);
@@ -145,23 +154,24 @@ struct FewSolve {
         });
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const auto c = [i](Registers& r) -> float (&)[4] { return r.c[i]; };
+          const auto c = [](Registers& r) -> float (&)[4] { return r.c; };
           group.multiply_add_float16(
               c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
               [i](Registers& r) -> uint32_t (&)[2] { return r.b[i]; });
         }
       });
     }
+    meanwhile();
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const float low = (r.y[0][2 * e + 1] + r.y[1][2 * e + 1]) + (r.z[0][2 * e] + r.z[1][2 * e]);
+        const float low = (r.y[0][2 * e + 1] + r.y[1][2 * e + 1]) + r.z[2 * e];
         r.product[e] = (r.y[0][2 * e] + r.y[1][2 * e]) + low * (1.0f / L::kLow);
       }
       if (thread % 32 >= 4 * L::kTokens) return;  // fragment rows 0 to 3
       if (thread >= 32 && thread / 32 != L::kOtherKeyWarp) return;
-      shared.dots[thread < 32 ? 0 : 1][thread % 4][thread % 32 / 4] =
-          (r.c[0][0] + r.c[1][0]) + (r.c[0][1] + r.c[1][1]) * (1.0f / L::kLow);
+      const float dot = (r.c[0] + r.c[1] * (1.0f / L::kLow)) * r.dot_scale;
+      shared.dots[thread < 32 ? 0 : 1][thread % 4][thread % 32 / 4] = dot;
     });
     group.barrier();
   }
@@ -173,17 +183,13 @@ struct FewSolve {
   KALMANET_KERNEL void norms() {
     group.each([&](int thread, Registers& r) {
       const int i = thread % 4, row = L::row(thread);
-      KALMANET_UNROLL
-      for (int j = 0; j < L::kTokens; ++j) {
-        r.here[j][0] = shared.k[j][row];
-        r.here[j][1] = shared.k[j][row + 1];
-      }
       r.d[0] = shared.k[i][row];
       r.d[1] = shared.k[i][row + 1];
       r.into = to_one(shared.key_norm[i]);
+      r.dot_scale = 1.0f / (r.into * to_one(shared.key_norm[thread % 32 / 4 % L::kTokens]));
     });
     put_right();
-    multiply();
+    multiply([] {});
     group.each([&](int, Registers& r) {
       r.sum = (r.d[0] * r.product[0] + r.d[1] * r.product[1]) / (scale * r.into);
     });
@@ -202,8 +208,7 @@ struct FewSolve {
         float quadratic = start * total(0, t);
         KALMANET_UNROLL
         for (int j = 0; j < t; ++j) {
-          const float dot = (shared.dots[0][t][j] + shared.dots[1][t][j]) /
-                            (to_one(shared.key_norm[t]) * to_one(shared.key_norm[j]));
+          const float dot = shared.dots[0][t][j] + shared.dots[1][t][j];
           quadratic += weight[j] * dot * dot;
           weight[j] *= decay;
         }
@@ -217,7 +222,7 @@ struct FewSolve {
     });
   }
 
-  // What a lane keeps of its token: the iteration's constants, and m_ij.
+  // What a lane keeps of its token: the iteration's constants.
   KALMANET_KERNEL void prepare() {
     group.each([&](int thread, Registers& r) {
       const int i = thread % 4, row = L::row(thread);
@@ -231,14 +236,16 @@ struct FewSolve {
       r.steps = shared.steps[i];
       r.into = to_one(r.step * shared.query_norm[i]);
       const float out = 1.0f / r.into;
+      // m_ij of key j = thread % 32 / 4, where the lane makes such a dot; c_i.
+      const int key = thread % 32 / 4;
       float through = 1;  // the decays after key j up to token i
+      r.dot_scale = 0;
       KALMANET_UNROLL
       for (int j = L::kTokens - 1; j >= 0; --j) {
-        const bool seen = j <= i;
         const float weight =
             through * shared.scalar[kStepBeta][j] * out / to_one(shared.key_norm[j]);
-        r.weight[j] = seen ? weight : 0.0f;
-        if (seen) through *= shared.scalar[kStepDecay][j];
+        if (j <= i && j == key) r.dot_scale = weight;
+        if (j <= i) through *= shared.scalar[kStepDecay][j];
       }
       r.start = through * out / scale;
       KALMANET_UNROLL
@@ -255,35 +262,38 @@ struct FewSolve {
     int most = 0;
     KALMANET_UNROLL
     for (int t = 0; t < L::kTokens; ++t) most = shared.steps[t] > most ? shared.steps[t] : most;
+    group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int e = 0; e < 2; ++e) r.x[e] = r.d[e] = r.step * r.r[e];
+      r.w = reciprocal(1.0f - 2.0f * r.rho2);
+    });
     KALMANET_LOOP
-    for (int k = 0;; ++k) {
-      group.each([&](int, Registers& r) {
-        const float gain = k == 0 ? r.step : r.step * r.w;
-        const float momentum = k == 0 ? 0.0f : r.w - 1.0f;
-        r.w = divide(1.0f, 1.0f - r.rho2 * r.w);
-        KALMANET_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          // (A token with fewer steps than another has its answer.)
-          r.d[e] = k <= r.steps ? momentum * r.d[e] + gain * r.r[e] : 0.0f;
-          r.x[e] += r.d[e];
-        }
-      });
-      if (k == most) break;
+    for (int k = 0; k < most; ++k) {
       put_right();
-      multiply();
+      multiply([&] {
+        group.each([&](int thread, Registers& r) {
+          KALMANET_UNROLL
+          for (int j = 0; j < L::kTokens; ++j) load2(shared.k[j] + L::row(thread), r.here[j]);
+        });
+      });
       group.each([&](int thread, Registers& r) {
         float dots[4], more[4];
         load4(shared.dots[0][thread % 4], dots);
         load4(shared.dots[1][thread % 4], more);
         KALMANET_UNROLL
-        for (int j = 0; j < L::kTokens; ++j) dots[j] = (dots[j] + more[j]) * r.weight[j];
+        for (int j = 0; j < L::kTokens; ++j) dots[j] += more[j];
+        // (A token with fewer steps than another has its answer.)
+        const float gain = k < r.steps ? r.step * r.w : 0.0f;
+        const float momentum = k < r.steps ? r.w - 1.0f : 0.0f;
         KALMANET_UNROLL
         for (int e = 0; e < 2; ++e) {
-          float a = r.start * r.product[e] + r.lambda * r.d[e];
-          KALMANET_UNROLL
-          for (int j = 0; j < L::kTokens; ++j) a += dots[j] * r.here[j][e];
-          r.r[e] -= a;
+          r.r[e] -= (r.start * r.product[e] + r.lambda * r.d[e]) +
+                    ((dots[0] * r.here[0][e] + dots[1] * r.here[1][e]) +
+                     (dots[2] * r.here[2][e] + dots[3] * r.here[3][e]));
+          r.d[e] = momentum * r.d[e] + gain * r.r[e];
+          r.x[e] += r.d[e];
         }
+        r.w = reciprocal(1.0f - r.rho2 * r.w);
       });
     }
     group.each([&](int thread, Registers& r) {

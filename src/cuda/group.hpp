@@ -313,6 +313,16 @@ KALMANET_KERNEL float divide(float a, float b) {
   return a / b;
 #endif
 }
+// 1 / a to one unit in the last place; a and the result normal numbers.
+KALMANET_KERNEL float reciprocal(float a) {
+#ifdef __CUDACC__
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+#else
+  return 1.0f / a;
+#endif
+}
 // cos(a), 0 <= a <= pi, to 1e-6.
 KALMANET_KERNEL float cosine(float a) {
 #ifdef __CUDACC__

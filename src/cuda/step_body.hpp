@@ -180,7 +180,7 @@ struct StepBody : StepProducts<Group> {
   }
 
   // H past a token; registers.product <- H q on the way. Returns |H|_F, 0 where it has vanished.
-  KALMANET_KERNEL float update_h(bool store) {
+  KALMANET_KERNEL float update_h() {
     group.each([&](int thread, Registers& r) {
       float row[L::kRows], squares[4] = {};
       weighted_rows(thread, row);
@@ -205,7 +205,6 @@ struct StepBody : StepProducts<Group> {
       r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
       r.q = shared.x[0][L::own_row(thread)];
     });
-    if (store) store_h();
     this->put_squares(0, [](Registers& r) -> float& { return r.squares; });
     this->add_sums();
     group.barrier();
@@ -214,33 +213,66 @@ struct StepBody : StepProducts<Group> {
     return f2 <= kVanished ? 0.0f : sqrtf(f2);
   }
 
+  // One of the pieces of H where it belongs.
+  KALMANET_KERNEL void store_piece(int p) {
+    group.each([&](int thread, Registers& r) {
+      float* const to = h_to + L::row(thread) * L::kDim + L::column(thread, p);
+      KALMANET_UNROLL
+      for (int i = 0; i < L::kRows; ++i) store4(to + i * L::kDim, r.h[p][i]);
+    });
+  }
+
   // x into registers: Chebyshev's iteration from the product H q on. m = q + alpha (x - q) into
   // shared memory, |x|^2 into squares[1]. Ends with a barrier.
-  KALMANET_KERNEL void solve(float f, int num_iter) {
+  //
+  // What a step needs beside its product is made while that is on its way. So is H stored, a piece
+  // a step: all at once would hold up the loads of x for a thousand cycles.
+  KALMANET_KERNEL void solve(float f, int num_iter, bool store) {
     const float lambda = now.ridge * f;
     const float step = divide(2.0f, 2.0f * lambda + f);
-    const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f);
-    float w = 2;
-    group.each([&](int, Registers& r) {
-      r.x = f == 0.0f ? 0.0f : step * r.q;
-      r.previous = 0;
-      r.product *= step;
-    });
-    for (int k = 0; f != 0.0f; ++k) {
-      w = divide(1.0f, 1.0f - rho * rho * w);
-      const float gain = step * w, momentum = w - 1.0f;
-      const bool last = k + 1 == num_iter;
-      float* const out = shared.x[1 - k % 2];
-      group.each([&](int thread, Registers& r) {
-        const float rest = lambda * r.x - r.q;
-        const float carried = momentum * (r.x - r.previous) + r.x;
-        r.previous = r.x;
-        r.x = carried - gain * (rest + r.product);
-        if (!last && thread % 2 == 0) out[L::own_row(thread)] = r.x;
+    const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f), rho2 = rho * rho;
+    float w = reciprocal(1.0f - 2.0f * rho2);
+    int k = 0;
+    if (f != 0.0f) {
+      group.each([&](int, Registers& r) {
+        r.x = step * r.q;
+        r.product *= step;
+        r.rest = lambda * r.x - r.q;
+        r.carried = w * r.x;  // (of a step before it there was none)
       });
-      if (last) break;
-      group.barrier();
-      this->multiply(out);
+      KALMANET_LOOP
+      for (;; ++k) {
+        const bool last = k + 1 == num_iter;
+        const float gain = step * w;
+        float* const out = shared.x[1 - k % 2];
+        group.each([&](int thread, Registers& r) {
+          r.previous = r.x;
+          r.x = r.carried - gain * (r.rest + r.product);
+          if (!last && thread % 2 == 0) out[L::own_row(thread)] = r.x;
+        });
+        if (last) break;
+        group.barrier();
+        w = reciprocal(1.0f - rho2 * w);
+        group.each([&](int, Registers& r) {
+          r.rest = lambda * r.x - r.q;
+          r.carried = (w - 1.0f) * (r.x - r.previous) + r.x;
+        });
+        this->multiply(out);
+        if (store && k < L::kPieces) {
+          KALMANET_UNROLL
+          for (int p = 0; p < L::kPieces; ++p) {
+            if (k == p) store_piece(p);
+          }
+        }
+      }
+    } else {
+      group.each([&](int, Registers& r) { r.x = 0; });
+    }
+    if (store && k < L::kPieces) {  // what so few steps have left
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        if (k <= p) store_piece(p);
+      }
     }
     group.each([&](int thread, Registers& r) {
       if (thread % 2 == 0) shared.m[L::own_row(thread)] = now.alpha * (r.x - r.q) + r.q;
@@ -377,8 +409,8 @@ struct StepBody : StepProducts<Group> {
     const int num_iter = job.num_iter != 0
                              ? job.num_iter
                              : counted_steps(static_cast<double>(now.ridge), job.tolerance);
-    const float f = update_h(keeps);
-    solve(f, num_iter);
+    const float f = update_h();
+    solve(f, num_iter, keeps && h_to != nullptr);
     const bool store = keeps && u_to != nullptr;
     read_out(t, store);
     if (f != 0.0f && amplified()) {

@@ -73,7 +73,7 @@ struct StepShared {
 struct StepRegisters {
   float h[StepLayout::kPieces][StepLayout::kRows][4];
   float sum[StepLayout::kRows], sent[2], got[2], product;
-  float x, previous, q;  // of own_row
+  float x, previous, q, rest, carried;  // of own_row
   double sum64[StepLayout::kRows], sent64[2], got64[2], product64;
   double x_64, previous64;
   float squares, o[4];
