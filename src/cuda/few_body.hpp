@@ -283,15 +283,13 @@ struct FewBody : FewSolve<Group> {
       const bool old = t0 < 0;
       const int64_t left = old ? -t0 : job.T - t0;
       n = static_cast<int>(left < L::kTokens ? left : L::kTokens);
+      if (first) load_h(h_from);
       if (old) {
         fetch<true>(accepted + t0);
       } else {
         fetch<false>(t0);
       }
-      if (first) {
-        load_h(h_from);
-        start_u(u_from);
-      }
+      if (first) start_u(u_from);
       if (t0 == 0 && job.is_draft) {  // what the states become is known before the new tokens
         if (accepted > 0 || h_from != h_to) store_h();
         if (accepted > 0 || u_from != u_to) store_u();

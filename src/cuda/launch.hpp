@@ -17,6 +17,7 @@ struct DeviceInfo {
   std::string current;     // "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 multiprocessors"
   int64_t max_shared = 0;  // bytes a block
   int multiprocessors = 0;
+  int major = 0;  // of the compute capability
 };
 const DeviceInfo& device_info();  // of the calling thread's device
 

@@ -240,18 +240,19 @@ struct StepBody : StepProducts<Group> {
         r.rest = lambda * r.x - r.q;
         r.carried = w * r.x;  // (of a step before it there was none)
       });
+      bool last = num_iter == 1;
       KALMANET_LOOP
       for (;; ++k) {
-        const bool last = k + 1 == num_iter;
         const float gain = step * w;
         float* const out = shared.x[1 - k % 2];
         group.each([&](int thread, Registers& r) {
           r.previous = r.x;
           r.x = r.carried - gain * (r.rest + r.product);
-          if (!last && thread % 2 == 0) out[L::own_row(thread)] = r.x;
+          if (thread % 2 == 0) out[L::own_row(thread)] = r.x;
         });
         if (last) break;
         group.barrier();
+        last = k + 2 == num_iter;
         w = reciprocal(1.0f - rho2 * w);
         group.each([&](int, Registers& r) {
           r.rest = lambda * r.x - r.q;
@@ -433,8 +434,8 @@ struct StepBody : StepProducts<Group> {
     h_to = dense_state(job.h_final, row, head);
     u_to = dense_state(job.u_final, row, head);
     if constexpr (kOne) {
-      fetch<false>(0);
       load_h(h_from);
+      fetch<false>(0);
       start_u(u_from);
       take<false>();
       token(0, true);
@@ -444,15 +445,13 @@ struct StepBody : StepProducts<Group> {
     KALMANET_LOOP
     for (int64_t i = 0; i < accepted + job.T; ++i) {
       const bool old = i < accepted;
+      if (i == 0) load_h(h_from);
       if (old) {
         fetch<true>(i);
       } else {
         fetch<false>(i - accepted);
       }
-      if (i == 0) {
-        load_h(h_from);
-        start_u(u_from);
-      }
+      if (i == 0) start_u(u_from);
       if (i == accepted && job.is_draft) {  // what the states become is known before the new tokens
         if (accepted > 0 || h_from != h_to) store_h();
         if (accepted > 0 || u_from != u_to) store_u();

@@ -6,11 +6,21 @@
 namespace kalmanet::cuda {
 namespace {
 
+// Programmatic dependent launch (Hopper): the next such kernel may be brought to the multiprocessors
+// while this one is at work, and waits there for its end before it reads anything.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Two blocks a multiprocessor: 80 KB of shared memory each, and 128 registers a thread.
 template <bool kOne>
 __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
+  wait_for_the_kernel_before();
   DeviceGroup<StepRegisters> group;
   run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
 }
@@ -22,6 +32,7 @@ constexpr size_t kFewShared =
 __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     gka_step_few(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
+  wait_for_the_kernel_before();
   const int64_t sequence = blockIdx.y, head = blockIdx.x;
   {
     DeviceGroup<FewRegisters> group;
@@ -38,10 +49,18 @@ void launch(Kernel kernel, int threads, int64_t shared, const GkaJob& job, Strea
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared)),
         "cudaFuncSetAttribute");
-  const dim3 grid(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
-  kernel<<<grid, threads, static_cast<size_t>(shared),
-           static_cast<cudaStream_t>(stream)>>>(job);
-  check(cudaGetLastError(), "launch of a step kernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  // (Code for other chips, translated from PTX of sm_80, does not know how to wait.)
+  config.numAttrs = device_info().major == 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, job), "launch of a step kernel");
 }
 
 }  // namespace
