@@ -1,4 +1,4 @@
-// Copies into shared memory that need no registers on their way.
+// Shared memory: copies into it that need no registers on their way, and reads that many lanes share.
 #pragma once
 
 #include <cstdint>
@@ -26,4 +26,14 @@ KALMANET_KERNEL void wait_copies() {
 #endif
 }
 
+// Four neighbours, as load4, where many lanes read the same: two loads of 8 bytes, which shared memory serves in two
+// turns where one of 16 takes it four.
+KALMANET_KERNEL void load4_shared(const float* p, float (&out)[4]) {
+#ifdef __CUDACC__
+  const float2 a = reinterpret_cast<const float2*>(p)[0], b = reinterpret_cast<const float2*>(p)[1];
+  out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y;
+#else
+  load4(p, out);
+#endif
+}
 }  // namespace kalmanet::cuda

@@ -134,7 +134,11 @@ class DeviceGroup {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
           "f"(c[2]), "f"(c[3]));
   }
-  // f() by the threads of one warp alone.
+  // f() by the threads of `count` warps alone, or of one.
+  template <class F>
+  __device__ __forceinline__ void with_warps(int first, int count, F&& f) {
+    if (thread_ / 32 >= first && thread_ / 32 < first + count) f();
+  }
   template <class F>
   __device__ __forceinline__ void with_warp(int warp, F&& f) {
     __builtin_assume(thread_ >= 0 && thread_ < 1024);
@@ -193,14 +197,16 @@ class HostGroup {
   }
   void new_part() {}
   template <class F>
-  void with_warp(int warp, F&& f) {
+  void with_warps(int first, int count, F&& f) {
     const size_t end = end_;
-    begin_ = static_cast<size_t>(warp) * 32;
-    end_ = begin_ + 32;
+    begin_ = static_cast<size_t>(first) * 32;
+    end_ = begin_ + static_cast<size_t>(count) * 32;
     f();
     begin_ = 0;
     end_ = end;
   }
+  template <class F>
+  void with_warp(int warp, F&& f) { with_warps(warp, 1, f); }
   template <class To, class From, class Lane>
   void shuffle(To&& to, From&& from, Lane&& lane_of) {
     using Value = std::decay_t<decltype(from(registers_[0]))>;
@@ -212,9 +218,7 @@ class HostGroup {
     }
   }
   template <int kMask, class To, class From>
-  void exchange(To&& to, From&& from) {
-    shuffle(to, from, [](int thread) { return thread % 32 ^ kMask; });
-  }
+  void exchange(To&& to, From&& from) { shuffle(to, from, [](int t) { return t % 32 ^ kMask; }); }
   template <class Member>
   void max_warp(Member&& member) {
     for (size_t warp = begin_; warp < end_; warp += 32) {
@@ -311,16 +315,6 @@ KALMANET_KERNEL float divide(float a, float b) {
   return __fdividef(a, b);
 #else
   return a / b;
-#endif
-}
-// 1 / a to one unit in the last place; a and the result normal numbers.
-KALMANET_KERNEL float reciprocal(float a) {
-#ifdef __CUDACC__
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
-  return r;
-#else
-  return 1.0f / a;
 #endif
 }
 // cos(a), 0 <= a <= pi, to 1e-6.

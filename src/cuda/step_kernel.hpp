@@ -40,6 +40,16 @@ struct StepLayout {
   }
 };
 
+// 1 / a to one unit in the last place; a and the result normal numbers.
+KALMANET_KERNEL float reciprocal(float a) {
+#ifdef __CUDACC__
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+#else
+  return 1.0f / a;
+#endif
+}
 // A token's own numbers, as GkaJob::scalars has them.
 enum StepScalar { kStepDecay, kStepUDecay, kStepBeta, kStepAlpha, kStepRidge, kStepScalars };
 
