@@ -26,14 +26,15 @@ KALMANET_KERNEL void wait_copies() {
 #endif
 }
 
-// Four neighbours, as load4, where many lanes read the same: two loads of 8 bytes, which shared memory serves in two
-// turns where one of 16 takes it four.
-KALMANET_KERNEL void load4_shared(const float* p, float (&out)[4]) {
+// Two neighbours, aligned. Where many lanes read the same, shared memory serves 8 bytes a lane in
+// one turn, and 16 in four.
+KALMANET_KERNEL void load2(const float* p, float (&out)[2]) {
 #ifdef __CUDACC__
-  const float2 a = reinterpret_cast<const float2*>(p)[0], b = reinterpret_cast<const float2*>(p)[1];
-  out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y;
+  const float2 v = *reinterpret_cast<const float2*>(p);
+  out[0] = v.x, out[1] = v.y;
 #else
-  load4(p, out);
+  out[0] = p[0], out[1] = p[1];
 #endif
 }
+
 }  // namespace kalmanet::cuda

@@ -9,7 +9,8 @@
 // so a product of Chebyshev's iteration for all of them is one product with H_0 and a few dots. H_0
 // is split into two float16 (high + low / 2^11: 22 bits, as many registers as float32), and so is
 // d, whose two parts are two columns of the same right factor: 4 tokens fill an m16n8k16 exactly.
-// A warp has 16 rows of H_0; two of them multiply the keys as well, for all. The iteration carries its residual (r -= A d, x += d): a product's error
+// A warp has 16 rows of H_0; four of them (with four
+// schedulers) multiply a quarter of the keys each as well, for all. The iteration carries its residual (r -= A d, x += d): a product's error
 // of 2^-22 is one of d, not of x.
 //
 // The states stay where they are until all outputs are known to be good: where a token's
@@ -26,7 +27,7 @@ struct FewLayout {
   static constexpr int kTokens = 4;    // at once
   static constexpr int kThreads = 256;
   static constexpr int kTiles = 8;  // of 16 columns
-  static constexpr int kOtherKeyWarp = 5;
+  static constexpr int kKeyWarps = 4;
   static constexpr float kLow = 0x1p11f;  // low parts are stored so much larger
   // Words of a column of the right factor: 64, and 16 more so that the eight lanes that read
   // together meet no bank twice.
@@ -56,7 +57,8 @@ struct FewShared {
   alignas(16) float m[FewLayout::kTokens][FewLayout::kDim];
   alignas(16) float partial[8][FewLayout::kTokens][FewLayout::kDim];  // of o
   KeyFragment keys[FewLayout::kTiles][32];
-  alignas(16) float dots[2][FewLayout::kTokens][FewLayout::kTokens];  // [half][token][key]
+  // [part of the dims][pair of keys][token][key of the pair]: half a part a load (async_copy.hpp).
+  alignas(16) float dots[FewLayout::kKeyWarps][2][FewLayout::kTokens][2];
   // [which][token][warp]; 0: k_t^T H_0 k_t, 1: |x|^2 (at first |H_0|^2), 2: |U_t|^2, 3: |o|^2.
   alignas(16) float squares[4][FewLayout::kTokens][8];
   alignas(16) float scalar[kStepScalars][FewLayout::kTokens];  // decays, not their logarithms
@@ -67,7 +69,7 @@ struct FewShared {
 struct FewRegisters {
   float raw[FewLayout::kTiles][2][4];  // H: rows, columns
   uint32_t high[FewLayout::kTiles][4], low[FewLayout::kTiles][4];  // the same, split
-  uint32_t b[2][2], key[2][4];
+  uint32_t b[FewLayout::kTiles][2], key[2][4], kb[2][2];
   float y[2][4], z[4], c[4], product[2], dot_scale;
   float r[2], d[2], x[2];
   float here[FewLayout::kTokens][2];  // the keys at its rows

@@ -16,15 +16,6 @@ struct FewSolve {
   int n = 0;           // tokens at work
   float scale = 1.0f;  // of H_0 as it is split
 
-  KALMANET_KERNEL static void load2(const float* p, float (&out)[2]) {
-#ifdef __CUDACC__
-    const float2 v = *reinterpret_cast<const float2*>(p);
-    out[0] = v.x, out[1] = v.y;
-#else
-    out[0] = p[0], out[1] = p[1];
-#endif
-  }
-
   // registers.sums over the block's warps: total() after a barrier.
   KALMANET_KERNEL void put_squares(int which) {
     KALMANET_UNROLL
@@ -118,6 +109,22 @@ struct FewSolve {
     });
     group.barrier();
   }
+  KALMANET_KERNEL const uint32_t* right_words(int thread, int pair) const {
+    return shared.right[thread % 32 / 4] + pair * 16 + thread % 4 * 4;
+  }
+  // The dots of a token with all keys.
+  KALMANET_KERNEL void load_dots(int token, float (&dots)[L::kTokens]) const {
+    KALMANET_UNROLL
+    for (int pair = 0; pair < 2; ++pair) {
+      float part[L::kKeyWarps][2];
+      KALMANET_UNROLL
+      for (int w = 0; w < L::kKeyWarps; ++w) load2(shared.dots[w][pair][token], part[w]);
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        dots[2 * pair + i] = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
+      }
+    }
+  }
   // Of the right factor: its products with H_0 into registers.product, scaled by scale and into, and with
   // the keys into shared.dots, times dot_scale of a lane whose key is thread % 32 / 4. Meanwhile:
   // what goes on beside them. Ends with a barrier.
@@ -127,51 +134,56 @@ struct FewSolve {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) r.y[0][i] = r.y[1][i] = r.z[i] = r.c[i] = 0;
     });
-    KALMANET_UNROLL
-    for (int pair = 0; pair < L::kTiles / 2; ++pair) {
-      group.each([&](int thread, Registers& r) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int pair = 0; pair < L::kTiles / 2; ++pair) {
         uint32_t words[4];
-        load16(shared.right[thread % 32 / 4] + pair * 16 + thread % 4 * 4, words);
-        r.b[0][0] = words[0], r.b[0][1] = words[1];
-        r.b[1][0] = words[2], r.b[1][1] = words[3];
+        load16(right_words(thread, pair), words);
+        r.b[2 * pair][0] = words[0], r.b[2 * pair][1] = words[1];
+        r.b[2 * pair + 1][0] = words[2], r.b[2 * pair + 1][1] = words[3];
+      }
+    });
+    KALMANET_UNROLL
+    for (int tile = 0; tile < L::kTiles; ++tile) {  // (two sums of the high parts: shorter chains)
+      const auto y = [tile](Registers& r) -> float (&)[4] { return r.y[tile % 2]; };
+      const auto z = [](Registers& r) -> float (&)[4] { return r.z; };
+      const auto b = [tile](Registers& r) -> uint32_t (&)[2] { return r.b[tile]; };
+      group.multiply_add_float16(
+          y, y, [tile](Registers& r) -> uint32_t (&)[4] { return r.high[tile]; }, b);
+      group.multiply_add_float16(
+          z, z, [tile](Registers& r) -> uint32_t (&)[4] { return r.low[tile]; }, b);
+    }
+    group.with_warps(0, L::kKeyWarps, [&] {
+      group.each([&](int thread, Registers& r) {
+        const int pair = thread / 32;
+        uint32_t words[4];
+        load16(right_words(thread, pair), words);
+        r.kb[0][0] = words[0], r.kb[0][1] = words[1];
+        r.kb[1][0] = words[2], r.kb[1][1] = words[3];
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) load16(&shared.keys[2 * pair + i][thread % 32], r.key[i]);
       });
       KALMANET_UNROLL
-      for (int i = 0; i < 2; ++i) {  // (sums of their own for every other tile: shorter chains)
-        const int tile = 2 * pair + i;
-        const auto y = [i](Registers& r) -> float (&)[4] { return r.y[i]; };
-        const auto z = [](Registers& r) -> float (&)[4] { return r.z; };
-        const auto b = [i](Registers& r) -> uint32_t (&)[2] { return r.b[i]; };
+      for (int i = 0; i < 2; ++i) {
+        const auto c = [](Registers& r) -> float (&)[4] { return r.c; };
         group.multiply_add_float16(
-            y, y, [tile](Registers& r) -> uint32_t (&)[4] { return r.high[tile]; }, b);
-        group.multiply_add_float16(
-            z, z, [tile](Registers& r) -> uint32_t (&)[4] { return r.low[tile]; }, b);
+            c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
+            [i](Registers& r) -> uint32_t (&)[2] { return r.kb[i]; });
       }
-      // Half of the keys' dims by each of two warps, which have different schedulers.
-      group.with_warp(pair < 2 ? 0 : L::kOtherKeyWarp, [&] {
-        group.each([&](int thread, Registers& r) {
-          KALMANET_UNROLL
-          for (int i = 0; i < 2; ++i) load16(&shared.keys[2 * pair + i][thread % 32], r.key[i]);
-        });
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const auto c = [](Registers& r) -> float (&)[4] { return r.c; };
-          group.multiply_add_float16(
-              c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
-              [i](Registers& r) -> uint32_t (&)[2] { return r.b[i]; });
-        }
+      group.each([&](int thread, Registers& r) {
+        const int key = thread % 32 / 4;  // a fragment's row
+        if (key >= L::kTokens) return;
+        const float dot = (r.c[0] + r.c[1] * (1.0f / L::kLow)) * r.dot_scale;
+        shared.dots[thread / 32][key / 2][thread % 4][key % 2] = dot;
       });
-    }
+    });
     meanwhile();
-    group.each([&](int thread, Registers& r) {
+    group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int e = 0; e < 2; ++e) {
         const float low = (r.y[0][2 * e + 1] + r.y[1][2 * e + 1]) + r.z[2 * e];
         r.product[e] = (r.y[0][2 * e] + r.y[1][2 * e]) + low * (1.0f / L::kLow);
       }
-      if (thread % 32 >= 4 * L::kTokens) return;  // fragment rows 0 to 3
-      if (thread >= 32 && thread / 32 != L::kOtherKeyWarp) return;
-      const float dot = (r.c[0] + r.c[1] * (1.0f / L::kLow)) * r.dot_scale;
-      shared.dots[thread < 32 ? 0 : 1][thread % 4][thread % 32 / 4] = dot;
     });
     group.barrier();
   }
@@ -205,11 +217,11 @@ struct FewSolve {
       for (int t = 0; t < L::kTokens; ++t) {
         const float decay = shared.scalar[kStepDecay][t], beta2 = shared.scalar[kStepBeta][t];
         const float k2 = shared.key_norm[t] * shared.key_norm[t] * beta2;
-        float quadratic = start * total(0, t);
+        float quadratic = start * total(0, t), dots[L::kTokens];
+        load_dots(t, dots);
         KALMANET_UNROLL
         for (int j = 0; j < t; ++j) {
-          const float dot = shared.dots[0][t][j] + shared.dots[1][t][j];
-          quadratic += weight[j] * dot * dot;
+          quadratic += weight[j] * dots[j] * dots[j];
           weight[j] *= decay;
         }
         weight[t] = beta2;
@@ -277,11 +289,8 @@ struct FewSolve {
         });
       });
       group.each([&](int thread, Registers& r) {
-        float dots[4], more[4];
-        load4(shared.dots[0][thread % 4], dots);
-        load4(shared.dots[1][thread % 4], more);
-        KALMANET_UNROLL
-        for (int j = 0; j < L::kTokens; ++j) dots[j] += more[j];
+        float dots[L::kTokens];
+        load_dots(thread % 4, dots);
         // (A token with fewer steps than another has its answer.)
         const float gain = k < r.steps ? r.step * r.w : 0.0f;
         const float momentum = k < r.steps ? r.w - 1.0f : 0.0f;

@@ -32,6 +32,17 @@ struct StepLayout {
 
   KALMANET_KERNEL static int row(int thread) { return thread / 8 * kRows; }
   KALMANET_KERNEL static int column(int thread, int piece) { return (piece * 8 + thread % 8) * 4; }
+  // Where element `row` of the iterate lies: the first two of every four in one half, so that a thread
+  // reads a piece of it as two times 8 bytes that no compiler makes one load of (async_copy.hpp).
+  KALMANET_KERNEL static int place(int row) {
+    return row / 4 * 2 + row % 2 + row % 4 / 2 * (kDim / 2);
+  }
+  KALMANET_KERNEL static void load_piece(const float* x, int thread, int piece, float (&out)[4]) {
+    float a[2], b[2];
+    load2(x + (piece * 8 + thread % 8) * 2, a);
+    load2(x + kDim / 2 + (piece * 8 + thread % 8) * 2, b);
+    out[0] = a[0], out[1] = a[1], out[2] = b[0], out[3] = b[1];
+  }
   // The row whose sum a thread (and its neighbour) ends with.
   KALMANET_KERNEL static int own_row(int thread) { return thread / 2; }
   // Where a thread's piece of U begins; the others follow, a row further on each.
@@ -69,7 +80,8 @@ KALMANET_KERNEL int64_t grouped(int64_t head, int64_t group) {
 
 struct StepShared {
   alignas(128) float u[StepLayout::kDim * StepLayout::kDim];
-  alignas(16) float x[2][StepLayout::kDim];  // what the next product is taken of, in turn; q first
+  // What the next product is taken of, in turn, q first: by StepLayout::place.
+  alignas(16) float x[2][StepLayout::kDim];
   alignas(16) double x64[2][StepLayout::kDim];
   alignas(16) float k[StepLayout::kDim];
   alignas(16) float v[StepLayout::kDim];
@@ -145,7 +157,7 @@ struct StepProducts {
       KALMANET_UNROLL
       for (int p = 0; p < L::kPieces; ++p) {
         float y4[4];
-        load4(y + L::column(thread, p), y4);
+        L::load_piece(y, thread, p, y4);
         KALMANET_UNROLL
         for (int j = 0; j < 4; ++j) {
           KALMANET_UNROLL
