@@ -270,58 +270,69 @@ struct FewBody : FewSolve<Group> {
 
   // Returns whether the step kernel must do it instead. Written are then outputs, and of a draft
   // the states before its tokens.
+  //
+  // kLong: more tokens than fit at once, or accepted ones before tokens that are none: H is then
+  // made again of its two parts. Else it need not wait in registers for what comes after the solve,
+  // but is read once more.
+  template <bool kLong>
   KALMANET_KERNEL bool run(int64_t row) {
     const float* const h_from = dense_state(job.h0, row, head);
     const float* const u_from = dense_state(job.u0, row, head);
     h_to = dense_state(job.h_final, row, head);
     u_to = dense_state(job.u_final, row, head);
     const int64_t accepted = accepted_of(job, sequence);
-    // The last draft's tokens, then the call's, in groups that do not mix the two.
-    int64_t t0 = accepted > 0 ? -accepted : 0;
+    load_h(h_from);
     KALMANET_LOOP
-    for (bool first = true; t0 < job.T; first = false) {
-      const bool old = t0 < 0;
-      const int64_t left = old ? -t0 : job.T - t0;
-      n = static_cast<int>(left < L::kTokens ? left : L::kTokens);
-      if (first) load_h(h_from);
-      if (old) {
-        fetch<true>(accepted + t0);
-      } else {
-        fetch<false>(t0);
-      }
-      if (first) start_u(u_from);
-      if (t0 == 0 && job.is_draft) {  // what the states become is known before the new tokens
-        if (accepted > 0 || h_from != h_to) store_h();
-        if (accepted > 0 || u_from != u_to) store_u();
-      }
+    for (int64_t t0 = 0; t0 < accepted; t0 += n) {
+      n = static_cast<int>(accepted - t0 < L::kTokens ? accepted - t0 : L::kTokens);
+      fetch<true>(t0);
+      if (t0 == 0) start_u(u_from);
       group.barrier();  // (the tokens before are done with)
-      const bool last = !old && t0 + n == job.T;
-      if (old) {
-        take<true>();
-        advance_u<false>(0);
-      } else {
-        take<false>();
-        this->split_h();
-        this->norms();
-        this->solve();
-        advance_u<true>(t0);
-        if (amplified()) return true;
-        if (last && job.is_draft) return false;
+      take<true>();
+      advance_u<false>(0);
+      advance_h();
+    }
+    int64_t t0 = 0;
+    KALMANET_LOOP
+    do {
+      n = static_cast<int>(!kLong || job.T - t0 < L::kTokens ? job.T - t0 : L::kTokens);
+      fetch<false>(t0);
+      if (t0 == 0) {
+        if (accepted == 0) start_u(u_from);
+        if (job.is_draft) {  // what the states become is known before the new tokens
+          if (accepted > 0 || h_from != h_to) store_h();
+          if (accepted > 0 || u_from != u_to) store_u();
+        }
+      }
+      group.barrier();
+      take<false>();
+      this->split_h();
+      this->norms();
+      this->solve();
+      advance_u<true>(t0);
+      if (amplified()) return true;
+      t0 += n;
+      if (t0 == job.T && job.is_draft) return false;
+      if constexpr (kLong) {
         this->unsplit_h();
+      } else {
+        load_h(h_from);
       }
       advance_h();
-      if (last) {
-        store_h();
-        store_u();
-      }
-      t0 += n;
-    }
+    } while (kLong && t0 < job.T);
+    store_h();
+    store_u();
     return false;
   }
 };
 
+// Whether a job needs FewBody::run<true>.
+inline bool is_long(const GkaJob& job) {
+  return job.T > FewLayout::kTokens || (!job.is_draft && job.accepted != nullptr);
+}
+
 // The work of block (sequence, head); returns whether it is left to run_step, with `resumed`.
-template <class Group>
+template <bool kLong, class Group>
 KALMANET_KERNEL bool run_few(Group& group, FewShared& shared, const GkaJob& job, int64_t sequence,
                              int64_t head) {
   const int64_t row = state_row(job, sequence);
@@ -330,7 +341,7 @@ KALMANET_KERNEL bool run_few(Group& group, FewShared& shared, const GkaJob& job,
     return false;
   }
   FewBody<Group> body{{group, shared, job, sequence, head}};
-  return body.run(row);
+  return body.template run<kLong>(row);
 }
 
 }  // namespace kalmanet::cuda

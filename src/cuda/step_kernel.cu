@@ -29,6 +29,7 @@ constexpr size_t kFewShared =
     sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared) : sizeof(StepShared);
 
 // Two blocks again: 102 KB.
+template <bool kLong>
 __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     gka_step_few(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(FewLayout::kThreads, 2)
   const int64_t sequence = blockIdx.y, head = blockIdx.x;
   {
     DeviceGroup<FewRegisters> group;
-    if (!run_few(group, *reinterpret_cast<FewShared*>(shared_memory), job, sequence, head)) return;
+    auto& shared = *reinterpret_cast<FewShared*>(shared_memory);
+    if (!run_few<kLong>(group, shared, job, sequence, head)) return;
   }
   __syncthreads();
   DeviceGroup<StepRegisters> group;
@@ -71,7 +73,8 @@ int64_t step_shared_bytes() {
 
 void launch_step(const GkaJob& job, bool few, Stream stream) {
   if (few) {
-    launch(gka_step_few, FewLayout::kThreads, kFewShared, job, stream);
+    launch(is_long(job) ? gka_step_few<true> : gka_step_few<false>, FewLayout::kThreads, kFewShared,
+           job, stream);
   } else if (is_one_token(job)) {
     launch(gka_step_tokens<true>, StepLayout::kThreads, sizeof(StepShared), job, stream);
   } else {

@@ -159,7 +159,9 @@ inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& o
         Poisoned shared(sizeof(FewShared));
         HostGroup<FewRegisters> group(FewLayout::kThreads, how.backwards);
         auto& memory = *reinterpret_cast<FewShared*>(shared.data());
-        if (!run_few(group, memory, job, sequence, head)) continue;
+        const bool is_left = is_long(job) ? run_few<true>(group, memory, job, sequence, head)
+                                          : run_few<false>(group, memory, job, sequence, head);
+        if (!is_left) continue;
         ++left;
       }
       Poisoned shared(sizeof(StepShared));
