@@ -163,8 +163,13 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
   std::fflush(stdout);
 }
 
-// `once`: a few launches and no more, for a profiler.
-void time_step(const Problem& p, GkaOptions options, double copy, bool once = false) {
+// plain; draft: the tokens are one, and half of as many before them were accepted; once: a few
+// launches and no more, for a profiler.
+enum class StepKind { plain, draft, once };
+
+void time_step(const Problem& p, GkaOptions options, double copy,
+               StepKind kind = StepKind::plain) {
+  const bool once = kind == StepKind::once;
   // The states of one memory of about 100 keys, for every sequence and head.
   const size_t dim = static_cast<size_t>(p.K), one = dim * dim;
   const size_t states = static_cast<size_t>(p.B * p.H) * one;
@@ -201,6 +206,13 @@ void time_step(const Problem& p, GkaOptions options, double copy, bool once = fa
   out.u_final = dense(static_cast<float*>(u1.data), {p.B, p.H, p.K, p.K});
   in.h0 = dense(static_cast<float*>(h0.data), {p.B, p.H, p.K, p.K});
   in.u0 = dense(static_cast<float*>(u0.data), {p.B, p.H, p.K, p.K});
+  const std::vector<int32_t> half(static_cast<size_t>(p.B), static_cast<int32_t>(p.T / 2));
+  const Device accepted(half);
+  if (kind == StepKind::draft) {
+    in.is_draft = true;
+    in.last_draft = {in.k, in.v, in.g, in.gk, {}};
+    in.accepted = {static_cast<const int32_t*>(accepted.data), half.size()};
+  }
   const double error = once ? 0.0 : error_of(p, 20, options, true);
   cudaStream_t stream;
   check(cudaStreamCreate(&stream), "stream");
@@ -220,7 +232,7 @@ void time_step(const Problem& p, GkaOptions options, double copy, bool once = fa
   const double bytes = 4.0 * 4.0 * static_cast<double>(states);  // both states, read and written
   char more[128];
   std::snprintf(more, sizeof more, ", \"of_copy_rate\": %.3f", bytes / ms * 1e-9 / copy);
-  report("step", p, options, ms, error, more);
+  report(kind == StepKind::draft ? "draft" : "step", p, options, ms, error, more);
   cudaGraphExecDestroy(replay), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
 }
 
@@ -392,12 +404,13 @@ int main(int argc, char** argv) {
         Problem p(batch, tokens, 32, 128);
         time_step(p, options, copy);
         if (tokens == 4) time_step(p, direct, copy);
+        time_step(p, options, copy, StepKind::draft);
       }
     }
   }
   if (asked("steps_once")) {
     for (int64_t batch : {1, 128}) {
-      for (int64_t tokens : {1, 4}) time_step(Problem(batch, tokens, 32, 128), options, copy, true);
+      for (int64_t tokens : {1, 4}) time_step(Problem(batch, tokens, 32, 128), options, copy, StepKind::once);
     }
   }
   GkaOptions bf16 = options;

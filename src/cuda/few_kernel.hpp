@@ -70,7 +70,7 @@ struct FewRegisters {
   float raw[FewLayout::kTiles][2][4];  // H: rows, columns
   uint32_t high[FewLayout::kTiles][4], low[FewLayout::kTiles][4];  // the same, split
   uint32_t b[FewLayout::kTiles][2], key[2][4], kb[2][2];
-  float y[2][4], z[4], c[4], product[2], dot_scale;
+  float y[2][4], z[2][4], c[4], product[2], dot_scale;
   float r[2], d[2], x[2];
   float here[FewLayout::kTokens][2];  // the keys at its rows
   float w, rho2, step, lambda, start, into;
@@ -89,6 +89,15 @@ KALMANET_KERNEL float to_one(float x) {
   float y;
   memcpy(&y, &bits, 4);
   return y;
+}
+
+// 1 / p of a power of two.
+KALMANET_KERNEL float power_inverse(float p) {
+  uint32_t bits;
+  memcpy(&bits, &p, 4);
+  bits = (254u << 23) - bits;
+  memcpy(&p, &bits, 4);
+  return p;
 }
 
 }  // namespace kalmanet::cuda

@@ -82,7 +82,7 @@ struct FewSolve {
     });
   }
   KALMANET_KERNEL void unsplit_h() {
-    const float back = 1.0f / scale;  // exact: a power of two
+    const float back = power_inverse(scale);
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < L::kTiles; ++tile) {
@@ -132,7 +132,7 @@ struct FewSolve {
   KALMANET_KERNEL void multiply(Meanwhile&& meanwhile) {
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) r.y[0][i] = r.y[1][i] = r.z[i] = r.c[i] = 0;
+      for (int i = 0; i < 4; ++i) r.y[0][i] = r.y[1][i] = r.z[0][i] = r.z[1][i] = 0;
     });
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
@@ -143,16 +143,6 @@ struct FewSolve {
         r.b[2 * pair + 1][0] = words[2], r.b[2 * pair + 1][1] = words[3];
       }
     });
-    KALMANET_UNROLL
-    for (int tile = 0; tile < L::kTiles; ++tile) {  // (two sums of the high parts: shorter chains)
-      const auto y = [tile](Registers& r) -> float (&)[4] { return r.y[tile % 2]; };
-      const auto z = [](Registers& r) -> float (&)[4] { return r.z; };
-      const auto b = [tile](Registers& r) -> uint32_t (&)[2] { return r.b[tile]; };
-      group.multiply_add_float16(
-          y, y, [tile](Registers& r) -> uint32_t (&)[4] { return r.high[tile]; }, b);
-      group.multiply_add_float16(
-          z, z, [tile](Registers& r) -> uint32_t (&)[4] { return r.low[tile]; }, b);
-    }
     group.with_warps(0, L::kKeyWarps, [&] {
       group.each([&](int thread, Registers& r) {
         const int pair = thread / 32;
@@ -160,6 +150,8 @@ struct FewSolve {
         load16(right_words(thread, pair), words);
         r.kb[0][0] = words[0], r.kb[0][1] = words[1];
         r.kb[1][0] = words[2], r.kb[1][1] = words[3];
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) r.c[i] = 0;
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) load16(&shared.keys[2 * pair + i][thread % 32], r.key[i]);
       });
@@ -170,6 +162,18 @@ struct FewSolve {
             c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
             [i](Registers& r) -> uint32_t (&)[2] { return r.kb[i]; });
       }
+    });
+    KALMANET_UNROLL
+    for (int tile = 0; tile < L::kTiles; ++tile) {  // (two sums each: shorter chains)
+      const auto y = [tile](Registers& r) -> float (&)[4] { return r.y[tile % 2]; };
+      const auto z = [tile](Registers& r) -> float (&)[4] { return r.z[tile % 2]; };
+      const auto b = [tile](Registers& r) -> uint32_t (&)[2] { return r.b[tile]; };
+      group.multiply_add_float16(
+          y, y, [tile](Registers& r) -> uint32_t (&)[4] { return r.high[tile]; }, b);
+      group.multiply_add_float16(
+          z, z, [tile](Registers& r) -> uint32_t (&)[4] { return r.low[tile]; }, b);
+    }
+    group.with_warps(0, L::kKeyWarps, [&] {
       group.each([&](int thread, Registers& r) {
         const int key = thread % 32 / 4;  // a fragment's row
         if (key >= L::kTokens) return;
@@ -181,7 +185,7 @@ struct FewSolve {
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const float low = (r.y[0][2 * e + 1] + r.y[1][2 * e + 1]) + r.z[2 * e];
+        const float low = (r.y[0][2 * e + 1] + r.y[1][2 * e + 1]) + (r.z[0][2 * e] + r.z[1][2 * e]);
         r.product[e] = (r.y[0][2 * e] + r.y[1][2 * e]) + low * (1.0f / L::kLow);
       }
     });
@@ -198,12 +202,14 @@ struct FewSolve {
       r.d[0] = shared.k[i][row];
       r.d[1] = shared.k[i][row + 1];
       r.into = to_one(shared.key_norm[i]);
-      r.dot_scale = 1.0f / (r.into * to_one(shared.key_norm[thread % 32 / 4 % L::kTokens]));
+      r.dot_scale = power_inverse(r.into) *
+                    power_inverse(to_one(shared.key_norm[thread % 32 / 4 % L::kTokens]));
     });
     put_right();
     multiply([] {});
     group.each([&](int, Registers& r) {
-      r.sum = (r.d[0] * r.product[0] + r.d[1] * r.product[1]) / (scale * r.into);
+      r.sum = (r.d[0] * r.product[0] + r.d[1] * r.product[1]) * power_inverse(scale) *
+              power_inverse(r.into);
     });
     group.sum_rows([](Registers& r) -> float& { return r.sum; });
     group.each([&](int thread, Registers& r) {
@@ -247,7 +253,7 @@ struct FewSolve {
       r.step = idle ? 0.0f : divide(2.0f, 2.0f * r.lambda + f);
       r.steps = shared.steps[i];
       r.into = to_one(r.step * shared.query_norm[i]);
-      const float out = 1.0f / r.into;
+      const float out = power_inverse(r.into);
       // m_ij of key j = thread % 32 / 4, where the lane makes such a dot; c_i.
       const int key = thread % 32 / 4;
       float through = 1;  // the decays after key j up to token i
@@ -255,11 +261,11 @@ struct FewSolve {
       KALMANET_UNROLL
       for (int j = L::kTokens - 1; j >= 0; --j) {
         const float weight =
-            through * shared.scalar[kStepBeta][j] * out / to_one(shared.key_norm[j]);
+            through * shared.scalar[kStepBeta][j] * out * power_inverse(to_one(shared.key_norm[j]));
         if (j <= i && j == key) r.dot_scale = weight;
         if (j <= i) through *= shared.scalar[kStepDecay][j];
       }
-      r.start = through * out / scale;
+      r.start = through * out * power_inverse(scale);
       KALMANET_UNROLL
       for (int e = 0; e < 2; ++e) {
         r.r[e] = shared.q[i][row + e];

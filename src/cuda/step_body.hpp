@@ -96,53 +96,62 @@ struct StepBody : StepStates<Group> {
   // shared memory, |x|^2 into squares[1]. Ends with a barrier.
   //
   // What a step needs beside its product is made while that is on its way. So is H stored, a piece
-  // a step: all at once would hold up the loads of x for a thousand cycles.
+  // each of the first four steps: all at once would hold up the loads of x for a thousand cycles.
+  struct Iteration {
+    float lambda, step, rho2, w;
+  };
+  // Step k up to x_{k+1}; unless it is the last one, its place is out.
+  KALMANET_KERNEL void finish_step(const Iteration& it, float* out) {
+    const float gain = it.step * it.w;
+    group.each([&](int thread, Registers& r) {
+      r.previous = r.x;
+      r.x = r.carried - gain * (r.rest + r.product);
+      if (thread % 2 == 0) out[L::place(L::own_row(thread))] = r.x;
+    });
+  }
+  KALMANET_KERNEL void begin_step(Iteration& it, const float* x) {
+    group.barrier();
+    it.w = reciprocal(1.0f - it.rho2 * it.w);
+    group.each([&](int, Registers& r) {
+      r.rest = it.lambda * r.x - r.q;
+      r.carried = (it.w - 1.0f) * (r.x - r.previous) + r.x;
+    });
+    this->multiply(x);
+  }
   KALMANET_KERNEL void solve(float f, int num_iter, bool store) {
-    const float lambda = now.ridge * f;
-    const float step = divide(2.0f, 2.0f * lambda + f);
-    const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f), rho2 = rho * rho;
-    float w = reciprocal(1.0f - 2.0f * rho2);
-    int k = 0;
+    Iteration it;
+    it.lambda = now.ridge * f;
+    it.step = divide(2.0f, 2.0f * it.lambda + f);
+    const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f);
+    it.rho2 = rho * rho;
+    it.w = reciprocal(1.0f - 2.0f * it.rho2);
+    if (f == 0.0f || num_iter <= L::kPieces) {
+      if (store) store_h();
+      store = false;
+    }
+    group.each([&](int, Registers& r) {
+      r.x = f == 0.0f ? 0.0f : it.step * r.q;
+      r.product *= it.step;
+      r.rest = it.lambda * r.x - r.q;
+      r.carried = it.w * r.x;  // (of a step before it there was none)
+    });
     if (f != 0.0f) {
-      group.each([&](int, Registers& r) {
-        r.x = step * r.q;
-        r.product *= step;
-        r.rest = lambda * r.x - r.q;
-        r.carried = w * r.x;  // (of a step before it there was none)
-      });
-      bool last = num_iter == 1;
+      int left = num_iter - 1, k = 0;
+      if (store) {
+        KALMANET_UNROLL
+        for (int p = 0; p < L::kPieces; ++p) {
+          finish_step(it, shared.x[1 - p % 2]);
+          begin_step(it, shared.x[1 - p % 2]);
+          store_piece(p);
+        }
+        left -= L::kPieces;
+      }
       KALMANET_LOOP
       for (;; ++k) {
-        const float gain = step * w;
         float* const out = shared.x[1 - k % 2];
-        group.each([&](int thread, Registers& r) {
-          r.previous = r.x;
-          r.x = r.carried - gain * (r.rest + r.product);
-          if (thread % 2 == 0) out[L::place(L::own_row(thread))] = r.x;
-        });
-        if (last) break;
-        group.barrier();
-        last = k + 2 == num_iter;
-        w = reciprocal(1.0f - rho2 * w);
-        group.each([&](int, Registers& r) {
-          r.rest = lambda * r.x - r.q;
-          r.carried = (w - 1.0f) * (r.x - r.previous) + r.x;
-        });
-        this->multiply(out);
-        if (store && k < L::kPieces) {
-          KALMANET_UNROLL
-          for (int p = 0; p < L::kPieces; ++p) {
-            if (k == p) store_piece(p);
-          }
-        }
-      }
-    } else {
-      group.each([&](int, Registers& r) { r.x = 0; });
-    }
-    if (store && k < L::kPieces) {  // what so few steps have left
-      KALMANET_UNROLL
-      for (int p = 0; p < L::kPieces; ++p) {
-        if (k <= p) store_piece(p);
+        finish_step(it, out);
+        if (left-- == 0) break;
+        begin_step(it, out);
       }
     }
     group.each([&](int thread, Registers& r) {
