@@ -103,10 +103,10 @@ struct StepBody : StepStates<Group> {
   // Step k up to x_{k+1}; unless it is the last one, its place is out.
   KALMANET_KERNEL void finish_step(const Iteration& it, float* out) {
     const float gain = it.step * it.w;
-    group.each([&](int thread, Registers& r) {
+    group.each([&](int, Registers& r) {
       r.previous = r.x;
       r.x = r.carried - gain * (r.rest + r.product);
-      if (thread % 2 == 0) out[L::place(L::own_row(thread))] = r.x;
+      out[r.own_place] = r.x;
     });
   }
   KALMANET_KERNEL void begin_step(Iteration& it, const float* x) {
@@ -129,7 +129,8 @@ struct StepBody : StepStates<Group> {
       if (store) store_h();
       store = false;
     }
-    group.each([&](int, Registers& r) {
+    group.each([&](int thread, Registers& r) {
+      r.own_place = kept(L::own_place(thread));
       r.x = f == 0.0f ? 0.0f : it.step * r.q;
       r.product *= it.step;
       r.rest = it.lambda * r.x - r.q;

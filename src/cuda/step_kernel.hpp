@@ -37,6 +37,10 @@ struct StepLayout {
   KALMANET_KERNEL static int place(int row) {
     return row / 4 * 2 + row % 2 + row % 4 / 2 * (kDim / 2);
   }
+  // Where a thread writes its row's: the second of the two that have it, where nobody reads.
+  KALMANET_KERNEL static int own_place(int thread) {
+    return place(own_row(thread)) + thread % 2 * kDim;
+  }
   KALMANET_KERNEL static void load_piece(const float* x, int thread, int piece, float (&out)[4]) {
     float a[2], b[2];
     load2(x + (piece * 8 + thread % 8) * 2, a);
@@ -61,6 +65,14 @@ KALMANET_KERNEL float reciprocal(float a) {
   return 1.0f / a;
 #endif
 }
+// x, of which the compiler must not think that it could as well compute it again.
+KALMANET_KERNEL int kept(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // A token's own numbers, as GkaJob::scalars has them.
 enum StepScalar { kStepDecay, kStepUDecay, kStepBeta, kStepAlpha, kStepRidge, kStepScalars };
 
@@ -81,7 +93,7 @@ KALMANET_KERNEL int64_t grouped(int64_t head, int64_t group) {
 struct StepShared {
   alignas(128) float u[StepLayout::kDim * StepLayout::kDim];
   // What the next product is taken of, in turn, q first: by StepLayout::place.
-  alignas(16) float x[2][StepLayout::kDim];
+  alignas(16) float x[2][2 * StepLayout::kDim];
   alignas(16) double x64[2][StepLayout::kDim];
   alignas(16) float k[StepLayout::kDim];
   alignas(16) float v[StepLayout::kDim];
@@ -100,6 +112,7 @@ struct StepRegisters {
   double x_64, previous64;
   float squares, o[4];
   double o64[4];
+  int own_place;  // kept: four instructions that would be in a step's way
   uint32_t first, second, scalar;  // of the next token: bits of k and q, or v; one of its numbers
 };
 
