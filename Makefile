@@ -62,13 +62,14 @@ bench: build  ## speed against OpenBLAS and PyTorch
 format: setup  ## format all sources in place
 	@tools/format
 
-lint: build  ## formatting, order of the rooms, clang-tidy, ruff
+lint: build  ## formatting, order of the rooms, clang-tidy, ruff, mypy
 	@tools/format --check
 	@tools/check_files
 	@tools/check_layers
 	@tools/python_reference --check
 	@tools/check_isa
 	@tools/check_kernels
+	@.venv/bin/mypy
 	@tools/tidy
 
 docs: build  ## check the docs: links, commands, flags and quoted code

@@ -3,8 +3,10 @@
 //
 //   kalmanet_bench [--quick] [--threads=2] [Google Benchmark's flags, e.g.
 //   --benchmark_filter=decode]
+//   kalmanet_bench --peer    only OpenBLAS's rate: GFLOP/s of one thread, and its kernels' name
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <cstring>
@@ -28,6 +30,8 @@ bool parse(int argc, char** argv, Settings& settings) {
       settings.quick = true;
     } else if (flag == "--spoil") {
       settings.spoil = true;
+    } else if (flag == "--peer") {
+      settings.peer_only = true;
     } else if (flag.starts_with(kThreads)) {
       const std::string_view number = flag.substr(kThreads.size());
       const char* end = number.data() + number.size();
@@ -40,8 +44,8 @@ bool parse(int argc, char** argv, Settings& settings) {
     } else {
       std::fprintf(
           stderr,
-          "unknown flag %s; there are --quick, --threads=N, --spoil (the gates must refuse) "
-          "and Google Benchmark's --benchmark_...\n",
+          "unknown flag %s; there are --quick, --threads=N, --peer (OpenBLAS's rate alone), "
+          "--spoil (the gates must refuse) and Google Benchmark's --benchmark_...\n",
           argv[i]);
       return false;
     }
@@ -49,10 +53,22 @@ bool parse(int argc, char** argv, Settings& settings) {
   return true;
 }
 
+// For benchmarks/run, which tries OpenBLAS's kernels one after the other.
+void print_peer() {
+  MatrixProduct product(2048);
+  double best = 0;
+  for (int round = 0; round < 3; ++round) best = std::max(best, product.rate_of_one_thread());
+  std::printf("%.1f %s\n", best * 1e-9, openblas_core().c_str());
+}
+
 int run(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   Settings settings;
   if (!parse(argc, argv, settings)) return 2;
+  if (settings.peer_only) {
+    print_peer();
+    return 0;
+  }
   set_num_threads(settings.threads);
   benchmark::AddCustomContext("openblas_core", openblas_core());
   benchmark::AddCustomContext("openblas_build", openblas_build());

@@ -11,8 +11,9 @@
 namespace kalmanet::bench {
 
 struct Settings {
-  bool quick = false;  // seconds instead of minutes: is everything still there?
-  bool spoil = false;  // hand wrong answers to the gates, which must refuse them
+  bool quick = false;      // seconds instead of minutes: is everything still there?
+  bool spoil = false;      // hand wrong answers to the gates, which must refuse them
+  bool peer_only = false;  // only say how fast OpenBLAS is
   int threads = 2;
 };
 

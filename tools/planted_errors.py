@@ -104,6 +104,12 @@ ERRORS = [
         "d.shift[t] = d.mu - shift;",
     ),
     Planted(
+        "direct: the backward goes on with another window's block",
+        "src/cpu/gka_backward.hpp",
+        "    work.solver.block.active = false;\n",
+        "",
+    ),
+    Planted(
         "direct: the backward is not corrected",
         "src/cpu/direct.hpp",
         "if (!corrected || !kHasWider<Vec> ||",

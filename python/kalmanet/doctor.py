@@ -22,15 +22,17 @@ def _check(device: str) -> tuple[float, float]:
     q, k, v = (torch.randn(shape, generator=gen) for _ in range(3))
     q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
     g = -torch.rand(shape[:3], generator=gen) * 0.1
+    inputs = (q, k, v, g)
     cotangent = torch.randn(shape, generator=gen)
 
     def run(dtype: torch.dtype):
         where = "cpu" if dtype == torch.float64 else device
-        given = [t.to(where, dtype).requires_grad_() for t in (q, k, v, g)]
+        given = [t.to(where, dtype).requires_grad_() for t in inputs]
+        q, k, v, g = given
         if dtype == torch.float64:
-            o, _ = naive_recurrent_gka(*given, given[3])
+            o, _ = naive_recurrent_gka(q, k, v, g, g)
         else:
-            o, _ = chunk_gka(*given, given[3], solver="direct")
+            o, _ = chunk_gka(q, k, v, g, g, solver="direct")
         grads = torch.autograd.grad(o, given, cotangent.to(o))
         return o.cpu(), [grad.cpu() for grad in grads]
 

@@ -62,6 +62,9 @@ void backward_solve(BackwardChunk<Vec>& b, BackwardWork<Vec>& work, const GkaBac
   const bool want_inter = job.phase != GkaBackwardJob<S>::solve_only && job.dg.data != nullptr;
   gradient_of_mix<Vec>(b, start.u, static_cast<S>(job.in.scale), want_inter ? b.inter : nullptr);
   if (kHasWider<Vec> && place.h_is_zero) {
+    // A window begins here too, and prepare_solver does not see it: windows come last first, so the
+    // block that is active is one of later tokens.
+    work.solver.block.active = false;
     // Cheaper to solve again than to keep in float64 from phase to phase.
     if constexpr (kHasWider<Vec>) {
       if (job.phase != GkaBackwardJob<S>::solve_only) solve_first_chunk<Vec>(b, work, job);

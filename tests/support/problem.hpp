@@ -23,7 +23,8 @@ struct CaseSpec {
   bool ridge_tensor = false;  // a_t log-uniform in [ridge_ratio, 4 ridge_ratio]
   bool h0 = false, u0 = false;
   double ridge_ratio = 0.02;
-  double memory = 32;  // typical decay length of the gates in tokens; 0: gates of all zeros
+  double memory = 32;        // typical decay length of the gates in tokens; 0: gates of all zeros
+  double gate_spread = 0.5;  // of the logarithm of a token's decay (a normal deviate's)
   std::vector<int64_t> lengths;  // packed sequences; B is 1 and T their sum then
   bool strided = false;          // awkward layouts with gaps (tensor.hpp), each tensor its own
   uint64_t seed = 1;
@@ -53,6 +54,7 @@ inline std::string describe(const CaseSpec& s) {
     if (on) out << text;
   }
   if (s.g || s.gk) out << " memory=" << s.memory;
+  if (s.gate_spread != 0.5) out << " gate_spread=" << s.gate_spread;
   if (s.key_correlation != 0) out << " key_correlation=" << s.key_correlation;
   if (!s.unit_keys) out << " keys of any length";
   if (!s.lengths.empty()) {
@@ -103,9 +105,9 @@ struct Case {
     make(k, {B, L, spec.num_k_heads(), K})
         .assign(vectors(B * L, spec.num_k_heads(), K, spec.key_correlation, random));
     make(v, {B, L, spec.num_v_heads(), V}).fill([&](int64_t) { return random.normal(); });
-    // Around 1/memory, mostly within a factor of e either way.
+    // Around 1/memory: by default mostly within a factor of e either way.
     const auto decay = [&](int64_t) {
-      const double spread = std::exp(0.5 * random.normal());
+      const double spread = std::exp(spec.gate_spread * random.normal());
       return spec.memory > 0 ? -spread / spec.memory : 0.0;
     };
     if (spec.g) make(g, scalar).fill(decay);

@@ -56,6 +56,7 @@ def _vmap_method(cu_seqlens: Array | None) -> str:
 
 def _forward(options: tuple, *operands: Array | None) -> tuple[Array, Array, Array, Array]:
     q, _k, v = operands[:3]
+    assert q is not None and v is not None  # what has defaults comes after them
     cu = operands[9]
     B, T, H, K = q.shape
     V = v.shape[3]
@@ -69,7 +70,8 @@ def _forward(options: tuple, *operands: Array | None) -> tuple[Array, Array, Arr
     )
     attributes = {name: value for name, value in options if name != "bp_lambda"}
     call = jax.ffi.ffi_call("kalmanet_gka_forward", results, vmap_method=_vmap_method(cu))
-    return call(*_filled(operands), given=_mask(operands), **attributes)
+    o, h, u, x = call(*_filled(operands), given=_mask(operands), **attributes)
+    return o, h, u, x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -163,7 +165,7 @@ def chunk_gka(
     is a run-time error of XLA with the library's message.
     """
     array_ridge = isinstance(ridge_ratio, (jax.Array, np.ndarray)) and ridge_ratio.ndim > 0
-    ridge = ridge_ratio if array_ridge else None
+    ridge: Any = ridge_ratio if array_ridge else None
     check_shapes(
         q, k, v, {"g": g, "gk": gk, "alpha": alpha, "ridge_ratio": ridge}, initial_state, cu_seqlens
     )

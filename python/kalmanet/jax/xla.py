@@ -132,7 +132,7 @@ def chunk_gka_xla(
     if initial_state is None:
         start = jnp.zeros((B, H, K, K), dtype), jnp.zeros((B, H, K, V), dtype)
     else:
-        start = tuple(t.astype(dtype) for t in initial_state)
+        start = initial_state[0].astype(dtype), initial_state[1].astype(dtype)
 
     def head(carry: State, of_head: dict[str, Array]):
         return jax.lax.scan(lambda c, t: _chunk(c, t, num_iter, scale), carry, of_head)

@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if weight.dtype not in (x.dtype, torch.float32):
             weight = weight.to(torch.promote_types(x.dtype, torch.float32))
         elif x.dtype == torch.float64:
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, config: HybridQwen3Config, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.kv_heads = config.num_attention_heads, config.key_value_heads()
         self.head_dim = D = config.head_dim
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, self.heads * D, bias=bias)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
             cuts = cu_seqlens.tolist()
             out = torch.cat(
                 [
-                    self._attend(*(t[:, :, a:b] for t in (q, k, v)), None)
+                    self._attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None)
                     for a, b in zip(cuts, cuts[1:])
                     if b > a
                 ],

@@ -64,7 +64,7 @@ class HybridQwen3Config(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+            self.num_key_value_heads = self.key_value_heads()
         if self.hybrid_override_pattern is None:
             self.hybrid_override_pattern = "-".join(["GKA"] * self.num_hidden_layers)
         self.gka_config = dict(self.gka_config or {})
@@ -80,7 +80,7 @@ class HybridQwen3Config(PretrainedConfig):
                 f"{self.num_hidden_layers}; they must agree"
             )
         for theirs, ours in _ELSEWHERE.items():
-            if theirs in self.gka_config:
+            if theirs in (self.gka_config or {}):
                 raise ValueError(f"gka_config.{theirs}: it is spelled {ours} here")
         rope = self.rope_parameters or {}
         if rope.get("rope_type", "default") != "default":
@@ -96,7 +96,7 @@ class HybridQwen3Config(PretrainedConfig):
         if self.attention_dropout != 0:
             raise ValueError("attention_dropout: is not built; it must be 0")
         if "*" in kinds:
-            if self.num_attention_heads % self.num_key_value_heads:
+            if self.num_attention_heads % self.key_value_heads():
                 raise ValueError(
                     f"num_key_value_heads: is {self.num_key_value_heads}; it must divide "
                     f"num_attention_heads = {self.num_attention_heads}"
@@ -108,6 +108,10 @@ class HybridQwen3Config(PretrainedConfig):
         """Without the linear_* keys that are not set: to other readers an absent key says more."""
         keys = super().to_dict()
         return {k: v for k, v in keys.items() if not (k.startswith("linear_") and v is None)}
+
+    def key_value_heads(self) -> int:
+        """num_key_value_heads, or as many as there are queries' heads."""
+        return self.num_key_value_heads or self.num_attention_heads
 
     def layer_kinds(self) -> list[str]:
         """ "GKA" or "*" for each layer."""
@@ -127,7 +131,7 @@ class HybridQwen3Config(PretrainedConfig):
 
     def layer_arguments(self) -> dict[str, Any]:
         """Arguments of :class:`kalmanet.GatedKalmaNet` for the GKA layers."""
-        given = {k: v for k, v in self.gka_config.items() if k in _GKA_KEYS}
+        given = {k: v for k, v in (self.gka_config or {}).items() if k in _GKA_KEYS}
         q = given.pop("num_q_heads", None) or self.linear_num_key_heads or self.num_attention_heads
         k = given.pop("num_k_heads", None) or self.linear_num_key_heads or self.num_key_value_heads
         v = (

@@ -25,9 +25,10 @@ def load(
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: has no config.json; is it a model folder?")
     config = HybridQwen3Config.from_pretrained(folder)
-    model, report = HybridQwen3ForCausalLM.from_pretrained(
+    loaded: Any = HybridQwen3ForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
     )
+    model, report = loaded
     wrong = {
         what: sorted(map(str, report.get(key, ())))
         for what, key in (

@@ -209,16 +209,15 @@ class HybridQwen3Model(HybridQwen3PreTrainedModel):
                 position_ids = _positions(mask, cu_seqlens, past, T, x.device)
             theta = self.config.rope_parameters["rope_theta"]
             rope = rope_tables(position_ids, self.config.head_dim, theta)
-        seen = [] if output_hidden_states else None
+        seen: list[Tensor] | None = [] if output_hidden_states else None
         for block in self.layers:
             if seen is not None:
                 seen.append(x)
             x = block(x, rope, state, mask, cu_seqlens)
         x = self.norm(x)
+        field: dict[str, Any] = {_CACHE_FIELD: given if use_cache else None}
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            hidden_states=None if seen is None else (*seen, x),
-            **{_CACHE_FIELD: given if use_cache else None},
+            last_hidden_state=x, hidden_states=None if seen is None else (*seen, x), **field
         )
 
 

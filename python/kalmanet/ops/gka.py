@@ -95,9 +95,9 @@ def gka(
         ("v", v, "[B,T,Hv,V]"),
     ):
         _check.tensor(name, t, letters, 4)
-    for name, t in gates.items():
-        if t is not None:
-            _check.tensor(name, t, "[B,T,H]", 3)
+    for name, gate in gates.items():
+        if gate is not None:
+            _check.tensor(name, gate, "[B,T,H]", 3)
     H = max(
         [q.shape[2], k.shape[2], v.shape[2]] + [t.shape[2] for t in gates.values() if t is not None]
     )
@@ -105,6 +105,8 @@ def gka(
     steps = _check.steps(num_iter)
     _check.solver_options(solver, tolerance, arithmetic, chunk_size)
     cu = _check.offsets(cu_seqlens, None, q.shape[0])
+    h0: Tensor | None
+    u0: Tensor | None
     h0, u0 = initial_state if initial_state is not None else (None, None)
     _check.devices({"q": q, "k": k, "v": v, **gates, "h_kk": h0, "h_kv": u0})
 
