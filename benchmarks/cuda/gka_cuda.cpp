@@ -167,8 +167,7 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
 // launches and no more, for a profiler.
 enum class StepKind { plain, draft, once };
 
-void time_step(const Problem& p, GkaOptions options, double copy,
-               StepKind kind = StepKind::plain) {
+void time_step(const Problem& p, GkaOptions options, double copy, StepKind kind = StepKind::plain) {
   const bool once = kind == StepKind::once;
   // The states of one memory of about 100 keys, for every sequence and head.
   const size_t dim = static_cast<size_t>(p.K), one = dim * dim;
@@ -410,7 +409,8 @@ int main(int argc, char** argv) {
   }
   if (asked("steps_once")) {
     for (int64_t batch : {1, 128}) {
-      for (int64_t tokens : {1, 4}) time_step(Problem(batch, tokens, 32, 128), options, copy, StepKind::once);
+      for (int64_t tokens : {1, 4})
+        time_step(Problem(batch, tokens, 32, 128), options, copy, StepKind::once);
     }
   }
   GkaOptions bf16 = options;

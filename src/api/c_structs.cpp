@@ -76,8 +76,8 @@ std::span<const int64_t> offsets_of(const int64_t* cu_seqlens, int64_t num_offse
 std::span<const int32_t> numbers_of(const char* argument, const int32_t* numbers, int64_t count) {
   if (count < 0 || (count > 0) != (numbers != nullptr)) {
     core::fail(ErrorCode::invalid_argument, argument,
-               core::text(numbers ? "given" : "a null pointer", " with ", argument, "_count = ",
-                          count, "; one a sequence, or neither"));
+               core::text(numbers ? "given" : "a null pointer", " with ", argument,
+                          "_count = ", count, "; one a sequence, or neither"));
   }
   return {numbers, static_cast<size_t>(count)};
 }
@@ -152,13 +152,13 @@ GkaOptions options_of(const kalmanet_gka_options& from) {
 
 GkaInputs inputs_of(const kalmanet_gka_inputs* inputs) {
   using S = kalmanet_gka_inputs;
-  const S from = read_struct<S>(
-      "inputs", inputs, KALMANET_GKA_INPUTS_INIT,
-      {offsetof(S, g), offsetof(S, gk), offsetof(S, alpha), offsetof(S, beta),
-       offsetof(S, ridge_ratio), offsetof(S, h0), offsetof(S, u0), offsetof(S, cu_seqlens),
-       offsetof(S, slots), offsetof(S, draft_k), offsetof(S, draft_v), offsetof(S, draft_g),
-       offsetof(S, draft_gk), offsetof(S, draft_beta), offsetof(S, accepted),
-       offsetof(S, is_draft)});
+  const S from =
+      read_struct<S>("inputs", inputs, KALMANET_GKA_INPUTS_INIT,
+                     {offsetof(S, g), offsetof(S, gk), offsetof(S, alpha), offsetof(S, beta),
+                      offsetof(S, ridge_ratio), offsetof(S, h0), offsetof(S, u0),
+                      offsetof(S, cu_seqlens), offsetof(S, slots), offsetof(S, draft_k),
+                      offsetof(S, draft_v), offsetof(S, draft_g), offsetof(S, draft_gk),
+                      offsetof(S, draft_beta), offsetof(S, accepted), offsetof(S, is_draft)});
   GkaInputs in;
   in.q = const_view(from.q);
   in.k = const_view(from.k);

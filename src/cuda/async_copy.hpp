@@ -1,4 +1,5 @@
-// Shared memory: copies into it that need no registers on their way, and reads that many lanes share.
+// Shared memory: copies into it that need no registers on their way, and reads that many lanes
+// share.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@ namespace kalmanet::cuda {
 // thread's wait_copies().
 KALMANET_KERNEL void copy16(void* to, const void* from) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(
-                   __cvta_generic_to_shared(to))),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
                "l"(from)
                : "memory");
 #else

@@ -67,10 +67,10 @@ struct FewBody : FewSolve<Group> {
       if (which <= kStepUDecay) scalar = exp_of(scalar);
       if (which == kStepBeta) scalar *= scalar;
       if (which == kStepRidge) {
-        shared.steps[thread % 4] =
-            thread % 4 >= n     ? 0
-            : job.num_iter != 0 ? job.num_iter
-                                : counted_steps(static_cast<double>(scalar), job.tolerance);
+        shared.steps[thread % 4] = thread % 4 >= n ? 0
+                                   : job.num_iter != 0
+                                       ? job.num_iter
+                                       : counted_steps(static_cast<double>(scalar), job.tolerance);
         // A ratio that is not positive has no answer, and must not look as if it had one.
         if (!(scalar > 0.0f)) scalar = NAN;
       }

@@ -10,8 +10,8 @@
 // is split into two float16 (high + low / 2^11: 22 bits, as many registers as float32), and so is
 // d, whose two parts are two columns of the same right factor: 4 tokens fill an m16n8k16 exactly.
 // A warp has 16 rows of H_0; two of them multiply half of
-// the keys each as well, for all. The iteration carries its residual (r -= A d, x += d): a product's error
-// of 2^-22 is one of d, not of x.
+// the keys each as well, for all. The iteration carries its residual (r -= A d, x += d): a
+// product's error of 2^-22 is one of d, not of x.
 //
 // The states stay where they are until all outputs are known to be good: where a token's
 // amplification says that float32 is not enough (or a quarter of that: the products here are that
@@ -24,7 +24,7 @@ namespace kalmanet::cuda {
 
 struct FewLayout {
   static constexpr int kDim = 128;
-  static constexpr int kTokens = 4;    // at once
+  static constexpr int kTokens = 4;  // at once
   static constexpr int kThreads = 256;
   static constexpr int kTiles = 8;  // of 16 columns
   static constexpr int kKeyWarps = 2;
@@ -70,7 +70,7 @@ struct FewShared {
 };
 
 struct FewRegisters {
-  float raw[FewLayout::kTiles][2][4];  // H: rows, columns
+  float raw[FewLayout::kTiles][2][4];                              // H: rows, columns
   uint32_t high[FewLayout::kTiles][4], low[FewLayout::kTiles][4];  // the same, split
   uint32_t b[FewLayout::kTiles][2], key[2][4], kb[2][2];
   float y[2][4], z[2][4], c[4], product[2], dot_scale;

@@ -42,8 +42,8 @@ struct FewSolve {
       float k[4] = {};
       if (key < L::kTokens) load4(shared.k[key] + L::column(thread, tile), k);
       const float size = to_one(shared.key_norm[key % L::kTokens]);
-      shared.keys[tile][thread % 32] = {{pack_float16(k[0] * size, k[1] * size), 0,
-                                         pack_float16(k[2] * size, k[3] * size), 0}};
+      shared.keys[tile][thread % 32] = {
+          {pack_float16(k[0] * size, k[1] * size), 0, pack_float16(k[2] * size, k[3] * size), 0}};
     });
   }
 
@@ -125,9 +125,9 @@ struct FewSolve {
       }
     }
   }
-  // Of the right factor: its products with H_0 into registers.product, scaled by scale and into, and with
-  // the keys into shared.dots, times dot_scale of a lane whose key is thread % 32 / 4. Meanwhile:
-  // what goes on beside them. Ends with a barrier.
+  // Of the right factor: its products with H_0 into registers.product, scaled by scale and into,
+  // and with the keys into shared.dots, times dot_scale of a lane whose key is thread % 32 / 4.
+  // Meanwhile: what goes on beside them. Ends with a barrier.
   template <class Meanwhile>
   KALMANET_KERNEL void multiply(Meanwhile&& meanwhile) {
     group.each([&](int, Registers& r) {

@@ -206,7 +206,9 @@ class HostGroup {
     end_ = end;
   }
   template <class F>
-  void with_warp(int warp, F&& f) { with_warps(warp, 1, f); }
+  void with_warp(int warp, F&& f) {
+    with_warps(warp, 1, f);
+  }
   template <class To, class From, class Lane>
   void shuffle(To&& to, From&& from, Lane&& lane_of) {
     using Value = std::decay_t<decltype(from(registers_[0]))>;
@@ -218,7 +220,9 @@ class HostGroup {
     }
   }
   template <int kMask, class To, class From>
-  void exchange(To&& to, From&& from) { shuffle(to, from, [](int t) { return t % 32 ^ kMask; }); }
+  void exchange(To&& to, From&& from) {
+    shuffle(to, from, [](int t) { return t % 32 ^ kMask; });
+  }
   template <class Member>
   void max_warp(Member&& member) {
     for (size_t warp = begin_; warp < end_; warp += 32) {

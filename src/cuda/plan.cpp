@@ -131,14 +131,13 @@ GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs) {
 bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;
   const auto is_dense = [](const ConstView& state) {
-    return !state.defined() ||
-           (state.stride[3] == 1 && state.stride[0] % 4 == 0 && state.stride[1] % 4 == 0 &&
-            state.stride[2] == StepLayout::kDim && reinterpret_cast<uintptr_t>(state.data) % 16 == 0);
+    return !state.defined() || (state.stride[3] == 1 && state.stride[0] % 4 == 0 &&
+                                state.stride[1] % 4 == 0 && state.stride[2] == StepLayout::kDim &&
+                                reinterpret_cast<uintptr_t>(state.data) % 16 == 0);
   };
   if (problem.K != StepLayout::kDim || problem.V != StepLayout::kDim ||
       problem.dtype == DType::float64 || problem.T == 0 || !in.cu_seqlens.empty() ||
-      problem.B > 65535 ||
-      outputs.x.defined() || outputs.residual.defined()) {
+      problem.B > 65535 || outputs.x.defined() || outputs.residual.defined()) {
     return false;
   }
   if (problem.options.solver == Solver::direct && !in.ridge_ratio.defined() &&
@@ -151,9 +150,9 @@ bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
 
 bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const auto in_fours = [](const ConstView& view) {
-    return !view.defined() || (view.stride[3] == 1 && view.stride[0] % 4 == 0 &&
-                               view.stride[1] % 4 == 0 && view.stride[2] % 4 == 0 &&
-                               reinterpret_cast<uintptr_t>(view.data) % 8 == 0);
+    return !view.defined() ||
+           (view.stride[3] == 1 && view.stride[0] % 4 == 0 && view.stride[1] % 4 == 0 &&
+            view.stride[2] % 4 == 0 && reinterpret_cast<uintptr_t>(view.data) % 8 == 0);
   };
   const GkaInputs& in = problem.inputs;
   return problem.T > 1 && core::is_half(problem.dtype) && in_fours(in.q) && in_fours(in.k) &&

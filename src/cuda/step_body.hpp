@@ -279,8 +279,8 @@ struct StepBody : StepStates<Group> {
   // Whether the amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears.
   KALMANET_KERNEL bool amplified() {
     const double weight = static_cast<double>(now.alpha) * job.scale;
-    const double scaled = weight * weight * static_cast<double>(this->total(1)) *
-                          static_cast<double>(this->total(2));
+    const double scaled =
+        weight * weight * static_cast<double>(this->total(1)) * static_cast<double>(this->total(2));
     const double o2 = static_cast<double>(this->total(3));
     const double limit = largest_amplification(job.o.dtype);
     return o2 > 0.0 && scaled > limit * limit * L::kDim * o2;

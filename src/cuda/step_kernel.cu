@@ -1,13 +1,13 @@
 // The step kernel, compiled and launched.
 #include "cuda/check.hpp"
-#include "cuda/launch.hpp"
 #include "cuda/few_body.hpp"
+#include "cuda/launch.hpp"
 
 namespace kalmanet::cuda {
 namespace {
 
-// Programmatic dependent launch (Hopper): the next such kernel may be brought to the multiprocessors
-// while this one is at work, and waits there for its end before it reads anything.
+// Programmatic dependent launch (Hopper): the next such kernel may be brought to the
+// multiprocessors while this one is at work, and waits there for its end before it reads anything.
 __device__ __forceinline__ void wait_for_the_kernel_before() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(StepLayout::kThreads, 2)
   run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
 }
 
-constexpr size_t kFewShared =
-    sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared) : sizeof(StepShared);
+constexpr size_t kFewShared = sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared)
+                                                                     : sizeof(StepShared);
 
 // Two blocks again: 102 KB.
 template <bool kLong>

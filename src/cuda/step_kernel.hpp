@@ -32,8 +32,9 @@ struct StepLayout {
 
   KALMANET_KERNEL static int row(int thread) { return thread / 8 * kRows; }
   KALMANET_KERNEL static int column(int thread, int piece) { return (piece * 8 + thread % 8) * 4; }
-  // Where element `row` of the iterate lies: the first two of every four in one half, so that a thread
-  // reads a piece of it as two times 8 bytes that no compiler makes one load of (async_copy.hpp).
+  // Where element `row` of the iterate lies: the first two of every four in one half, so that a
+  // thread reads a piece of it as two times 8 bytes that no compiler makes one load of
+  // (async_copy.hpp).
   KALMANET_KERNEL static int place(int row) {
     return row / 4 * 2 + row % 2 + row % 4 / 2 * (kDim / 2);
   }
@@ -112,7 +113,7 @@ struct StepRegisters {
   double x_64, previous64;
   float squares, o[4];
   double o64[4];
-  int own_place;  // kept: four instructions that would be in a step's way
+  int own_place;                   // kept: four instructions that would be in a step's way
   uint32_t first, second, scalar;  // of the next token: bits of k and q, or v; one of its numbers
 };
 
@@ -157,7 +158,8 @@ struct StepProducts {
     group.each([&](int, Registers& r) { product(r) = sum(r)[0] + got(r)[0]; });
   }
   KALMANET_KERNEL void add_sums() {
-    add_sums([](Registers& r) -> auto& { return r.sum; }, [](Registers& r) -> auto& { return r.sent; },
+    add_sums([](Registers& r) -> auto& { return r.sum; },
+             [](Registers& r) -> auto& { return r.sent; },
              [](Registers& r) -> auto& { return r.got; },
              [](Registers& r) -> auto& { return r.product; });
   }

@@ -239,20 +239,15 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }
 
-std::tuple<Tensor, Tensor> gka_step_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& h, const Tensor& u, const OptionalTensor& g,
-                                       const OptionalTensor& gk, const OptionalTensor& alpha,
-                                       const OptionalTensor& beta, const OptionalTensor& ridge,
-                                       const OptionalTensor& cu_seqlens, const OptionalTensor& slots,
-                                       const OptionalTensor& draft_k, const OptionalTensor& draft_v,
-                                       const OptionalTensor& draft_g,
-                                       const OptionalTensor& draft_gk,
-                                       const OptionalTensor& draft_beta,
-                                       const OptionalTensor& accepted,
-                                       std::optional<double> scale, double ridge_ratio,
-                                       const Text& solver, int64_t num_iter, double tolerance,
-                                       int64_t chunk_size, const Text& arithmetic,
-                                       bool want_residual, const Text& backend, bool is_draft) {
+std::tuple<Tensor, Tensor> gka_step_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
+    const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
+    const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& slots, const OptionalTensor& draft_k, const OptionalTensor& draft_v,
+    const OptionalTensor& draft_g, const OptionalTensor& draft_gk, const OptionalTensor& draft_beta,
+    const OptionalTensor& accepted, std::optional<double> scale, double ridge_ratio,
+    const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+    const Text& arithmetic, bool want_residual, const Text& backend, bool is_draft) {
   const Place place({"q", q}, {{"k", k},
                                {"v", v},
                                {"g", g},

@@ -1,9 +1,10 @@
 // gka_step's slots and drafts on the host's backends, and what is refused.
+#include "support/decode.hpp"
+
 #include <gtest/gtest.h>
 
 #include "api/c_call.hpp"
 #include "kalmanet/kalmanet.hpp"
-#include "support/decode.hpp"
 #include "support/message_of.hpp"
 
 namespace kalmanet::testing {

@@ -10,11 +10,11 @@
 #include "core/problem.hpp"
 #include "cuda/chunk_body.hpp"
 #include "cuda/direct_body.hpp"
+#include "cuda/few_body.hpp"
 #include "cuda/first_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
-#include "cuda/few_body.hpp"
 #include "cuda/token_run.hpp"
 
 namespace kalmanet::cuda {
@@ -149,7 +149,7 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
 // The step kernel, or that of a few tokens at once. Returns how many blocks of the latter were left
 // to the former.
 inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& outputs,
-                         const Emulation& how) {
+                            const Emulation& how) {
   const GkaJob job = step_job_of(problem, outputs);
   const bool few = fits_few(problem, outputs);
   int64_t left = 0;

@@ -99,8 +99,8 @@ TEST_F(CudaGpuStep, NoAnswerDependsOnItsNeighbours) {
     const auto last = [](auto& view) {
       if (!view.defined()) return;
       using Data = std::remove_reference_t<decltype(view.data)>;
-      const auto* const at = static_cast<const char*>(view.data) +
-                             2 * view.stride[0] * size_of(view.dtype);
+      const auto* const at =
+          static_cast<const char*>(view.data) + 2 * view.stride[0] * size_of(view.dtype);
       view.data = const_cast<Data>(static_cast<const void*>(at));
       view.size[0] = 1;
     };
@@ -121,9 +121,9 @@ class Upload {
       device_.push_back(cuda::allocate(static_cast<int64_t>(m.bytes), nullptr));
       cuda::copy_to_device(device_.back(), m.data, static_cast<int64_t>(m.bytes), nullptr);
     }
-    for (ConstView* view : {&in.q, &in.k, &in.v, &in.g, &in.gk, &in.alpha, &in.beta, &in.h0, &in.u0,
-                            &in.last_draft.k, &in.last_draft.v, &in.last_draft.g,
-                            &in.last_draft.gk, &in.last_draft.beta}) {
+    for (ConstView* view :
+         {&in.q, &in.k, &in.v, &in.g, &in.gk, &in.alpha, &in.beta, &in.h0, &in.u0, &in.last_draft.k,
+          &in.last_draft.v, &in.last_draft.g, &in.last_draft.gk, &in.last_draft.beta}) {
       if (view->defined()) view->data = there(view->data);
     }
     for (View* view : {&out.o, &out.h_final, &out.u_final}) view->data = there(view->data);
