@@ -1,4 +1,4 @@
-// Two to four tokens of a decode step at once, on matrix units: what the step kernel would do one
+// Three or four tokens of a decode step at once, on matrix units: what the step kernel would do one
 // after the other (drafts of speculative decoding). K = V = 128, 16-bit q, k, v. More tokens go in
 // groups of four.
 //
@@ -9,8 +9,8 @@
 // so a product of Chebyshev's iteration for all of them is one product with H_0 and a few dots. H_0
 // is split into two float16 (high + low / 2^11: 22 bits, as many registers as float32), and so is
 // d, whose two parts are two columns of the same right factor: 4 tokens fill an m16n8k16 exactly.
-// A warp has 16 rows of H_0; two of them multiply half of
-// the keys each as well, for all. The iteration carries its residual (r -= A d, x += d): a
+// A warp has 16 rows of H_0; four of them multiply a quarter
+// of the keys each as well, for all. The iteration carries its residual (r -= A d, x += d): a
 // product's error of 2^-22 is one of d, not of x.
 //
 // The states stay where they are until all outputs are known to be good: where a token's
@@ -27,11 +27,8 @@ struct FewLayout {
   static constexpr int kTokens = 4;  // at once
   static constexpr int kThreads = 256;
   static constexpr int kTiles = 8;  // of 16 columns
-  static constexpr int kKeyWarps = 2;
+  static constexpr int kKeyWarps = 4;
   static constexpr float kLow = 0x1p11f;  // low parts are stored so much larger
-  // The order of the right factor's columns: a token's two are neighbours in it, and those of other
-  // tokens fall into the other half of the banks half of the time when they are written.
-  KALMANET_KERNEL static int place(int column) { return column ^ (column / 2 % 2); }
   // Words of a column of the right factor: 64, and 16 more so that the eight lanes that read
   // together meet no bank twice.
   static constexpr int kColumn = 80;

@@ -103,14 +103,14 @@ struct FewSolve {
       const int i = thread % 4, word = L::word(L::row(thread));
       const float a = r.d[0] * r.into, b = r.d[1] * r.into;
       const uint32_t high = pack_float16(a, b);
-      shared.right[L::place(2 * i)][word] = high;
-      shared.right[L::place(2 * i + 1)][word] =
+      shared.right[2 * i][word] = high;
+      shared.right[2 * i + 1][word] =
           pack_float16((a - low_float16(high)) * L::kLow, (b - high_float16(high)) * L::kLow);
     });
     group.barrier();
   }
   KALMANET_KERNEL const uint32_t* right_words(int thread, int pair) const {
-    return shared.right[L::place(thread % 32 / 4)] + pair * 16 + thread % 4 * 4;
+    return shared.right[thread % 32 / 4] + pair * 16 + thread % 4 * 4;
   }
   // The dots of a token with all keys.
   KALMANET_KERNEL void load_dots(int token, float (&dots)[L::kTokens]) const {
@@ -121,7 +121,7 @@ struct FewSolve {
       for (int w = 0; w < L::kKeyWarps; ++w) load2(shared.dots[w][pair][token], part[w]);
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
-        dots[2 * pair + i] = part[0][i] + part[1][i];
+        dots[2 * pair + i] = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
       }
     }
   }
@@ -144,28 +144,23 @@ struct FewSolve {
       }
     });
     group.with_warps(0, L::kKeyWarps, [&] {
-      group.each([&](int, Registers& r) {
+      group.each([&](int thread, Registers& r) {
+        const int pair = thread / 32;
+        uint32_t words[4];
+        load16(right_words(thread, pair), words);
+        r.kb[0][0] = words[0], r.kb[0][1] = words[1];
+        r.kb[1][0] = words[2], r.kb[1][1] = words[3];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) r.c[i] = 0;
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) load16(&shared.keys[2 * pair + i][thread % 32], r.key[i]);
       });
       KALMANET_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        group.each([&](int thread, Registers& r) {
-          const int pair = thread / 32 * 2 + half;
-          uint32_t words[4];
-          load16(right_words(thread, pair), words);
-          r.kb[0][0] = words[0], r.kb[0][1] = words[1];
-          r.kb[1][0] = words[2], r.kb[1][1] = words[3];
-          KALMANET_UNROLL
-          for (int i = 0; i < 2; ++i) load16(&shared.keys[2 * pair + i][thread % 32], r.key[i]);
-        });
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const auto c = [](Registers& r) -> float (&)[4] { return r.c; };
-          group.multiply_add_float16(
-              c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
-              [i](Registers& r) -> uint32_t (&)[2] { return r.kb[i]; });
-        }
+      for (int i = 0; i < 2; ++i) {
+        const auto c = [](Registers& r) -> float (&)[4] { return r.c; };
+        group.multiply_add_float16(
+            c, c, [i](Registers& r) -> uint32_t (&)[4] { return r.key[i]; },
+            [i](Registers& r) -> uint32_t (&)[2] { return r.kb[i]; });
       }
     });
     KALMANET_UNROLL

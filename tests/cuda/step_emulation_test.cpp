@@ -54,7 +54,7 @@ TEST(CudaStepEmulation, MatchesTheOracle) {
 // With states behind them the tokens are all done at once; o in float16 shows errors of 2^-11, the
 // ratio of errors with and without them more: the sums of the products are float32's.
 TEST(CudaStepEmulation, AFewTokensAtOnce) {
-  for (int64_t T : {2, 3, 4, 5, 8}) {
+  for (int64_t T : {3, 4, 5, 8}) {
     CaseSpec spec = step_case(7);
     spec.T = T, spec.h0 = spec.u0 = spec.alpha = spec.beta = spec.g = spec.gk = true;
     Case<Float16, float> c(spec);
