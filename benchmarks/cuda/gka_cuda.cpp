@@ -399,7 +399,7 @@ int main(int argc, char** argv) {
       time_step(p, direct, copy);
     }
     for (int64_t batch : {1, 128}) {
-      for (int64_t tokens : {2, 4, 8}) {
+      for (int64_t tokens : {2, 3, 4, 8}) {
         Problem p(batch, tokens, 32, 128);
         time_step(p, options, copy);
         if (tokens == 4) time_step(p, direct, copy);

@@ -155,8 +155,9 @@ bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs) {
             view.stride[2] % 4 == 0 && reinterpret_cast<uintptr_t>(view.data) % 8 == 0);
   };
   const GkaInputs& in = problem.inputs;
-  return problem.T >= kFewestTokensAtOnce && core::is_half(problem.dtype) && in_fours(in.q) && in_fours(in.k) &&
-         in_fours(in.v) && in_fours(in.last_draft.k) && in_fours(in.last_draft.v) &&
+  return problem.T >= kFewestTokensAtOnce && core::is_half(problem.dtype) && in_fours(in.q) &&
+         in_fours(in.k) && in_fours(in.v) && in_fours(in.last_draft.k) &&
+         in_fours(in.last_draft.v) &&
          (!problem.inputs.is_draft || (outputs.h_final.defined() && outputs.u_final.defined()));
 }
 

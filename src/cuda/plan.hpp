@@ -38,10 +38,10 @@ GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
 // Whether the step kernel (step_kernel.hpp) does a step; the token kernel does the others.
 bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs);
-// Whether, of those, the kernel of a few tokens at once does it (few_kernel.hpp).
-// One H200, batch 128, 32 heads: two tokens one after the other take 0.465 ms and at once 0.57; three
-// 0.66 and 0.59.
+// From how many tokens on they are done at once. One H200, batch 128, 32 heads: two one after the
+// other take 0.465 ms and at once 0.57; three 0.66 and 0.59.
 inline constexpr int64_t kFewestTokensAtOnce = 3;
+// Whether, of those, the kernel of a few tokens at once does it (few_kernel.hpp).
 bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs);
 // Its job. direct is so many of Chebyshev's steps that truncation is half the tolerance, or half of
 // what a 16-bit o can show: truncation is relative to x's own components, which U does not magnify,

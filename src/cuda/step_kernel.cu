@@ -6,9 +6,9 @@
 namespace kalmanet::cuda {
 namespace {
 
-// Programmatic dependent launch (Hopper): the next such kernel may be brought to the multiprocessors
-// while this one is at work, and waits there for its end before it reads anything but its job, whose
-// 64-byte lines it has in its constant cache by then.
+// Programmatic dependent launch (Hopper): the next such kernel may be brought to the
+// multiprocessors while this one is at work, and waits there for its end before it reads anything
+// but its job, whose 64-byte lines it has in its constant cache by then.
 __device__ __forceinline__ void wait_for_the_kernel_before([[maybe_unused]] const GkaJob& job) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
