@@ -39,9 +39,11 @@ if(KALMANET_WITH_CUDA)
   find_library(KALMANET_CUDART cudart_static REQUIRED NO_CACHE
     PATHS ${KALMANET_CUDA_TOOLKIT} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib NO_DEFAULT_PATH)
   message(STATUS "CUDA kernels: ${_release}, ${KALMANET_CUDA_TOOLKIT}")
-  # Machine code for Ampere and later, for Hopper, and PTX that a driver translates elsewhere.
+  # Machine code for Ampere and later, for Hopper, and PTX that a driver translates elsewhere. (One
+  # alone, for who works on a kernel: -DKALMANET_CUDA_TARGETS=-gencode=arch=compute_90a,code=sm_90a.)
   set(KALMANET_CUDA_TARGETS
-    -gencode=arch=compute_80,code=[sm_80,compute_80] -gencode=arch=compute_90a,code=sm_90a)
+    -gencode=arch=compute_80,code=[sm_80,compute_80];-gencode=arch=compute_90a,code=sm_90a
+    CACHE STRING "What nvcc makes code for")
   # Lines for profilers: more than half of an object file, and of no use inside a wheel.
   set(KALMANET_CUDA_LINES -lineinfo)
   if(KALMANET_PACKAGE)

@@ -2,9 +2,9 @@
 // median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
 // case.
 //
-//   gka_cuda [step] [forward] [backward] [quick]        (default: all but quick)
+//   gka_cuda [step] [forward] [backward] [quick] [steps_once]    (default: the first three)
 //
-// quick: forward of one size, for a profiler.
+// quick: forward of one size; steps_once: a few steps; both for a profiler.
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
@@ -163,7 +163,12 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
   std::fflush(stdout);
 }
 
-void time_step(const Problem& p, GkaOptions options, double copy) {
+// plain; draft: the tokens are one, and half of as many before them were accepted; once: a few
+// launches and no more, for a profiler.
+enum class StepKind { plain, draft, once };
+
+void time_step(const Problem& p, GkaOptions options, double copy, StepKind kind = StepKind::plain) {
+  const bool once = kind == StepKind::once;
   // The states of one memory of about 100 keys, for every sequence and head.
   const size_t dim = static_cast<size_t>(p.K), one = dim * dim;
   const size_t states = static_cast<size_t>(p.B * p.H) * one;
@@ -200,11 +205,20 @@ void time_step(const Problem& p, GkaOptions options, double copy) {
   out.u_final = dense(static_cast<float*>(u1.data), {p.B, p.H, p.K, p.K});
   in.h0 = dense(static_cast<float*>(h0.data), {p.B, p.H, p.K, p.K});
   in.u0 = dense(static_cast<float*>(u0.data), {p.B, p.H, p.K, p.K});
-  const double error = error_of(p, 20, options, true);
+  const std::vector<int32_t> half(static_cast<size_t>(p.B), static_cast<int32_t>(p.T / 2));
+  const Device accepted(half);
+  if (kind == StepKind::draft) {
+    in.is_draft = true;
+    in.last_draft = {in.k, in.v, in.g, in.gk, {}};
+    in.accepted = {static_cast<const int32_t*>(accepted.data), half.size()};
+  }
+  const double error = once ? 0.0 : error_of(p, 20, options, true);
   cudaStream_t stream;
   check(cudaStreamCreate(&stream), "stream");
   options.stream = stream;
-  gka_step(in, out, options);
+  for (int i = 0; i < 3; ++i) gka_step(in, out, options);
+  check(cudaStreamSynchronize(stream), "a step");
+  if (once) return;
   cudaGraph_t graph;
   cudaGraphExec_t replay;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
@@ -217,7 +231,7 @@ void time_step(const Problem& p, GkaOptions options, double copy) {
   const double bytes = 4.0 * 4.0 * static_cast<double>(states);  // both states, read and written
   char more[128];
   std::snprintf(more, sizeof more, ", \"of_copy_rate\": %.3f", bytes / ms * 1e-9 / copy);
-  report("step", p, options, ms, error, more);
+  report(kind == StepKind::draft ? "draft" : "step", p, options, ms, error, more);
   cudaGraphExecDestroy(replay), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
 }
 
@@ -364,7 +378,7 @@ void time_backward(const Problem& p, const GkaOptions& options, int times) {
 
 int main(int argc, char** argv) {
   const auto asked = [&](const char* what) {
-    if (argc < 2) return std::strcmp(what, "quick") != 0;
+    if (argc < 2) return std::strcmp(what, "quick") != 0 && std::strcmp(what, "steps_once") != 0;
     return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, what); });
   };
   for (const BackendInfo& info : backends()) {
@@ -384,8 +398,20 @@ int main(int argc, char** argv) {
       time_step(p, options, copy);
       time_step(p, direct, copy);
     }
-    Problem four(128, 4, 32, 128);
-    time_step(four, options, copy);
+    for (int64_t batch : {1, 128}) {
+      for (int64_t tokens : {2, 3, 4, 8}) {
+        Problem p(batch, tokens, 32, 128);
+        time_step(p, options, copy);
+        if (tokens == 4) time_step(p, direct, copy);
+        time_step(p, options, copy, StepKind::draft);
+      }
+    }
+  }
+  if (asked("steps_once")) {
+    for (int64_t batch : {1, 128}) {
+      for (int64_t tokens : {1, 4})
+        time_step(Problem(batch, tokens, 32, 128), options, copy, StepKind::once);
+    }
   }
   GkaOptions bf16 = options;
   bf16.arithmetic = Arithmetic::bfloat16;

@@ -53,6 +53,13 @@ enum class Arithmetic {
 };
 KALMANET_API const char* name(Arithmetic arithmetic) noexcept;
 
+// The tokens of the last gka_step that left the states alone (GkaInputs::is_draft), for the next
+// one to bring the states past those of them that were accepted: docs/decode.md.
+struct GkaDraft {
+  ConstView k, v;         // [B,T',Hk,K] and [B,T',Hv,V], of the heads and dtype of that call's
+  ConstView g, gk, beta;  // [B,T',H] where the call has the same one
+};
+
 struct GkaInputs {
   ConstView q;  // [B,T,Hq,K]
   ConstView k;  // [B,T,Hk,K]
@@ -69,6 +76,19 @@ struct GkaInputs {
   // Packed sequences: N+1 offsets into T, from 0 to T, not decreasing (empty sequences are
   // allowed); needs B = 1. Empty: the batch is N = B sequences of T tokens. Host memory.
   std::span<const int64_t> cu_seqlens;
+
+  // gka_step alone. Where the states lie in a pool, h0 and u0 (and h_final and u_final, the same
+  // memory) are [num_slots,H,K,K] and [num_slots,H,K,V], and sequence n's are row slots[n] of them.
+  // A negative slot says that the sequence has none: its outputs are zeros (a batch filled up).
+  // N numbers, in the backend's memory, no two alike; empty: sequence n has row n.
+  std::span<const int32_t> slots = {};
+  // First, states and all, sequence n's first accepted[n] tokens of last_draft; N numbers, 0..T',
+  // in the backend's memory.
+  GkaDraft last_draft = {};
+  std::span<const int32_t> accepted = {};
+  // This call's tokens are a draft: they have outputs, but h_final and u_final are the states
+  // before them (after accepted ones of the last draft).
+  bool is_draft = false;
 };
 
 struct GkaOutputs {
@@ -175,7 +195,8 @@ KALMANET_API GkaReport gka_backward(const GkaInputs& inputs, const GkaSaved& sav
                                     const GkaOptions& options = {});
 
 // Decode: the same answer as gka_forward, token by token, for one or a few new tokens a sequence.
-// The update in place (h_final = h0, u_final = u0) touches each state once a token.
+// The update in place (h_final = h0, u_final = u0) touches each state once a token (on a GPU:
+// once).
 KALMANET_API GkaReport gka_step(const GkaInputs& inputs, const GkaOutputs& outputs,
                                 const GkaOptions& options = {});
 

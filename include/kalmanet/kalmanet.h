@@ -241,6 +241,19 @@ typedef struct kalmanet_gka_inputs {
   /* Packed sequences (needs B = 1): num_offsets = N+1 offsets into T, from 0 to T. */
   const int64_t* cu_seqlens;
   int64_t num_offsets;
+  /* kalmanet_gka_step alone (docs/decode.md), all optional. States in a pool: h0 and u0 are
+   * [num_slots,H,K,K] and [num_slots,H,K,V] (h_final and u_final the same memory), and sequence n's
+   * are row slots[n]; negative: it has none, and outputs of zeros. slots_count: N. In the memory of
+   * the backend, like accepted. */
+  const int32_t* slots;
+  int64_t slots_count;
+  /* First, states and all, the first accepted[n] of the last draft's tokens: [B,T',Hk,K],
+   * [B,T',Hv,V], and [B,T',H] where the call has the same one. accepted_count: B. */
+  kalmanet_tensor draft_k, draft_v, draft_g, draft_gk, draft_beta;
+  const int32_t* accepted;
+  int64_t accepted_count;
+  int32_t is_draft; /* 1: this call's tokens are a draft, and the states stay those before them */
+  int32_t reserved2;
 } kalmanet_gka_inputs;
 
 typedef struct kalmanet_gka_outputs {
@@ -293,7 +306,8 @@ typedef struct kalmanet_gka_input_grads {
 #define KALMANET_GKA_INPUTS_INIT                                                                   \
   {(uint32_t)sizeof(kalmanet_gka_inputs), 0, KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT,    \
    KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT,            \
-   KALMANET_ABSENT, KALMANET_ABSENT, NULL, 0}
+   KALMANET_ABSENT, KALMANET_ABSENT, NULL, 0, NULL, 0, KALMANET_ABSENT, KALMANET_ABSENT,           \
+   KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT, NULL, 0, 0, 0}
 #define KALMANET_GKA_OUTPUTS_INIT                                                                  \
   {(uint32_t)sizeof(kalmanet_gka_outputs), 0, KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT,   \
    KALMANET_ABSENT, KALMANET_ABSENT, KALMANET_ABSENT}

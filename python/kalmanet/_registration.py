@@ -92,8 +92,9 @@ def _(
 
 @torch.library.register_fake("kalmanet::gka_step")
 def _(
-    q, k, v, h, u, g=None, gk=None, alpha=None, beta=None, ridge=None, cu_seqlens=None, *,
-    want_residual=False, **_options,
+    q, k, v, h, u, g=None, gk=None, alpha=None, beta=None, ridge=None, cu_seqlens=None,
+    slots=None, draft_k=None, draft_v=None, draft_g=None, draft_gk=None, draft_beta=None,
+    accepted=None, *, want_residual=False, **_options,
 ):  # fmt: skip
     B, T, H, _, V = _sizes(q, k, v, (g, gk, alpha, beta, ridge))
     residual = q.new_empty((B, T, H), dtype=_fine(q.dtype)) if want_residual else _none(q)

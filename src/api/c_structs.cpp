@@ -73,6 +73,15 @@ std::span<const int64_t> offsets_of(const int64_t* cu_seqlens, int64_t num_offse
   return {cu_seqlens, static_cast<size_t>(num_offsets)};
 }
 
+std::span<const int32_t> numbers_of(const char* argument, const int32_t* numbers, int64_t count) {
+  if (count < 0 || (count > 0) != (numbers != nullptr)) {
+    core::fail(ErrorCode::invalid_argument, argument,
+               core::text(numbers ? "given" : "a null pointer", " with ", argument,
+                          "_count = ", count, "; one a sequence, or neither"));
+  }
+  return {numbers, static_cast<size_t>(count)};
+}
+
 }  // namespace
 
 size_t known_bytes(const char* argument, const void* from, size_t full,
@@ -143,10 +152,13 @@ GkaOptions options_of(const kalmanet_gka_options& from) {
 
 GkaInputs inputs_of(const kalmanet_gka_inputs* inputs) {
   using S = kalmanet_gka_inputs;
-  const S from = read_struct<S>(
-      "inputs", inputs, KALMANET_GKA_INPUTS_INIT,
-      {offsetof(S, g), offsetof(S, gk), offsetof(S, alpha), offsetof(S, beta),
-       offsetof(S, ridge_ratio), offsetof(S, h0), offsetof(S, u0), offsetof(S, cu_seqlens)});
+  const S from =
+      read_struct<S>("inputs", inputs, KALMANET_GKA_INPUTS_INIT,
+                     {offsetof(S, g), offsetof(S, gk), offsetof(S, alpha), offsetof(S, beta),
+                      offsetof(S, ridge_ratio), offsetof(S, h0), offsetof(S, u0),
+                      offsetof(S, cu_seqlens), offsetof(S, slots), offsetof(S, draft_k),
+                      offsetof(S, draft_v), offsetof(S, draft_g), offsetof(S, draft_gk),
+                      offsetof(S, draft_beta), offsetof(S, accepted), offsetof(S, is_draft)});
   GkaInputs in;
   in.q = const_view(from.q);
   in.k = const_view(from.k);
@@ -159,6 +171,11 @@ GkaInputs inputs_of(const kalmanet_gka_inputs* inputs) {
   in.h0 = const_view(from.h0);
   in.u0 = const_view(from.u0);
   in.cu_seqlens = offsets_of(from.cu_seqlens, from.num_offsets);
+  in.slots = numbers_of("slots", from.slots, from.slots_count);
+  in.last_draft = {const_view(from.draft_k), const_view(from.draft_v), const_view(from.draft_g),
+                   const_view(from.draft_gk), const_view(from.draft_beta)};
+  in.accepted = numbers_of("accepted", from.accepted, from.accepted_count);
+  in.is_draft = from.is_draft != 0;
   return in;
 }
 

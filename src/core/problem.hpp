@@ -11,12 +11,14 @@
 namespace kalmanet::core {
 
 // One sequence of the batch: tokens [begin, end) of batch row `row`; its states are state row
-// `index`. Unpacked: row = index, [0, T). Packed: row = 0.
+// `index`. Unpacked: row = index, [0, T). Packed: row = 0. With slots, on backends that can read
+// them: index is the slot, and a sequence that has none is left out.
 struct Sequence {
   int64_t index;
   int64_t row;
   int64_t begin;
   int64_t end;
+  int64_t accepted = 0;  // tokens of the last draft that come first (gka_step, not on a GPU)
   int64_t length() const noexcept { return end - begin; }
 };
 
@@ -30,7 +32,8 @@ inline constexpr int64_t kMaxChunkSize = 256;
 // the gates and the states are not looked at.
 struct GkaProblem {
   int64_t B = 0, T = 0, H = 0, K = 0, V = 0;
-  int64_t N = 0;                                  // sequences
+  int64_t N = 0;                                  // sequences, those without a slot left out
+  int64_t num_states = 0;                         // rows of the states: N, or the pool's slots
   int64_t q_group = 1, k_group = 1, v_group = 1;  // head h reads q head h / q_group, ...
   double scale = 1.0;                             // resolved
   DType dtype = DType::float32;                   // of q, k, v, gates, o
@@ -56,6 +59,11 @@ void check_arithmetic(const GkaProblem& problem);
 GkaProblem validate_shape(const GkaShape& shape, const GkaOptions& options);
 GkaProblem validate_forward(const GkaInputs& inputs, const GkaOutputs& outputs,
                             const GkaOptions& options);
+// What only gka_step takes of its inputs (slots and drafts: validate_decode.cpp): the problem of a
+// validated forward with them. refuse_decode: for the others.
+GkaProblem validate_step(const GkaInputs& inputs, const GkaOutputs& outputs,
+                         const GkaOptions& options);
+void refuse_decode(const GkaInputs& inputs, const char* operation);
 GkaProblem validate_backward(const GkaInputs& inputs, const GkaSaved& saved,
                              const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
                              const GkaOptions& options);

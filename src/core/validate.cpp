@@ -179,12 +179,13 @@ GkaProblem validate_inputs(const GkaInputs& in, const GkaOptions& options, int64
 
   p.sequences = make_sequences(p.B, p.T, in.cu_seqlens);
   p.N = std::ssize(p.sequences);
+  p.num_states = in.slots.empty() || in.h0.rank != 4 ? p.N : in.h0.size[0];
   if (present(in.h0)) {
-    check_tensor("h0", in.h0, {{"N", p.N}, {"H", H}, {"K", p.K}, {"K", p.K}});
+    check_tensor("h0", in.h0, {{"N", p.num_states}, {"H", H}, {"K", p.K}, {"K", p.K}});
     check_dtype("h0", in.h0, state_dtype(p), "states are float64 where q is, else float32");
   }
   if (present(in.u0)) {
-    check_tensor("u0", in.u0, {{"N", p.N}, {"H", H}, {"K", p.K}, {"V", p.V}});
+    check_tensor("u0", in.u0, {{"N", p.num_states}, {"H", H}, {"K", p.K}, {"V", p.V}});
     check_dtype("u0", in.u0, state_dtype(p), "states are float64 where q is, else float32");
   }
   p.scale = options.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.K)));
@@ -217,7 +218,7 @@ void check_mixed_output(const char* argument, const View& view, const GkaProblem
 void check_state(const char* argument, const View& view, const GkaProblem& p, int64_t columns,
                  const char* letter) {
   if (!present(view)) return;
-  check_writable(argument, view, {{"N", p.N}, {"H", p.H}, {"K", p.K}, {letter, columns}});
+  check_writable(argument, view, {{"N", p.num_states}, {"H", p.H}, {"K", p.K}, {letter, columns}});
   check_dtype(argument, view, state_dtype(p), "states are float64 where q is, else float32");
 }
 

@@ -150,6 +150,38 @@ GkaReport forward_stored(const core::GkaProblem& problem, const GkaOutputs& outp
   return report;
 }
 
+// A step whose states are not simply what they were, updated where they lie: the copy that it works
+// on, past the accepted tokens of the last draft. Those belong to the states whatever follows.
+template <class S>
+void begin_apart(const GkaKernels<S>& table, const core::GkaProblem& problem,
+                 const GkaOutputs& outputs, const Unit& unit, const StateBuffers<S>& buffers,
+                 GkaStepJob<S>& job) {
+  const int64_t K = problem.K, V = problem.V;
+  const core::Sequence& sequence = *unit.sequence;
+  const GkaDraft& draft = problem.inputs.last_draft;
+  load_state(problem.inputs.h0, sequence.index, unit.head, K, K, buffers.h);
+  load_state(problem.inputs.u0, sequence.index, unit.head, K, V, buffers.u);
+  if (sequence.accepted > 0) {
+    ScratchLease<S> scratch(scan_scratch_floats(K, V));
+    GkaScanJob<S> scan;
+    scan.in = job.in;
+    scan.in.k = rows_of(draft.k, sequence.row, unit.head / problem.k_group);
+    scan.in.v = rows_of(draft.v, sequence.row, unit.head / problem.v_group);
+    scan.in.g = column_of(draft.g, sequence.row, unit.head);
+    scan.in.gk = column_of(draft.gk, sequence.row, unit.head);
+    scan.in.beta = column_of(draft.beta, sequence.row, unit.head);
+    scan.end = sequence.accepted;
+    scan.chunk_size = kLanes;
+    scan.state = buffers;
+    scan.scratch = scratch.data();
+    table.gka_scan_states(scan);
+  }
+  if (problem.inputs.is_draft) store_final_states(problem, outputs, unit, buffers);
+  job.state = buffers;
+  job.h_stride = padded(K);
+  job.u_stride = padded(V);
+}
+
 template <class S>
 GkaReport step_stored(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   GkaReport report{Backend::cpu, instruction_set(), 1, 0, 0};
@@ -167,14 +199,23 @@ GkaReport step_stored(const core::GkaProblem& problem, const GkaOutputs& outputs
     job.in = head_inputs(problem, *unit.sequence, unit.head);
     job.begin = unit.sequence->begin;
     job.end = unit.sequence->end;
-    begin_step(problem, outputs, n, unit.head, buffers, job);
+    const bool apart = problem.inputs.is_draft || unit.sequence->accepted > 0;
+    if (apart) {
+      begin_apart(table, problem, outputs, unit, buffers, job);
+    } else {
+      begin_step(problem, outputs, n, unit.head, buffers, job);
+    }
     job.o = out_rows_of(outputs.o, row, unit.head);
     job.x = out_rows_of(outputs.x, row, unit.head);
     job.residual = out_column_of(outputs.residual, row, unit.head);
     job.scratch = scratch.data() + state_floats(K, V);
     job.count = &counts[static_cast<size_t>(i)];
     table.gka_step(job);
-    end_step(problem, outputs, n, unit.head, buffers, job);
+    if (!apart) {
+      end_step(problem, outputs, n, unit.head, buffers, job);
+    } else if (!problem.inputs.is_draft) {
+      store_final_states(problem, outputs, unit, buffers);
+    }
   });
   merge_counts(counts, report);
   return report;

@@ -87,6 +87,11 @@ GkaReport run(const core::GkaProblem& problem, const GkaOutputs& outputs, bool w
                 "standard");
   }
   const Stream stream = problem.options.stream;
+  if (whole && problem.B > 0 && fits_step(problem, outputs) &&
+      step_shared_bytes() <= device.max_shared) {
+    launch_step(step_job_of(problem, outputs), fits_few(problem, outputs), stream);
+    return report_of(problem);
+  }
   const bool float64 = problem.dtype == DType::float64;
   const std::vector<Piece> pieces = pieces_of(problem, whole);
   GkaJob job = job_of(problem, outputs);

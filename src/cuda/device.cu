@@ -29,6 +29,7 @@ DeviceInfo ask_device() {
   check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   info.max_shared = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   info.multiprocessors = properties.multiProcessorCount;
+  info.major = properties.major;
   info.current = std::string(properties.name) + ", compute capability " +
                  std::to_string(properties.major) + "." + std::to_string(properties.minor) + ", " +
                  std::to_string(properties.multiProcessorCount) + " multiprocessors";

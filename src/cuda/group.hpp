@@ -134,7 +134,11 @@ class DeviceGroup {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
           "f"(c[2]), "f"(c[3]));
   }
-  // f() by the threads of one warp alone.
+  // f() by the threads of `count` warps alone, or of one.
+  template <class F>
+  __device__ __forceinline__ void with_warps(int first, int count, F&& f) {
+    if (thread_ / 32 >= first && thread_ / 32 < first + count) f();
+  }
   template <class F>
   __device__ __forceinline__ void with_warp(int warp, F&& f) {
     __builtin_assume(thread_ >= 0 && thread_ < 1024);
@@ -144,6 +148,11 @@ class DeviceGroup {
   template <class To, class From, class Lane>
   __device__ __forceinline__ void shuffle(To&& to, From&& from, Lane&& lane_of) {
     to(registers_) = __shfl_sync(~0u, from(registers_), lane_of(thread_));
+  }
+  // The same from the lane whose number differs in the bits of kMask.
+  template <int kMask, class To, class From>
+  __device__ __forceinline__ void exchange(To&& to, From&& from) {
+    to(registers_) = __shfl_xor_sync(~0u, from(registers_), kMask);
   }
   // The largest over the warp.
   template <class Member>
@@ -188,13 +197,17 @@ class HostGroup {
   }
   void new_part() {}
   template <class F>
-  void with_warp(int warp, F&& f) {
+  void with_warps(int first, int count, F&& f) {
     const size_t end = end_;
-    begin_ = static_cast<size_t>(warp) * 32;
-    end_ = begin_ + 32;
+    begin_ = static_cast<size_t>(first) * 32;
+    end_ = begin_ + static_cast<size_t>(count) * 32;
     f();
     begin_ = 0;
     end_ = end;
+  }
+  template <class F>
+  void with_warp(int warp, F&& f) {
+    with_warps(warp, 1, f);
   }
   template <class To, class From, class Lane>
   void shuffle(To&& to, From&& from, Lane&& lane_of) {
@@ -205,6 +218,10 @@ class HostGroup {
       const size_t lane = static_cast<size_t>(lane_of(static_cast<int>(i))) % 32;
       to(registers_[i]) = old[i / 32 * 32 + lane];
     }
+  }
+  template <int kMask, class To, class From>
+  void exchange(To&& to, From&& from) {
+    shuffle(to, from, [](int t) { return t % 32 ^ kMask; });
   }
   template <class Member>
   void max_warp(Member&& member) {

@@ -35,6 +35,18 @@ struct GkaJob {
   double scale = 1, ridge_ratio = 0.02, tolerance = 1e-5;
   int num_iter = 30;    // 0: from a_t and the tolerance
   bool direct = false;  // a Cholesky factorisation a token
+  // gka_step's (gka.hpp): the row of the states of each sequence; the tokens of the last call's
+  // draft, how many of them there are, and how many of each sequence's were accepted; whether this
+  // call's own tokens leave the states alone.
+  const int32_t* slots = nullptr;
+  int64_t num_slots = 0;
+  Array draft_k, draft_v, draft_g, draft_gk, draft_beta;
+  const int32_t* accepted = nullptr;
+  int64_t num_drafted = 0;
+  bool is_draft = false;
+  // For the step kernels: a token's own numbers, in the order of StepScalar, and the same of the
+  // last draft (step_kernel.hpp).
+  Array scalars[2][5];
   // Pieces, one a block (in x; heads are y). Null: piece i is the whole of batch row i.
   const Piece* pieces = nullptr;
   int64_t num_pieces = 0, T = 0;
@@ -59,6 +71,27 @@ KALMANET_KERNEL Piece piece_of(const GkaJob& job, int64_t i) {
   return {i, 0, job.T, static_cast<int32_t>(i), 1, 1, 0};
 }
 
+// The row of a sequence's states. Negative: it has none, and is left alone.
+KALMANET_KERNEL int64_t state_row(const GkaJob& job, int64_t sequence) {
+  return job.slots == nullptr ? sequence : job.slots[sequence];
+}
+KALMANET_KERNEL bool has_states(const GkaJob& job, int64_t row) {
+  return job.slots == nullptr || (row >= 0 && row < job.num_slots);
+}
+
+// How many tokens of the last call's draft belong to the states now.
+KALMANET_KERNEL int64_t accepted_of(const GkaJob& job, int64_t sequence) {
+  if (job.accepted == nullptr) return 0;
+  const int64_t n = job.accepted[sequence];
+  return n < 0 ? 0 : n < job.num_drafted ? n : job.num_drafted;
+}
+
+// Whether the matrix-unit kernels have done the piece.
+KALMANET_KERNEL bool is_done(const GkaJob& job, int64_t piece_index, int64_t head) {
+  return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
+         job.left_over[piece_index * job.H + head] == 0;
+}
+
 KALMANET_KERNEL float half_to_float(DType dtype, const void* data, int64_t at) {
   const uint16_t bits = static_cast<const uint16_t*>(data)[at];
 #ifdef __CUDACC__
@@ -78,6 +111,28 @@ KALMANET_KERNEL S load_element(const Array& a, int64_t at) {
     if (a.dtype == DType::float32) return static_cast<const float*>(a.data)[at];
     return half_to_float(a.dtype, a.data, at);
   }
+}
+
+// The same (not float64) in two steps: the bits, on their way while other loads are begun, and the
+// number once it is needed.
+KALMANET_KERNEL uint32_t load_bits(const Array& a, int64_t at) {
+  if (a.dtype == DType::float32) return static_cast<const uint32_t*>(a.data)[at];
+  return static_cast<const uint16_t*>(a.data)[at];
+}
+KALMANET_KERNEL float from_bits(DType dtype, uint32_t bits) {
+#ifdef __CUDACC__
+  if (dtype == DType::float32) return __uint_as_float(bits);
+  return dtype == DType::bfloat16 ? __uint_as_float(bits << 16)
+                                  : __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+#else
+  if (dtype != DType::float32) {
+    const uint16_t half = static_cast<uint16_t>(bits);
+    return dtype == DType::bfloat16 ? core::from_bfloat16(half) : core::from_float16(half);
+  }
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
 }
 
 // Rounded to the nearest, ties to even.

@@ -17,6 +17,7 @@ struct DeviceInfo {
   std::string current;     // "NVIDIA H100 80GB HBM3, compute capability 9.0, 132 multiprocessors"
   int64_t max_shared = 0;  // bytes a block
   int multiprocessors = 0;
+  int major = 0;  // of the compute capability
 };
 const DeviceInfo& device_info();  // of the calling thread's device
 
@@ -34,6 +35,10 @@ void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream);
 // blocks.
 int64_t plan_tokens(GkaJob& job, bool float64, bool rows, int64_t max_shared);
 void launch_tokens(const GkaJob& job, bool float64, Stream stream);
+// The step at full speed (step_kernel.hpp), or a `few` tokens at once (few_kernel.hpp); they need
+// nothing beside the job.
+int64_t step_shared_bytes();
+void launch_step(const GkaJob& job, bool few, Stream stream);
 // The states before every piece but a sequence's first.
 void launch_segments(const GkaJob& job, bool float64, Stream stream);
 

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/half.hpp"
 #include "cuda/chunk_body.hpp"
+#include "cuda/step_kernel.hpp"
 
 namespace kalmanet::cuda {
 
@@ -112,6 +114,73 @@ GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   job.tolerance = problem.options.tolerance;
   job.num_iter = problem.options.num_iter;
   job.direct = problem.options.solver == Solver::direct;
+  const GkaDraft& draft = in.last_draft;
+  job.slots = in.slots.empty() ? nullptr : in.slots.data();
+  job.num_slots = problem.num_states;
+  job.draft_k = array_of(draft.k);
+  job.draft_v = array_of(draft.v);
+  job.draft_g = array_of(draft.g);
+  job.draft_gk = array_of(draft.gk);
+  job.draft_beta = array_of(draft.beta);
+  job.accepted = in.accepted.empty() ? nullptr : in.accepted.data();
+  job.num_drafted = draft.k.rank == 4 ? draft.k.size[1] : 0;
+  job.is_draft = in.is_draft;
+  return job;
+}
+
+bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  const GkaInputs& in = problem.inputs;
+  const auto is_dense = [](const ConstView& state) {
+    return !state.defined() || (state.stride[3] == 1 && state.stride[0] % 4 == 0 &&
+                                state.stride[1] % 4 == 0 && state.stride[2] == StepLayout::kDim &&
+                                reinterpret_cast<uintptr_t>(state.data) % 16 == 0);
+  };
+  if (problem.K != StepLayout::kDim || problem.V != StepLayout::kDim ||
+      problem.dtype == DType::float64 || problem.T == 0 || !in.cu_seqlens.empty() ||
+      problem.B > 65535 || outputs.x.defined() || outputs.residual.defined()) {
+    return false;
+  }
+  if (problem.options.solver == Solver::direct && !in.ridge_ratio.defined() &&
+      direct_steps(problem) > kMostDirectSteps) {
+    return false;
+  }
+  return is_dense(in.h0) && is_dense(in.u0) && is_dense(outputs.h_final) &&
+         is_dense(outputs.u_final);
+}
+
+bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  const auto in_fours = [](const ConstView& view) {
+    return !view.defined() ||
+           (view.stride[3] == 1 && view.stride[0] % 4 == 0 && view.stride[1] % 4 == 0 &&
+            view.stride[2] % 4 == 0 && reinterpret_cast<uintptr_t>(view.data) % 8 == 0);
+  };
+  const GkaInputs& in = problem.inputs;
+  return problem.T >= kFewestTokensAtOnce && core::is_half(problem.dtype) && in_fours(in.q) &&
+         in_fours(in.k) && in_fours(in.v) && in_fours(in.last_draft.k) &&
+         in_fours(in.last_draft.v) &&
+         (!problem.inputs.is_draft || (outputs.h_final.defined() && outputs.u_final.defined()));
+}
+
+double direct_tolerance(const core::GkaProblem& problem) {
+  const double tolerance = problem.options.tolerance / 2;
+  return core::is_half(problem.dtype) ? std::max(tolerance, 0x1p-13) : tolerance;
+}
+
+int direct_steps(const core::GkaProblem& problem) {
+  return chebyshev_num_iter(problem.options.ridge_ratio, direct_tolerance(problem));
+}
+
+GkaJob step_job_of(const core::GkaProblem& problem, const GkaOutputs& outputs) {
+  GkaJob job = job_of(problem, outputs);
+  job.num_pieces = problem.B;
+  const Array own[] = {job.gk, job.g, job.beta, job.alpha, job.ridge};
+  const Array drafted[] = {job.draft_gk, job.draft_g, job.draft_beta, {}, {}};
+  std::copy(std::begin(own), std::end(own), job.scalars[0]);
+  std::copy(std::begin(drafted), std::end(drafted), job.scalars[1]);
+  if (!job.direct) return job;
+  job.direct = false;
+  job.tolerance = direct_tolerance(problem);
+  job.num_iter = problem.inputs.ridge_ratio.defined() ? 0 : direct_steps(problem);
   return job;
 }
 

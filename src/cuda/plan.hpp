@@ -36,6 +36,23 @@ Array array_of(const ConstView& view);
 // All but pieces and workspace.
 GkaJob job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
+// Whether the step kernel (step_kernel.hpp) does a step; the token kernel does the others.
+bool fits_step(const core::GkaProblem& problem, const GkaOutputs& outputs);
+// From how many tokens on they are done at once. One H200, batch 128, 32 heads: two one after the
+// other take 0.465 ms and at once 0.57; three 0.66 and 0.59.
+inline constexpr int64_t kFewestTokensAtOnce = 3;
+// Whether, of those, the kernel of a few tokens at once does it (few_kernel.hpp).
+bool fits_few(const core::GkaProblem& problem, const GkaOutputs& outputs);
+// Its job. direct is so many of Chebyshev's steps that truncation is half the tolerance, or half of
+// what a 16-bit o can show: truncation is relative to x's own components, which U does not magnify,
+// and 2^-12 is a sixteenth of what rounding o to bfloat16 costs, half of float16's.
+GkaJob step_job_of(const core::GkaProblem& problem, const GkaOutputs& outputs);
+double direct_tolerance(const core::GkaProblem& problem);
+int direct_steps(const core::GkaProblem& problem);
+// Beyond these a Cholesky factorisation a token (the token kernel's) is the cheaper one: 157 us on
+// one H100 beside 0.16 us a step.
+inline constexpr int kMostDirectSteps = 1000;
+
 // Bytes of GkaJob::states and ::decays.
 int64_t states_bytes(const core::GkaProblem& problem, int64_t num_pieces);
 int64_t decays_bytes(const core::GkaProblem& problem, int64_t num_pieces);

@@ -1,35 +1,11 @@
 // The body of the token kernel: states in, tokens one after the other, states out.
 #pragma once
 
+#include "cuda/state_view.hpp"
 #include "cuda/token_memory.hpp"
 #include "cuda/token_solve.hpp"
 
 namespace kalmanet::cuda {
-
-// A state as a block sees it: element (r, c) of one sequence and head.
-template <class S>
-struct StateView {
-  S* data = nullptr;  // null: zeros
-  int64_t row = 0, column = 0;
-  KALMANET_KERNEL int64_t at(int64_t r, int64_t c) const { return r * row + c * column; }
-  KALMANET_KERNEL bool whole_pieces() const {  // of four, aligned
-    return column == 1 && row % 4 == 0 && reinterpret_cast<uintptr_t>(data) % 32 == 0;
-  }
-};
-
-template <class S>
-KALMANET_KERNEL StateView<S> state_view(const Array& a, int64_t sequence, int64_t head) {
-  if (a.data == nullptr) return {};
-  return {static_cast<S*>(a.data) + sequence * a.stride[0] + head * a.stride[1], a.stride[2],
-          a.stride[3]};
-}
-
-// The workspace's states before a piece: H (u = false) or U.
-template <class S>
-KALMANET_KERNEL StateView<S> slot_view(const GkaJob& job, int64_t slot, int64_t head, bool u) {
-  S* const base = static_cast<S*>(job.states) + (slot * job.H + head) * job.K * (job.K + job.V);
-  return u ? StateView<S>{base + job.K * job.K, job.V, 1} : StateView<S>{base, job.K, 1};
-}
 
 // float32 is enough where its rounding errors, magnified so often, stay below the bound of the
 // output's dtype: 1e-5 (src/cpu/gka_step.hpp measured 5 for it), or a twentieth of a bfloat16's.
@@ -120,25 +96,29 @@ struct TokenBody {
   }
 
   // k, q, v and the scalars of token t, on their way into registers.
+  // (kDraft: of the last draft, whose queries and what belongs to them nobody asks about.)
+  template <bool kDraft = false>
   KALMANET_KERNEL void fetch_token(int64_t t) {
-    if (t >= piece.end) return;
-    const int64_t k = offset_of(job.k, piece.row, t, head / job.k_group);
-    const int64_t q = offset_of(job.q, piece.row, t, head / job.q_group);
-    const int64_t v = offset_of(job.v, piece.row, t, head / job.v_group);
+    if (!kDraft && t >= piece.end) return;
+    const Array& from_k = kDraft ? job.draft_k : job.k;
+    const Array& from_v = kDraft ? job.draft_v : job.v;
+    const int64_t k = offset_of(from_k, piece.row, t, head / job.k_group);
+    const int64_t q = kDraft ? 0 : offset_of(job.q, piece.row, t, head / job.q_group);
+    const int64_t v = offset_of(from_v, piece.row, t, head / job.v_group);
     group.each([&](int thread, Registers& r) {
       const bool inside = thread < job.K;
-      r.k = inside ? load_element<S>(job.k, k + thread * job.k.stride[3]) : S{0};
-      r.q = inside ? load_element<S>(job.q, q + thread * job.q.stride[3]) : S{0};
+      r.k = inside ? load_element<S>(from_k, k + thread * from_k.stride[3]) : S{0};
+      r.q = inside && !kDraft ? load_element<S>(job.q, q + thread * job.q.stride[3]) : S{0};
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int64_t c = thread + i * Layout::kThreads;
-        r.v[i] = c < job.V ? load_element<S>(job.v, v + c * job.v.stride[3]) : S{0};
+        r.v[i] = c < job.V ? load_element<S>(from_v, v + c * from_v.stride[3]) : S{0};
       }
-      if (thread >= kTokenScalars) return;
-      const Array a = thread == kGateOfH   ? job.gk
-                      : thread == kGateOfU ? job.g
+      if (thread >= kTokenScalars || (kDraft && (thread == kAlpha || thread == kRidge))) return;
+      const Array a = thread == kGateOfH   ? (kDraft ? job.draft_gk : job.gk)
+                      : thread == kGateOfU ? (kDraft ? job.draft_g : job.g)
                       : thread == kAlpha   ? job.alpha
-                      : thread == kBeta    ? job.beta
+                      : thread == kBeta    ? (kDraft ? job.draft_beta : job.beta)
                                            : job.ridge;
       const double absent = thread <= kGateOfU ? 0.0 : thread == kRidge ? job.ridge_ratio : 1.0;
       r.scalar = scalar_at<S>(a, piece.row, t, head, absent);
@@ -312,13 +292,38 @@ struct TokenBody {
     });
   }
 
-  KALMANET_KERNEL void run() {
+  // The states past the first `accepted` tokens of the last draft; where the call's own are one
+  // too, into their places, and U is worked on in `scratch` from then on.
+  KALMANET_KERNEL void run_drafts(int64_t accepted, const StateView<S>& final, S* scratch,
+                                  StateView<S>* from) {
+    for (int64_t i = 0; i < accepted; ++i) {
+      fetch_token<true>(i);
+      take_token();
+      const S beta2 = shared.scalar[kBeta] * shared.scalar[kBeta];
+      update_h(exp_of(shared.scalar[kGateOfH]), beta2);
+      read_out<S, true>(*from, exp_of(shared.scalar[kGateOfU]), beta2);  // of any m: nobody reads o
+      *from = u;
+    }
+    if (!job.is_draft) return;
+    store_h();
+    if (final.data == nullptr) return;
+    if (accepted == 0 && final.data != from->data) copy_u(*from, final);
+    u = {scratch, job.V, 1};
+  }
+
+  // `accepted` and `scratch`: of run_drafts; a step's.
+  KALMANET_KERNEL void run(int64_t accepted = 0, S* scratch = nullptr) {
     const StateView<S> final = state_view<S>(job.u_final, piece.sequence, head);
     StateView<S> from = piece.first ? state_view<S>(job.u0, piece.sequence, head)
                                     : slot_view<S>(job, piece.slot, head, true);
-    fetch_token(piece.begin);
+    const bool drafts = accepted > 0 || job.is_draft;
+    if (!drafts) fetch_token(piece.begin);
     load_h();
     fetch_u(from);
+    if (drafts) {
+      run_drafts(accepted, final, scratch, &from);
+      fetch_token(piece.begin);
+    }
     for (int64_t t = piece.begin; t < piece.end; ++t) {
       take_token();
       fetch_token(t + 1);
@@ -346,6 +351,7 @@ struct TokenBody {
       }
       store_token(t, system);
     }
+    if (job.is_draft) return;
     if (piece.begin == piece.end && piece.last && final.data != nullptr) copy_u(from, final);
     store_h();
   }
@@ -385,31 +391,5 @@ struct TokenBody {
     });
   }
 };
-
-// Whether the matrix-unit kernels have done the piece.
-KALMANET_KERNEL bool is_done(const GkaJob& job, int64_t piece_index, int64_t head) {
-  return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
-         job.left_over[piece_index * job.H + head] == 0;
-}
-
-// The work of block (piece_index, head).
-template <class S, int KP, class Group>
-KALMANET_KERNEL void run_tokens(Group& group, char* shared_memory, const GkaJob& job,
-                                int64_t piece_index, int64_t head) {
-  if (is_done(job, piece_index, head)) return;
-  const Piece piece = piece_of(job, piece_index);
-  const TokenMemory<S, KP> memory(shared_memory, job, piece_index, head);
-  StateView<S> u = state_view<S>(job.u_final, piece.sequence, head);
-  if (!piece.last || u.data == nullptr) u = {memory.u, job.V, 1};
-  TokenBody<Group, S, KP> body{
-      group,
-      memory.shared,
-      job,
-      piece,
-      head,
-      u,
-      {{group, memory.shared, memory.spilled, memory.parked, memory.factor}}};
-  body.run();
-}
 
 }  // namespace kalmanet::cuda

@@ -2,7 +2,7 @@
 #include "cuda/check.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/segment_body.hpp"
-#include "cuda/token_body.hpp"
+#include "cuda/token_run.hpp"
 #include "cuda/token_variants.hpp"
 
 namespace kalmanet::cuda {
@@ -45,7 +45,7 @@ int64_t plan_tokens(GkaJob& job, bool float64, bool rows, int64_t max_shared) {
     // One piece a sequence and a place for every final state: U needs no other.
     const bool u_has_place = rows && job.u_final.data != nullptr;
     const bool rest = TokenLayout<S, KP>::kSpilled > 0 || job.direct;
-    if (u_has_place && !rest) job.scratch_bytes = 0;
+    if (u_has_place && !rest && !job.is_draft) job.scratch_bytes = 0;
   });
   return job.scratch_bytes * job.num_pieces * job.H;
 }

@@ -81,13 +81,13 @@ using GkaBackward =
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::optional<double>,
         double, std::string_view, int64_t, double, int64_t, std::string_view, bool,
         std::string_view);
-using GkaStep = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                           const Tensor&, const Tensor&, const OptionalTensor&,
-                                           const OptionalTensor&, const OptionalTensor&,
-                                           const OptionalTensor&, const OptionalTensor&,
-                                           const OptionalTensor&, std::optional<double>, double,
-                                           std::string_view, int64_t, double, int64_t,
-                                           std::string_view, bool, std::string_view);
+using GkaStep = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, std::optional<double>, double, std::string_view, int64_t, double,
+    int64_t, std::string_view, bool, std::string_view, bool);
 
 struct GkaResults {
   Tensor o, h, u, x, segment_states;
@@ -306,15 +306,20 @@ GkaResult gka(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const 
 Tensor gka_step(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const OptionalTensor& g,
                 const OptionalTensor& gk, const OptionalTensor& alpha, const OptionalTensor& beta,
                 const OptionalTensor& ridge, Tensor h, Tensor u, const OptionalTensor& cu_seqlens,
-                const GkaOpOptions& options) {
+                const GkaOpOptions& options, const GkaDraftParts& draft) {
   static const auto op = find_operator<GkaStep>("kalmanet::gka_step");
   const at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor q = for_gka(q_in), k = for_gka(k_in), v = for_gka(v_in);
+  const auto drafted = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(for_gka(*t)) : std::nullopt;
+  };
   auto [o, residual] =
       op.call(q, k, v, h, u, widened(g), widened(gk), widened(alpha), widened(beta),
-              ridge_per_token(widened(ridge), q, k, v), cu_seqlens, options.scale,
-              options.ridge_ratio, options.solver, options.num_iter, options.tolerance,
-              options.chunk_size, options.arithmetic, /*want_residual=*/false, options.backend);
+              ridge_per_token(widened(ridge), q, k, v), cu_seqlens, draft.slots, drafted(draft.k),
+              drafted(draft.v), widened(draft.g), widened(draft.gk), widened(draft.beta),
+              draft.accepted, options.scale, options.ridge_ratio, options.solver, options.num_iter,
+              options.tolerance, options.chunk_size, options.arithmetic, /*want_residual=*/false,
+              options.backend, draft.is_draft);
   mark_written(h);
   mark_written(u);
   return o.to(v_in.scalar_type());

@@ -55,13 +55,20 @@ GkaResult gka(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
               const OptionalTensor& u0 = {}, const OptionalTensor& cu_seqlens = {},
               const GkaOpOptions& options = {});
 
+// Decoding from a pool of states, and drafts (docs/decode.md): with slots, int32 [N], h and u of
+// gka_step are [num_slots,...]; k .. beta and accepted (int32 [N]) are of the last draft.
+struct GkaDraftParts {
+  OptionalTensor slots, k, v, g, gk, beta, accepted;
+  bool is_draft = false;
+};
+
 // The same answer token by token, for one or a few new tokens a sequence, without gradients: the
 // states h [N,H,K,K] and u [N,H,K,V] are read and updated in place. Returns o [B,T,H,V].
 at::Tensor gka_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
                     const OptionalTensor& beta, const OptionalTensor& ridge, at::Tensor h,
                     at::Tensor u, const OptionalTensor& cu_seqlens = {},
-                    const GkaOpOptions& options = {});
+                    const GkaOpOptions& options = {}, const GkaDraftParts& draft = {});
 
 // What a layer holds for its decode step between the projections (kalmanet/layer_step.hpp has the
 // equations): weights, states that are updated in place, and switches.

@@ -28,7 +28,7 @@ class ReferenceBackend final : public core::GkaBackend {
     return reference::backward<double>(problem, saved.x, output_grads, grads);
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return reference::forward<double>(problem, outputs);
+    return reference::step<double>(problem, outputs);
   }
   int64_t workspace_bytes(GkaOperation, const core::GkaProblem&, const GkaShape&) const override {
     throw Error(ErrorCode::unsupported, "backend",

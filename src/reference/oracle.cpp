@@ -181,6 +181,40 @@ GkaReport forward(const core::GkaProblem& p, const GkaOutputs& outputs) {
 }
 
 template <class Real>
+GkaReport step(const core::GkaProblem& p, const GkaOutputs& outputs) {
+  std::vector<std::vector<int>> num_iters(static_cast<size_t>(p.N * p.H));
+  p.executor->run(p.N * p.H, [&](int64_t task) {
+    const core::Sequence& s = p.sequences[static_cast<size_t>(task / p.H)];
+    const int64_t h = task % p.H;
+    Head<Real> in = load_head<Real>(p, s, h).head;
+    HeadOutputs<Real> out;
+    if (s.accepted > 0) {
+      // As a problem of its own, whose queries nobody asks about: k in their place.
+      core::GkaProblem draft = p;
+      const GkaDraft& last = p.inputs.last_draft;
+      draft.inputs.q = draft.inputs.k = last.k;
+      draft.inputs.v = last.v;
+      draft.inputs.g = last.g, draft.inputs.gk = last.gk, draft.inputs.beta = last.beta;
+      draft.inputs.alpha = draft.inputs.ridge_ratio = {};
+      draft.q_group = p.k_group;
+      out = forward(load_head<Real>(draft, {s.index, s.row, 0, s.accepted}, h).head);
+      in.h0 = out.h;
+      in.u0 = out.u;
+    }
+    const Array<Real> h_before = in.h0, u_before = in.u0;
+    out = forward(in);
+    write_tokens(outputs.o, s, h, out.o);
+    write_tokens(outputs.x, s, h, out.x);
+    write_tokens(outputs.residual, s, h, out.residual);
+    const bool is_draft = p.inputs.is_draft;
+    write_state(outputs.h_final, s.index, h, p.K, p.K, is_draft ? h_before : out.h);
+    write_state(outputs.u_final, s.index, h, p.K, p.V, is_draft ? u_before : out.u);
+    num_iters[static_cast<size_t>(task)] = in.num_iter;
+  });
+  return make_report(p, num_iters);
+}
+
+template <class Real>
 GkaReport backward(const core::GkaProblem& p, const ConstView& saved_x,
                    const GkaOutputGrads& output_grads, const GkaInputGrads& grads) {
   std::vector<std::vector<int>> num_iters(static_cast<size_t>(p.N * p.H));
@@ -230,6 +264,7 @@ GkaReport backward(const core::GkaProblem& p, const ConstView& saved_x,
 
 template GkaReport forward<float>(const core::GkaProblem&, const GkaOutputs&);
 template GkaReport forward<double>(const core::GkaProblem&, const GkaOutputs&);
+template GkaReport step<double>(const core::GkaProblem&, const GkaOutputs&);
 template GkaReport backward<float>(const core::GkaProblem&, const ConstView&, const GkaOutputGrads&,
                                    const GkaInputGrads&);
 template GkaReport backward<double>(const core::GkaProblem&, const ConstView&,

@@ -18,6 +18,10 @@ inline constexpr int64_t kDefaultChunkSize = 64;
 template <class Real>
 GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs);
 
+// The same with slots and drafts (gka_step).
+template <class Real>
+GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs);
+
 // Without saved_x the forward's solutions are computed again.
 template <class Real>
 GkaReport backward(const core::GkaProblem& problem, const ConstView& saved_x,

@@ -246,15 +246,15 @@ gka_backward_op(const Tensor& d_o, const Tensor& q, const Tensor& k, const Tenso
   return {dq, dk, dv, dg, dgk, dalpha, dbeta, dridge, dh0, du0};
 }
 
-std::tuple<Tensor, Tensor> gka_step_op(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& h, const Tensor& u, const OptionalTensor& g,
-                                       const OptionalTensor& gk, const OptionalTensor& alpha,
-                                       const OptionalTensor& beta, const OptionalTensor& ridge,
-                                       const OptionalTensor& cu_seqlens,
-                                       std::optional<double> scale, double ridge_ratio,
-                                       const Text& solver, int64_t num_iter, double tolerance,
-                                       int64_t chunk_size, const Text& arithmetic,
-                                       bool want_residual, const Text& backend) {
+std::tuple<Tensor, Tensor> gka_step_op(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& h, const Tensor& u,
+    const OptionalTensor& g, const OptionalTensor& gk, const OptionalTensor& alpha,
+    const OptionalTensor& beta, const OptionalTensor& ridge, const OptionalTensor& cu_seqlens,
+    const OptionalTensor& slots, const OptionalTensor& draft_k, const OptionalTensor& draft_v,
+    const OptionalTensor& draft_g, const OptionalTensor& draft_gk, const OptionalTensor& draft_beta,
+    const OptionalTensor& accepted, std::optional<double> scale, double ridge_ratio,
+    const Text& solver, int64_t num_iter, double tolerance, int64_t chunk_size,
+    const Text& arithmetic, bool want_residual, const Text& backend, bool is_draft) {
   const Place place({"q", q}, {{"k", k},
                                {"v", v},
                                {"g", g},
@@ -263,11 +263,24 @@ std::tuple<Tensor, Tensor> gka_step_op(const Tensor& q, const Tensor& k, const T
                                {"beta", beta},
                                {"ridge", ridge},
                                {"h", h},
-                               {"u", u}});
+                               {"u", u},
+                               {"slots", slots},
+                               {"draft_k", draft_k},
+                               {"draft_v", draft_v},
+                               {"draft_g", draft_g},
+                               {"draft_gk", draft_gk},
+                               {"draft_beta", draft_beta},
+                               {"accepted", accepted}});
   Call call =
       read(q, k, v, g, gk, alpha, beta, ridge, {}, {}, cu_seqlens, scale, ridge_ratio, solver,
            num_iter, tolerance, chunk_size, arithmetic, place.backend(backend), place.stream());
   call.inputs.cu_seqlens = call.cu_seqlens;
+  call.inputs.slots = small_numbers(slots, "slots");
+  call.inputs.last_draft = {const_view(draft_k, "draft_k"), const_view(draft_v, "draft_v"),
+                            const_view(draft_g, "draft_g"), const_view(draft_gk, "draft_gk"),
+                            const_view(draft_beta, "draft_beta")};
+  call.inputs.accepted = small_numbers(accepted, "accepted");
+  call.inputs.is_draft = is_draft;
   Tensor o = new_tensor(q, {call.B, call.T, call.H, call.V}, call.dtype);
   Tensor residual =
       want_residual ? new_tensor(q, {call.B, call.T, call.H}, call.fine_dtype) : no_tensor(q);

@@ -71,9 +71,13 @@ STABLE_TORCH_LIBRARY(kalmanet, m) {
         ", bool bp_lambda=True, str backend='auto')"
         " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dg, Tensor dgk, Tensor dalpha, Tensor dbeta,"
         " Tensor dridge, Tensor dh0, Tensor du0)");
+  // With slots, h and u are pools [num_slots,...]; slots and accepted: int32 on q's device.
   m.def("gka_step(Tensor q, Tensor k, Tensor v, Tensor(a!) h, Tensor(b!) u, " KN_GATES
-        ", Tensor? cu_seqlens=None, *, " KN_SOLVER
-        ", bool want_residual=False, str backend='auto') -> (Tensor o, Tensor residual)");
+        ", Tensor? cu_seqlens=None, Tensor? slots=None, Tensor? draft_k=None,"
+        " Tensor? draft_v=None, Tensor? draft_g=None, Tensor? draft_gk=None,"
+        " Tensor? draft_beta=None, Tensor? accepted=None, *, " KN_SOLVER
+        ", bool want_residual=False, str backend='auto', bool is_draft=False)"
+        " -> (Tensor o, Tensor residual)");
   // What a layer does between its projections (layer_step.hpp); the states h, u and conv_* are
   // updated in place. No chunk_size, arithmetic or backend: it runs one way.
   m.def(

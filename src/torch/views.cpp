@@ -116,6 +116,21 @@ std::vector<int64_t> offsets(const OptionalTensor& cu_seqlens) {
   return result;
 }
 
+std::span<const int32_t> small_numbers(const OptionalTensor& tensor, const char* name) {
+  if (!tensor) return {};
+  if (tensor->scalar_type() != ScalarType::Int) {
+    throw Error(ErrorCode::invalid_dtype, name,
+                std::string("has dtype ") + torch::headeronly::toString(tensor->scalar_type()) +
+                    "; it must be int32");
+  }
+  require_rank(*tensor, 1, name, "[N]");
+  const int64_t count = tensor->size(0);
+  if (count > 1 && tensor->stride(0) != 1) {
+    throw Error(ErrorCode::invalid_shape, name, "must be contiguous");
+  }
+  return {static_cast<const int32_t*>(tensor->const_data_ptr()), static_cast<size_t>(count)};
+}
+
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
   int64_t strides[kMaxRank];
   int64_t stride = 1;

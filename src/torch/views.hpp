@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,9 @@ void require_rank(const Tensor& tensor, int64_t rank, const char* name, const ch
 
 // The offsets of packed sequences; empty if absent. Error unless int64 of one dimension on the CPU.
 std::vector<int64_t> offsets(const OptionalTensor& cu_seqlens);
+
+// int32 [N], contiguous, on any device; empty if absent.
+std::span<const int32_t> small_numbers(const OptionalTensor& tensor, const char* name);
 
 // A new contiguous tensor on `like`'s device, not initialised.
 Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);

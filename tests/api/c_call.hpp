@@ -58,6 +58,16 @@ inline kalmanet_gka_inputs c_inputs(const GkaInputs& in) {
   c.u0 = c_tensor(in.u0);
   c.cu_seqlens = in.cu_seqlens.empty() ? nullptr : in.cu_seqlens.data();
   c.num_offsets = std::ssize(in.cu_seqlens);
+  c.slots = in.slots.empty() ? nullptr : in.slots.data();
+  c.slots_count = std::ssize(in.slots);
+  c.draft_k = c_tensor(in.last_draft.k);
+  c.draft_v = c_tensor(in.last_draft.v);
+  c.draft_g = c_tensor(in.last_draft.g);
+  c.draft_gk = c_tensor(in.last_draft.gk);
+  c.draft_beta = c_tensor(in.last_draft.beta);
+  c.accepted = in.accepted.empty() ? nullptr : in.accepted.data();
+  c.accepted_count = std::ssize(in.accepted);
+  c.is_draft = in.is_draft ? 1 : 0;
   return c;
 }
 

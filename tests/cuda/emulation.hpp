@@ -10,11 +10,12 @@
 #include "core/problem.hpp"
 #include "cuda/chunk_body.hpp"
 #include "cuda/direct_body.hpp"
+#include "cuda/few_body.hpp"
 #include "cuda/first_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
-#include "cuda/token_body.hpp"
+#include "cuda/token_run.hpp"
 
 namespace kalmanet::cuda {
 
@@ -145,7 +146,38 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
   return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
 }
 
-// What the backend does, without a GPU.
+// The step kernel, or that of a few tokens at once. Returns how many blocks of the latter were left
+// to the former.
+inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& outputs,
+                            const Emulation& how) {
+  const GkaJob job = step_job_of(problem, outputs);
+  const bool few = fits_few(problem, outputs);
+  int64_t left = 0;
+  for (int64_t sequence = 0; sequence < job.num_pieces; ++sequence) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      if (few) {
+        Poisoned shared(sizeof(FewShared));
+        HostGroup<FewRegisters> group(FewLayout::kThreads, how.backwards);
+        auto& memory = *reinterpret_cast<FewShared*>(shared.data());
+        const bool is_left = is_long(job) ? run_few<true>(group, memory, job, sequence, head)
+                                          : run_few<false>(group, memory, job, sequence, head);
+        if (!is_left) continue;
+        ++left;
+      }
+      Poisoned shared(sizeof(StepShared));
+      HostGroup<StepRegisters> group(StepLayout::kThreads, how.backwards);
+      auto& memory = *reinterpret_cast<StepShared*>(shared.data());
+      if (is_one_token(job)) {
+        run_step<true>(group, memory, job, sequence, head);
+      } else {
+        run_step<false>(group, memory, job, sequence, head, few && job.is_draft);
+      }
+    }
+  }
+  return left;
+}
+
+// What the backend does, without a GPU, by the general kernels.
 inline void emulate(const core::GkaProblem& problem, const GkaOutputs& outputs, bool whole,
                     const Emulation& how) {
   const std::vector<Piece> pieces = pieces_of(problem, whole);

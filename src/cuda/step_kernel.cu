@@ -1,0 +1,91 @@
+// The step kernel, compiled and launched.
+#include "cuda/check.hpp"
+#include "cuda/few_body.hpp"
+#include "cuda/launch.hpp"
+
+namespace kalmanet::cuda {
+namespace {
+
+// Programmatic dependent launch (Hopper): the next such kernel may be brought to the
+// multiprocessors while this one is at work, and waits there for its end before it reads anything
+// but its job, whose 64-byte lines it has in its constant cache by then.
+__device__ __forceinline__ void wait_for_the_kernel_before([[maybe_unused]] const GkaJob& job) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  const auto* const words = reinterpret_cast<const uint32_t*>(&job);
+  uint32_t all = 0;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(GkaJob) / 4; i += 16) all ^= words[i];
+  if (all == 1) asm volatile("nanosleep.u32 0;");  // (so that it is read: this does nothing)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Two blocks a multiprocessor: 80 KB of shared memory each, and 128 registers a thread.
+template <bool kOne>
+__global__ void __launch_bounds__(StepLayout::kThreads, 2)
+    gka_step_tokens(const __grid_constant__ GkaJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  wait_for_the_kernel_before(job);
+  DeviceGroup<StepRegisters> group;
+  run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
+}
+
+constexpr size_t kFewShared = sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared)
+                                                                     : sizeof(StepShared);
+
+// Two blocks again: 102 KB.
+template <bool kLong>
+__global__ void __launch_bounds__(FewLayout::kThreads, 2)
+    gka_step_few(const __grid_constant__ GkaJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  wait_for_the_kernel_before(job);
+  const int64_t sequence = blockIdx.y, head = blockIdx.x;
+  {
+    DeviceGroup<FewRegisters> group;
+    auto& shared = *reinterpret_cast<FewShared*>(shared_memory);
+    if (!run_few<kLong>(group, shared, job, sequence, head)) return;
+  }
+  __syncthreads();
+  DeviceGroup<StepRegisters> group;
+  run_step<false>(group, *reinterpret_cast<StepShared*>(shared_memory), job, sequence, head,
+                  job.is_draft);
+}
+
+template <class Kernel>
+void launch(Kernel kernel, int threads, int64_t shared, const GkaJob& job, Stream stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)),
+        "cudaFuncSetAttribute");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  // (Code for other chips, translated from PTX of sm_80, does not know how to wait.)
+  config.numAttrs = device_info().major == 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, job), "launch of a step kernel");
+}
+
+}  // namespace
+
+int64_t step_shared_bytes() {
+  return kFewShared;
+}
+
+void launch_step(const GkaJob& job, bool few, Stream stream) {
+  if (few) {
+    launch(is_long(job) ? gka_step_few<true> : gka_step_few<false>, FewLayout::kThreads, kFewShared,
+           job, stream);
+  } else if (is_one_token(job)) {
+    launch(gka_step_tokens<true>, StepLayout::kThreads, sizeof(StepShared), job, stream);
+  } else {
+    launch(gka_step_tokens<false>, StepLayout::kThreads, sizeof(StepShared), job, stream);
+  }
+}
+
+}  // namespace kalmanet::cuda
