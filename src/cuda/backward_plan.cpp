@@ -39,8 +39,8 @@ int64_t BackwardBytes::total() const {
 bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
                           const GkaInputGrads& grads, const DeviceInfo& device) {
   const GkaInputs& in = problem.inputs;
-  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_pairs(in.q) &&
-         in_vectors(in.k) && in_vectors(in.v) && in_pairs(output_grads.d_o) &&
+  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_vectors(in.q) &&
+         in_vectors(in.k) && in_vectors(in.v) && in_vectors(output_grads.d_o) &&
          (!grads.dq.defined() || in_pairs(grads.dq)) &&
          (!grads.dk.defined() || in_pairs(grads.dk)) &&
          (!grads.dv.defined() || in_pairs(grads.dv)) &&
@@ -131,7 +131,8 @@ bool run_backward(const core::GkaProblem& problem, const GkaOutputGrads& output_
     job.in.left_over = static_cast<int32_t*>(left_over.data());
     if (bytes.states != 0 && chunks) launch_chunk_states(job.in, stream);
     if (bytes.states != 0 && !chunks) launch_segments(job.in, float64, stream);
-    if (chunks) launch_backward_chunks(job, stream);
+    if (chunks && job.in.direct) launch_backward_direct(job, stream);
+    if (chunks && !job.in.direct) launch_backward_chunks(job, stream);
     launch_backward_solve(job, float64, stream);
     if (!float64 && !problem.inputs.h0.defined()) launch_backward_first(job, stream);
   }

@@ -241,17 +241,27 @@ KALMANET_KERNEL void run_adjoint_sums(const BackwardJob& job, int64_t i, int64_t
   const StateView<S> from = state_view<S>(u ? job.d_u_final : job.d_h_final, piece.sequence, head);
   S state = from.data != nullptr ? from.data[from.at(row, column)] : S{0};
   S* const adjoints = static_cast<S*>(job.adjoints) + head * elements + e;
-  for (;;) {
-    S* const at = adjoints + piece.slot * job.in.H * elements;
-    const S added = has_before(job, piece) ? *at : S{0};
-    double decay = 1.0;
-    if (piece.end > piece.begin) {
-      decay = job.since[2 * place_of(job, piece, piece.end - 1, head) + (u ? 1 : 0)];
+  const auto load = [&](const Piece& of, S& added, S& decay) {
+    added = has_before(job, of) ? adjoints[of.slot * job.in.H * elements] : S{0};
+    decay = S{1};
+    if (of.end > of.begin) {
+      decay = static_cast<S>(
+          job.since[2 * place_of(job, of, of.end - 1, head) + (u ? 1 : 0)]);
     }
-    *at = state;
-    state = static_cast<S>(decay) * state + added;
+  };
+  S added, decay;
+  load(piece, added, decay);
+  for (;;) {
+    Piece before = piece;
+    S next_added{}, next_decay{};
+    if (!piece.first) {  // under way before this piece's is written
+      before = piece_of(job.in, --i);
+      load(before, next_added, next_decay);
+    }
+    adjoints[piece.slot * job.in.H * elements] = state;
+    state = decay * state + added;
     if (piece.first) break;
-    piece = piece_of(job.in, --i);
+    piece = before, added = next_added, decay = next_decay;
   }
   const StateView<S> to = state_view<S>(u ? job.d_u0 : job.d_h0, piece.sequence, head);
   if (to.data != nullptr) to.data[to.at(row, column)] = state;

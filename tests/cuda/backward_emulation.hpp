@@ -3,11 +3,12 @@
 
 #include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
+#include "cuda/backward_direct_body.hpp"
 #include "cuda/backward_first_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
-#include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_plan.hpp"
 #include "cuda/backward_solve_body.hpp"
+#include "cuda/backward_tile_gradients.hpp"
 #include "cuda/emulation.hpp"
 
 namespace kalmanet::cuda {
@@ -167,6 +168,13 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   }
   for (int64_t piece = 0; piece < own; ++piece) {
     for (int64_t head = 0; head < problem.H; ++head) {
+      if (job.in.direct) {
+        Poisoned shared(sizeof(BackwardDirectShared));
+        HostGroup<BackwardDirectRegisters> group(DirectLayout::kThreads, how.backwards);
+        run_backward_direct(group, *reinterpret_cast<BackwardDirectShared*>(shared.data()), job,
+                            piece, head);
+        continue;
+      }
       Poisoned shared(sizeof(BackwardChunkShared));
       HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
       run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
@@ -175,21 +183,20 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   }
   emulate_backward_solve<float, 128>(job, how);
   emulate_backward_first(job, how);
-  for (int64_t i = 0; i < own * problem.H * 2; ++i) {
-    Poisoned shared(sizeof(GradientChunkShared));
-    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
-    run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job,
-                       i / 2 / problem.H, i / 2 % problem.H, i % 2 == 1);
+  for (int64_t i = 0; i < own * problem.H; ++i) {
+    Poisoned shared(sizeof(TileShared));
+    HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+    run_tile_adjoints(group, *reinterpret_cast<TileShared*>(shared.data()), job, i / problem.H,
+                      i % problem.H);
   }
   emulate_adjoints<float>(job, how);
   const int64_t blocks = how.backwards ? 1 : 3;
-  Poisoned states(blocks * 4 * GradientChunkBody<HostGroup<ChunkRegisters>>::kScratchFloats);
+  Poisoned states(blocks * 4 * TileLayout::kScratchFloats);
   job.block_scratch = states.data();
   for (int64_t block = 0; block < blocks; ++block) {
-    Poisoned shared(sizeof(GradientChunkShared));
-    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
-    run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job, block,
-                        blocks);
+    Poisoned shared(sizeof(TileShared));
+    HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+    run_tile_gradients(group, *reinterpret_cast<TileShared*>(shared.data()), job, block, blocks);
   }
   emulate_gradients<float>(job, blocks, how);
   emulate_head_sums<float>(job, problem.B);

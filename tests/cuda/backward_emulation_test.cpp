@@ -165,6 +165,20 @@ TEST(CudaBackwardEmulation, ChunksMatchTheOracle) {
   }
 }
 
+TEST(CudaBackwardEmulation, DirectChunksMatchTheOracle) {
+  int turn = 0;
+  GkaOptions options;
+  options.solver = Solver::direct;
+  for (int64_t T : {1, 63, 64, 130, 200}) {
+    CaseSpec spec = small_case(turn++);
+    spec.T = T, spec.K = spec.V = 128, spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    spec.strided = false;
+    if (turn % 2 == 0) spec.ridge_ratio = 0.005;
+    check_chunks<float>(spec, options, 1e-3);
+    check_chunks<BFloat16>(spec, options, 1e-3);
+  }
+}
+
 TEST(CudaBackwardEmulation, ChunksOfCutPackedAndSharedHeads) {
   CaseSpec spec = small_case(0);
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;

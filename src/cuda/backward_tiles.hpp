@@ -1,0 +1,370 @@
+// The backward's kernels on matrix units that read x and z: their chunks of 64 tokens in shared
+// memory, tokens as rows. K = V = 128, bfloat16 tensors.
+//
+// Keys, values and do are the exact bfloat16 that came in; x, z and m are split in high and low
+// parts, and already carry the decays that every product of theirs has,
+//
+//   x_i e^{G_i/2} ,   z_i e^{G_i/2} ,   m_i scale e^{Gamma_i}     (G of H, Gamma of U)
+//
+// so that what tokens add to a state is a plain product of two tiles.
+#pragma once
+
+#include "cuda/backward_segment_body.hpp"
+#include "cuda/chunk_state.hpp"
+#include "cuda/tile.hpp"
+
+namespace kalmanet::cuda {
+
+struct TileLayout {
+  static constexpr int kThreads = 256;
+  static constexpr int kTokens = 64;
+  static constexpr int kDim = 128;
+  static constexpr int kTile = kTokens * kDim;
+  static constexpr int kState = kDim * kDim;
+  static constexpr int kChunks = static_cast<int>(kSegmentTokens) / kTokens;
+  // States before each chunk, of H and of U, and S and E: of a gradients' block.
+  static constexpr int64_t kScratchFloats = (kChunks + 1) * 2 * kState;
+};
+
+// Products of a token's own: k H_0 k, k S k, z H_0 x, m U_0 do, v E k; and for beta's gradient.
+enum TileDot {
+  kTileKeyStart,
+  kTileKeyCarry,
+  kTileAdjointStart,
+  kTileMixStart,
+  kTileValueCarry,
+  kTileBetaKey,
+  kTileBetaValue,
+  kTileDots
+};
+
+struct TileShared {
+  static constexpr int C = TileLayout::kTokens;
+  uint16_t state[2][TileLayout::kState];  // the state that is read: high, low
+  uint16_t k[TileLayout::kTile], v[TileLayout::kTile], d_o[TileLayout::kTile];
+  uint16_t x[2][TileLayout::kTile], z[2][TileLayout::kTile];
+  uint16_t m[2][TileLayout::kTile];  // or keys with their weights
+  // Per token, of H and of U. since: G_t; start: e^{G_t}; inverse: e^{-G_t}; end: beta_t e^{G_C-G_t};
+  // to_end: beta_t^2 of it.
+  float start[2][C], inverse[2][C], end[2][C], to_end[2][C];
+  float half[C];  // e^{G_t/2} of H
+  float mix[C];   // scale e^{G_t} of U
+  float alpha[C], beta[C], w[C];
+  float r[C];           // sum_{i>=t} w_i e^{2 (G_i - G_t)}
+  float key_factor[C], key_weight[C];  // - 2 e^{G_t} r_t beta_t, and 2 e^{G_t} r_t beta_t^2
+  float total[2];       // e^{G_C}
+  double through_f;     // 2 sum_i w_i e^{2 G_i}
+  float dots[kTileDots][2][C];  // over the two halves of the dims
+  float crossing[2][4][C];      // of what tokens before t do to later ones: each row group's part
+  float acting[2][C];           // of the chunk's start on token t
+  double warp[3][TileLayout::kThreads / 32];
+};
+
+struct TileRegisters {
+  float state[2][8][4], other[2][8][4];
+  float dk[8][4], dv[8][4], s[8][4], p[8][4];
+  uint32_t a[2][2][4], b[2][2][2];
+  uint32_t raw[4][4][4];      // k, v, do, q on their way
+  float raw_x[4][8], raw_z[4][8];
+  float quad[2][4], running[2];
+  float row[2], value, column[2];
+  double scan[2], rest[2], passed, gate[2], weight[2], sum[3];
+};
+
+template <class Group>
+struct BackwardTiles : TileProducts<Group, TileRegisters> {
+  using Base = TileProducts<Group, TileRegisters>;
+  using Base::group;
+  using L = TileLayout;
+  using Registers = TileRegisters;
+
+  TileShared& shared;
+  const BackwardJob& backward;
+  const GkaJob& job;
+  Piece piece;
+  int64_t head;
+  int64_t t0 = 0;
+  int n = 0;
+
+  KALMANET_KERNEL Parts keys() const { return {shared.k, nullptr}; }
+  KALMANET_KERNEL Parts values() const { return {shared.v, nullptr}; }
+  KALMANET_KERNEL Parts output_gradients() const { return {shared.d_o, nullptr}; }
+  KALMANET_KERNEL Parts x() const { return {shared.x[0], shared.x[1]}; }
+  KALMANET_KERNEL Parts z() const { return {shared.z[0], shared.z[1]}; }
+  KALMANET_KERNEL Parts m() const { return {shared.m[0], shared.m[1]}; }
+  KALMANET_KERNEL Parts state() const { return {shared.state[0], shared.state[1]}; }
+
+  KALMANET_KERNEL void set_chunk(int64_t begin) {
+    t0 = begin;
+    n = static_cast<int>(piece.end - t0 < L::kTokens ? piece.end - t0 : L::kTokens);
+  }
+
+  // A thread brings pieces of eight elements, four of a row: 8 (thread / 32) + thread % 8 its row,
+  // 8 (thread / 8 % 4 + 4 i) the columns. So neighbours read 64 bytes of a row and write a block.
+  KALMANET_KERNEL static int piece_row(int thread) { return thread / 32 * 8 + thread % 8; }
+  KALMANET_KERNEL static int piece_column(int thread, int i) {
+    return (thread / 8 % 4 + 4 * i) * 8;
+  }
+
+  // Of a [B,T,heads,128] tensor.
+  KALMANET_KERNEL void fetch(const Array& a, int64_t a_head, int which) {
+    const uint16_t* const base =
+        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
+    const int64_t stride = a.stride[1];
+    group.each([&](int thread, Registers& r) {
+      const int row = piece_row(thread);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        KALMANET_UNROLL
+        for (int j = 0; j < 4; ++j) r.raw[which][i][j] = 0;
+        if (row < n) load16(base + row * stride + piece_column(thread, i), r.raw[which][i]);
+      }
+    });
+  }
+  KALMANET_KERNEL void put(int which, uint16_t* tile) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        store16(tile + Blocks<128>::at(piece_row(thread), piece_column(thread, i)),
+                r.raw[which][i]);
+      }
+    });
+  }
+  // Of x or z.
+  template <class Of>
+  KALMANET_KERNEL void fetch_solutions(const void* rows, Of&& of) {
+    const float* const base =
+        static_cast<const float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
+    const int64_t stride = job.H * L::kDim;
+    group.each([&](int thread, Registers& r) {
+      const int row = piece_row(thread);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        KALMANET_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float v[4] = {};
+          if (row < n) load4(base + row * stride + piece_column(thread, i) + 4 * j, v);
+          KALMANET_UNROLL
+          for (int e = 0; e < 4; ++e) of(r)[i][4 * j + e] = v[e];
+        }
+      }
+    });
+  }
+  template <class Of>
+  KALMANET_KERNEL void put_solutions(const float* weight, const Parts& to, Of&& of) {
+    group.each([&](int thread, Registers& r) {
+      const int row = piece_row(thread);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float v[8];
+        KALMANET_UNROLL
+        for (int e = 0; e < 8; ++e) v[e] = weight[row] * of(r)[i][e];
+        store_eight<128>(to, row, piece_column(thread, i), v);
+      }
+    });
+  }
+  // m from raw_x and the raw queries.
+  KALMANET_KERNEL void put_mix(int queries) {
+    group.each([&](int thread, Registers& r) {
+      const int row = piece_row(thread);
+      const float alpha = shared.alpha[row], weight = row < n ? shared.mix[row] : 0.0f;
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float v[8];
+        KALMANET_UNROLL
+        for (int e = 0; e < 8; ++e) {
+          const uint32_t both = r.raw[queries][i][e / 2];
+          const float q = e % 2 == 0 ? low_bfloat16(both) : high_bfloat16(both);
+          v[e] = weight * (q + alpha * (r.raw_x[i][e] - q));
+        }
+        store_eight<128>(m(), row, piece_column(thread, i), v);
+      }
+    });
+  }
+  // Keys times `weight`, split.
+  KALMANET_KERNEL void put_weighted_keys(const float* weights, const Parts& to,
+                                         float factor = 1.0f) {
+    group.each([&](int thread, Registers&) {
+      const int row = piece_row(thread);
+      const float weight = factor * weights[row];
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        uint32_t both[4];
+        float v[8];
+        load16(shared.k + Blocks<128>::at(row, piece_column(thread, i)), both);
+        KALMANET_UNROLL
+        for (int e = 0; e < 8; ++e) {
+          v[e] = weight * (e % 2 == 0 ? low_bfloat16(both[e / 2]) : high_bfloat16(both[e / 2]));
+        }
+        store_eight<128>(to, row, piece_column(thread, i), v);
+      }
+    });
+  }
+
+  // A state in the layout of registers.state, as what products read.
+  KALMANET_KERNEL void put_state() {
+    each_of_state([&](Registers& r, int thread, int mm, int tile) {
+      KALMANET_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const float(&v)[4] = r.state[mm][tile];
+        store_two<128>(state(), Base::state_row(thread, mm, 2 * h),
+                       Base::column_of(thread, tile, 0), v[2 * h], v[2 * h + 1]);
+      }
+    });
+  }
+  template <class F>
+  KALMANET_KERNEL void each_of_state(F&& f) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int mm = 0; mm < 2; ++mm) {
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 8; ++tile) f(r, thread, mm, tile);
+      }
+    });
+  }
+  // Where four elements of a thread lie in a state's scratch memory.
+  KALMANET_KERNEL static int scratch_at(int thread, int mm, int tile) {
+    return ((mm * 8 + tile) * L::kThreads + thread) * 4;
+  }
+
+  // The sum over the warp's lanes up to this one (or, kAfter, from it on) of scan[i].
+  template <bool kAfter>
+  KALMANET_KERNEL void scan(int i) {
+    KALMANET_UNROLL
+    for (int step = 1; step < 32; step *= 2) {
+      group.shuffle([](Registers& r) -> double& { return r.passed; },
+                    [i](Registers& r) { return r.scan[i]; },
+                    [step](int thread) { return kAfter ? thread + step : thread - step; });
+      group.each([&](int thread, Registers& r) {
+        const int lane = thread % 32;
+        if (kAfter ? lane + step < 32 : lane >= step) r.scan[i] += r.passed;
+      });
+    }
+  }
+
+  // What is a token's own and what follows from the gates: the first warp for H, the second for U,
+  // a lane two tokens. later: sum_i w_i e^{2 (G_i - G_C)} over tokens after the chunk that count. A
+  // barrier before it is read.
+  KALMANET_KERNEL void load_scalars(double later = 0.0) {
+    KALMANET_UNROLL
+    for (int which = 0; which < 2; ++which) {
+      group.with_warp(which, [&] { load_gates(which, later); });
+    }
+  }
+  KALMANET_KERNEL void load_gates(int which, double later) {
+    const Array& gates = which == 0 ? job.gk : job.g;
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int t = thread % 32 * 2 + i;
+        const bool real = t < n;
+        r.gate[i] = real ? static_cast<double>(
+                               scalar_at<float>(gates, piece.row, t0 + t, head, 0.0))
+                         : 0.0;
+        r.value = real ? scalar_at<float>(job.beta, piece.row, t0 + t, head, 1.0) : 0.0f;
+        r.column[i] = r.value;
+        if (which == 1) continue;
+        shared.beta[t] = r.value;
+        shared.alpha[t] = real ? scalar_at<float>(job.alpha, piece.row, t0 + t, head, 1.0) : 1.0f;
+        r.weight[i] = real ? backward.w[place_of(backward, piece, t0 + t, head)] : 0.0;
+        shared.w[t] = static_cast<float>(r.weight[i]);
+      }
+      r.scan[0] = r.gate[0] + r.gate[1];
+    });
+    this->template scan<false>(0);
+    group.shuffle([](Registers& r) -> double& { return r.rest[0]; },
+                  [](Registers& r) { return r.scan[0]; }, [](int) { return 31; });
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int t = thread % 32 * 2 + i;
+        const double since = i == 0 ? r.scan[0] - r.gate[1] : r.scan[0];
+        const float beta = r.column[i], end = beta * expf(static_cast<float>(r.rest[0] - since));
+        const auto g = static_cast<float>(since);
+        shared.start[which][t] = expf(g);
+        shared.inverse[which][t] = expf(-g);
+        shared.end[which][t] = end;
+        shared.to_end[which][t] = beta * end;
+        if (which == 1) {
+          shared.mix[t] = static_cast<float>(job.scale) * expf(g);
+          continue;
+        }
+        shared.half[t] = expf(0.5f * g);
+        r.gate[i] = since;
+        r.weight[i] *= exp(2.0 * since);
+      }
+      if (thread % 32 == 0) shared.total[which] = expf(static_cast<float>(r.rest[0]));
+      if (which == 1) return;
+      if (thread % 32 == 31) r.weight[1] += later * exp(2.0 * r.rest[0]);
+      r.scan[1] = r.weight[0] + r.weight[1];
+    });
+    if (which == 1) return;
+    this->template scan<true>(1);
+    group.shuffle([](Registers& r) -> double& { return r.passed; },
+                  [](Registers& r) { return r.scan[1]; }, [](int thread) { return thread + 1; });
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int t = thread % 32 * 2 + i;
+        // (No difference: what a strong decay leaves must stay exact.)
+        const double from_it =
+            i == 0 ? r.scan[1] : r.weight[1] + (thread % 32 == 31 ? 0.0 : r.passed);
+        const auto of_token = static_cast<float>(from_it * exp(-2.0 * r.gate[i]));
+        const float beta = r.column[i];
+        shared.r[t] = of_token;
+        const float factor = -2.0f * expf(static_cast<float>(r.gate[i])) * of_token * beta;
+        shared.key_factor[t] = factor;
+        shared.key_weight[t] = -factor * beta;
+      }
+      if (thread % 32 == 0) shared.through_f = 2.0 * r.scan[1];
+    });
+  }
+
+  // shared.dots[which][half][token] <- sums of term(registers, thread, n, i) over the warp's
+  // columns.
+  template <class F>
+  KALMANET_KERNEL void measure(int which, F&& term) {
+    group.each([&](int thread, Registers& r) {
+      r.row[0] = r.row[1] = 0.0f;
+      KALMANET_UNROLL
+      for (int tile = 0; tile < 8; ++tile) {
+        KALMANET_UNROLL
+        for (int h = 0; h < 2; ++h) r.row[h] += term(r, thread, tile, h);
+      }
+    });
+    group.template sum_lanes<4>([](Registers& r) -> float& { return r.row[0]; });
+    group.template sum_lanes<4>([](Registers& r) -> float& { return r.row[1]; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 4 != 0) return;
+      shared.dots[which][thread / 128][Base::token_of(thread, 0)] = r.row[0];
+      shared.dots[which][thread / 128][Base::token_of(thread, 2)] = r.row[1];
+    });
+  }
+  // Of sums (of(registers)[n]) and a tile's own elements.
+  template <class Tile, class Of>
+  KALMANET_KERNEL void measure_with(int which, const Tile& tile_of, Of&& of) {
+    measure(which, [&](Registers& r, int thread, int tile, int h) {
+      float v[2];
+      load_two<128>(tile_of, Base::token_of(thread, 2 * h), Base::column_of(thread, tile, 0), v);
+      return of(r)[tile][2 * h] * v[0] + of(r)[tile][2 * h + 1] * v[1];
+    });
+  }
+  KALMANET_KERNEL float dot(int which, int token) const {
+    return shared.dots[which][0][token] + shared.dots[which][1][token];
+  }
+
+  // shared.warp[i] <- each warp's sum of sum[i].
+  KALMANET_KERNEL void put_sum(int i) {
+    group.template sum_lanes<32>([i](Registers& r) -> double& { return r.sum[i]; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 == 0) shared.warp[i][thread / 32] = r.sum[i];
+    });
+  }
+  KALMANET_KERNEL double sum_of(int i) const {
+    double sum = 0.0;
+    for (int w = 0; w < L::kThreads / 32; ++w) sum += shared.warp[i][w];
+    return sum;
+  }
+};
+
+}  // namespace kalmanet::cuda
