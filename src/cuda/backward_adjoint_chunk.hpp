@@ -25,13 +25,14 @@ struct TileAdjoints : BackwardTiles<Group> {
     KALMANET_KERNEL State operator()(Registers& r) const { return r.other; }
   };
 
-  KALMANET_KERNEL void load_chunk(double later) {
+  KALMANET_KERNEL void load_chunk(float later) {
     this->fetch_solutions(backward.x, [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
     this->fetch_solutions(backward.z, [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
     this->fetch(job.k, head / job.k_group, 0);
     this->fetch(backward.d_o, head, 2);
     this->fetch(job.q, head / job.q_group, 3);
-    this->load_scalars(later);
+    this->load_key_scalars(later);
+    this->load_value_scalars(false);
     this->put(0, shared.k);
     this->put(2, shared.d_o);
     group.barrier();
@@ -47,13 +48,13 @@ struct TileAdjoints : BackwardTiles<Group> {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) r.state[mm][tile][i] = r.other[mm][tile][i] = 0.0f;
     });
-    double later = 0.0;
+    float later = 0.0f;
     const int64_t chunks = (piece.end - piece.begin + L::kTokens - 1) / L::kTokens;
     KALMANET_LOOP
     for (int64_t i = chunks; i-- > 0;) {
       this->set_chunk(piece.begin + i * L::kTokens);
       load_chunk(later);
-      later = 0.5 * shared.through_f;
+      later = shared.through_f;
       const float total = shared.total[0], u_total = shared.total[1];
       this->each_of_state([&](Registers& r, int, int mm, int tile) {
         KALMANET_UNROLL
@@ -76,9 +77,7 @@ struct TileAdjoints : BackwardTiles<Group> {
       for (int i = 0; i < 4; ++i) {
         const int row = Base::state_row(thread, mm, i), column = Base::column_of(thread, tile, i);
         float of_d = -r.state[mm][tile][i];
-        if (start.data != nullptr) {
-          of_d -= static_cast<float>(later * static_cast<double>(start.data[start.at(row, column)]));
-        }
+        if (start.data != nullptr) of_d -= later * start.data[start.at(row, column)];
         d.data[d.at(row, column)] = of_d;
         e.data[e.at(row, column)] = r.other[mm][tile][i];
       }

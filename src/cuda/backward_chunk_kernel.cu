@@ -4,7 +4,7 @@
 #include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
 #include "cuda/backward_launch.hpp"
-#include "cuda/backward_tile_gradients.hpp"
+#include "cuda/backward_tile_values.hpp"
 #include "cuda/check.hpp"
 
 namespace kalmanet::cuda {
@@ -27,11 +27,19 @@ __global__ void __launch_bounds__(TileLayout::kThreads, 1)
 }
 
 __global__ void __launch_bounds__(TileLayout::kThreads, 1)
-    gka_gradient_chunks(const __grid_constant__ BackwardJob job) {
+    gka_gradient_keys(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<TileRegisters> group;
-  run_tile_gradients(group, *reinterpret_cast<TileShared*>(shared_memory), job, blockIdx.x,
-                     gridDim.x);
+  run_tile_gradients<TileKeys>(group, *reinterpret_cast<TileShared*>(shared_memory), job,
+                               blockIdx.x, gridDim.x);
+}
+
+__global__ void __launch_bounds__(TileLayout::kThreads, 1)
+    gka_gradient_values(const __grid_constant__ BackwardJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<TileRegisters> group;
+  run_tile_gradients<TileValues>(group, *reinterpret_cast<TileShared*>(shared_memory), job,
+                                 blockIdx.x, gridDim.x);
 }
 
 template <class Kernel>
@@ -65,7 +73,8 @@ void launch_adjoint_chunks(const BackwardJob& job, Stream stream) {
          sizeof(TileShared), job, stream);
 }
 void launch_gradient_chunks(const BackwardJob& job, int64_t blocks, Stream stream) {
-  launch(gka_gradient_chunks, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
+  launch(gka_gradient_keys, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
+  launch(gka_gradient_values, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
 }
 
 }  // namespace kalmanet::cuda

@@ -22,21 +22,13 @@ struct TileLayout {
   static constexpr int kTile = kTokens * kDim;
   static constexpr int kState = kDim * kDim;
   static constexpr int kChunks = static_cast<int>(kSegmentTokens) / kTokens;
-  // States before each chunk, of H and of U, and S and E: of a gradients' block.
-  static constexpr int64_t kScratchFloats = (kChunks + 1) * 2 * kState;
+  // States before each chunk, of H or of U: of a gradients' block.
+  static constexpr int64_t kScratchFloats = int64_t{kChunks} * kState;
 };
 
-// Products of a token's own: k H_0 k, k S k, z H_0 x, m U_0 do, v E k; and for beta's gradient.
-enum TileDot {
-  kTileKeyStart,
-  kTileKeyCarry,
-  kTileAdjointStart,
-  kTileMixStart,
-  kTileValueCarry,
-  kTileBetaKey,
-  kTileBetaValue,
-  kTileDots
-};
+// Products of a token's own: of the chunk's first state, k H_0 k or m U_0 do; of what comes after
+// it, k S k or v E k; z H_0 x; and for beta's gradient.
+enum TileDot { kTileStart, kTileCarry, kTileAdjoint, kTileBeta, kTileDots };
 
 struct TileShared {
   static constexpr int C = TileLayout::kTokens;
@@ -44,20 +36,19 @@ struct TileShared {
   uint16_t k[TileLayout::kTile], v[TileLayout::kTile], d_o[TileLayout::kTile];
   uint16_t x[2][TileLayout::kTile], z[2][TileLayout::kTile];
   uint16_t m[2][TileLayout::kTile];  // or keys with their weights
-  // Per token, of H and of U. since: G_t; start: e^{G_t}; inverse: e^{-G_t}; end: beta_t e^{G_C-G_t};
-  // to_end: beta_t^2 of it.
+  // Per token, of H and of U: e^{G_t}; e^{-G_t}; beta_t e^{G_C-G_t}; beta_t^2 e^{G_C-G_t}.
   float start[2][C], inverse[2][C], end[2][C], to_end[2][C];
   float half[C];  // e^{G_t/2} of H
   float mix[C];   // scale e^{G_t} of U
-  float alpha[C], beta[C], w[C];
-  float r[C];           // sum_{i>=t} w_i e^{2 (G_i - G_t)}
-  float key_factor[C], key_weight[C];  // - 2 e^{G_t} r_t beta_t, and 2 e^{G_t} r_t beta_t^2
-  float total[2];       // e^{G_C}
-  double through_f;     // 2 sum_i w_i e^{2 G_i}
-  float dots[kTileDots][2][C];  // over the two halves of the dims
-  float crossing[2][4][C];      // of what tokens before t do to later ones: each row group's part
-  float acting[2][C];           // of the chunk's start on token t
-  double warp[3][TileLayout::kThreads / 32];
+  float alpha[C], beta[C];
+  float w_start[C];  // w_t e^{G_t}
+  float r_start[C];  // e^{G_t} sum_{i>=t} w_i e^{2 (G_i - G_t)}
+  float key_factor[C], key_weight[C];  // - 2 r_start_t beta_t and 2 r_start_t beta_t^2
+  float total[2];                      // e^{G_C}
+  float through_f;                     // sum_i w_i e^{2 G_i}
+  float dots[kTileDots][2][C];         // over the two halves of the dims
+  float crossing[4][C];                // what tokens before t do to later ones: each row group's part
+  float warp[2][TileLayout::kThreads / 32];
 };
 
 struct TileRegisters {
@@ -66,9 +57,9 @@ struct TileRegisters {
   uint32_t a[2][2][4], b[2][2][2];
   uint32_t raw[4][4][4];      // k, v, do, q on their way
   float raw_x[4][8], raw_z[4][8];
-  float quad[2][4], running[2];
-  float row[2], value, column[2];
-  double scan[2], rest[2], passed, gate[2], weight[2], sum[3];
+  float row[2], column[2], sum[2];
+  // Of the scans over a chunk's tokens, a lane two.
+  float pair[2], kept[2], gate[2], beta[2], all, decay, passed, passed2;
 };
 
 template <class Group>
@@ -167,7 +158,7 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
   KALMANET_KERNEL void put_mix(int queries) {
     group.each([&](int thread, Registers& r) {
       const int row = piece_row(thread);
-      const float alpha = shared.alpha[row], weight = row < n ? shared.mix[row] : 0.0f;
+      const float alpha = shared.alpha[row], weight = shared.mix[row];
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         float v[8];
@@ -227,96 +218,140 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
     return ((mm * 8 + tile) * L::kThreads + thread) * 4;
   }
 
-  // The sum over the warp's lanes up to this one (or, kAfter, from it on) of scan[i].
+  // A warp's lane l has tokens 2 l and 2 l + 1: pair <- the sums of pair up to each token, or
+  // (kAfter) from it on.
   template <bool kAfter>
-  KALMANET_KERNEL void scan(int i) {
+  KALMANET_KERNEL void scan() {
+    group.each([](int, Registers& r) { r.all = r.pair[0] + r.pair[1]; });
     KALMANET_UNROLL
     for (int step = 1; step < 32; step *= 2) {
-      group.shuffle([](Registers& r) -> double& { return r.passed; },
-                    [i](Registers& r) { return r.scan[i]; },
+      group.shuffle([](Registers& r) -> float& { return r.passed; },
+                    [](Registers& r) { return r.all; },
                     [step](int thread) { return kAfter ? thread + step : thread - step; });
       group.each([&](int thread, Registers& r) {
         const int lane = thread % 32;
-        if (kAfter ? lane + step < 32 : lane >= step) r.scan[i] += r.passed;
+        if (kAfter ? lane + step < 32 : lane >= step) r.all += r.passed;
       });
     }
+    group.shuffle([](Registers& r) -> float& { return r.passed; },
+                  [](Registers& r) { return r.all; },
+                  [](int thread) { return kAfter ? thread + 1 : thread - 1; });
+    // (No differences: what a strong decay leaves must stay exact.)
+    group.each([](int thread, Registers& r) {
+      const float beyond = thread % 32 == (kAfter ? 31 : 0) ? 0.0f : r.passed;
+      float &first = r.pair[kAfter ? 1 : 0], &second = r.pair[kAfter ? 0 : 1];
+      first += beyond, second += first;
+    });
   }
 
-  // What is a token's own and what follows from the gates: the first warp for H, the second for U,
-  // a lane two tokens. later: sum_i w_i e^{2 (G_i - G_C)} over tokens after the chunk that count. A
-  // barrier before it is read.
-  KALMANET_KERNEL void load_scalars(double later = 0.0) {
-    KALMANET_UNROLL
-    for (int which = 0; which < 2; ++which) {
-      group.with_warp(which, [&] { load_gates(which, later); });
-    }
+  // What is a token's own and what follows from H's gates: by the first warp, a lane two tokens.
+  // later: sum_i w_i e^{2 (G_i - G_C)} over tokens after the chunk that count.
+  KALMANET_KERNEL void load_key_scalars(float later) {
+    group.with_warp(0, [&] {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int t = thread % 32 * 2 + i;
+          r.kept[i] =
+              t < n ? static_cast<float>(backward.w[place_of(backward, piece, t0 + t, head)]) : 0.0f;
+        }
+      });
+      load_gates(0);
+      sum_weights(later);
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int t = thread % 32 * 2 + i;
+          const float start = expf(r.pair[i]), beta = r.beta[i];
+          shared.beta[t] = beta;
+          shared.half[t] = expf(0.5f * r.pair[i]);
+          shared.w_start[t] = start * r.kept[i];
+          const float weight = start * r.column[i];
+          shared.r_start[t] = weight;
+          shared.key_factor[t] = -2.0f * weight * beta;
+          shared.key_weight[t] = 2.0f * weight * beta * beta;
+        }
+        if (thread % 32 == 0) shared.through_f = expf(2.0f * r.gate[0]) * r.column[0];
+      });
+    });
   }
-  KALMANET_KERNEL void load_gates(int which, double later) {
+  // The same of U's: by the second warp. beta: unless the first brings it.
+  KALMANET_KERNEL void load_value_scalars(bool beta) {
+    group.with_warp(1, [&] {
+      load_gates(1);
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int t = thread % 32 * 2 + i;
+          if (beta) shared.beta[t] = r.beta[i];
+          shared.alpha[t] =
+              t < n ? scalar_at<float>(job.alpha, piece.row, t0 + t, head, 1.0) : 1.0f;
+          shared.mix[t] = t < n ? static_cast<float>(job.scale) * expf(r.pair[i]) : 0.0f;
+        }
+      });
+    });
+  }
+
+  // By one warp: gate and beta; pair <- G_t; what both states have.
+  KALMANET_KERNEL void load_gates(int which) {
     const Array& gates = which == 0 ? job.gk : job.g;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int t = thread % 32 * 2 + i;
-        const bool real = t < n;
-        r.gate[i] = real ? static_cast<double>(
-                               scalar_at<float>(gates, piece.row, t0 + t, head, 0.0))
-                         : 0.0;
-        r.value = real ? scalar_at<float>(job.beta, piece.row, t0 + t, head, 1.0) : 0.0f;
-        r.column[i] = r.value;
-        if (which == 1) continue;
-        shared.beta[t] = r.value;
-        shared.alpha[t] = real ? scalar_at<float>(job.alpha, piece.row, t0 + t, head, 1.0) : 1.0f;
-        r.weight[i] = real ? backward.w[place_of(backward, piece, t0 + t, head)] : 0.0;
-        shared.w[t] = static_cast<float>(r.weight[i]);
+        r.gate[i] = t < n ? scalar_at<float>(gates, piece.row, t0 + t, head, 0.0) : 0.0f;
+        r.beta[i] = t < n ? scalar_at<float>(job.beta, piece.row, t0 + t, head, 1.0) : 0.0f;
+        r.pair[i] = r.gate[i];
       }
-      r.scan[0] = r.gate[0] + r.gate[1];
     });
-    this->template scan<false>(0);
-    group.shuffle([](Registers& r) -> double& { return r.rest[0]; },
-                  [](Registers& r) { return r.scan[0]; }, [](int) { return 31; });
+    this->template scan<false>();
+    group.shuffle([](Registers& r) -> float& { return r.passed; },
+                  [](Registers& r) { return r.pair[1]; }, [](int) { return 31; });
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int t = thread % 32 * 2 + i;
-        const double since = i == 0 ? r.scan[0] - r.gate[1] : r.scan[0];
-        const float beta = r.column[i], end = beta * expf(static_cast<float>(r.rest[0] - since));
-        const auto g = static_cast<float>(since);
-        shared.start[which][t] = expf(g);
-        shared.inverse[which][t] = expf(-g);
+        const float end = r.beta[i] * expf(r.passed - r.pair[i]);
+        shared.start[which][t] = expf(r.pair[i]);
+        shared.inverse[which][t] = expf(-r.pair[i]);
         shared.end[which][t] = end;
-        shared.to_end[which][t] = beta * end;
-        if (which == 1) {
-          shared.mix[t] = static_cast<float>(job.scale) * expf(g);
-          continue;
-        }
-        shared.half[t] = expf(0.5f * g);
-        r.gate[i] = since;
-        r.weight[i] *= exp(2.0 * since);
+        shared.to_end[which][t] = r.beta[i] * end;
       }
-      if (thread % 32 == 0) shared.total[which] = expf(static_cast<float>(r.rest[0]));
-      if (which == 1) return;
-      if (thread % 32 == 31) r.weight[1] += later * exp(2.0 * r.rest[0]);
-      r.scan[1] = r.weight[0] + r.weight[1];
+      if (thread % 32 == 0) shared.total[which] = expf(r.passed);
     });
-    if (which == 1) return;
-    this->template scan<true>(1);
-    group.shuffle([](Registers& r) -> double& { return r.passed; },
-                  [](Registers& r) { return r.scan[1]; }, [](int thread) { return thread + 1; });
+  }
+
+  // column <- r_t = w_t + e^{2 gk_{t+1}} r_{t+1}, w in kept: a scan of such steps, whose factors are
+  // at most 1.
+  KALMANET_KERNEL void sum_weights(float later) {
+    group.shuffle([](Registers& r) -> float& { return r.passed; },
+                  [](Registers& r) { return r.gate[0]; }, [](int thread) { return thread + 1; });
     group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int t = thread % 32 * 2 + i;
-        // (No difference: what a strong decay leaves must stay exact.)
-        const double from_it =
-            i == 0 ? r.scan[1] : r.weight[1] + (thread % 32 == 31 ? 0.0 : r.passed);
-        const auto of_token = static_cast<float>(from_it * exp(-2.0 * r.gate[i]));
-        const float beta = r.column[i];
-        shared.r[t] = of_token;
-        const float factor = -2.0f * expf(static_cast<float>(r.gate[i])) * of_token * beta;
-        shared.key_factor[t] = factor;
-        shared.key_weight[t] = -factor * beta;
-      }
-      if (thread % 32 == 0) shared.through_f = 2.0 * r.scan[1];
+      const bool last = thread % 32 == 31;
+      const float own = expf(2.0f * r.gate[1]);
+      r.column[1] = last ? 1.0f : expf(2.0f * r.passed);  // to the next lane's first token
+      r.all = r.kept[0] + own * (r.kept[1] + (last ? later : 0.0f));
+      r.decay = last ? 0.0f : own * r.column[1];
+    });
+    KALMANET_UNROLL
+    for (int step = 1; step < 32; step *= 2) {
+      group.shuffle([](Registers& r) -> float& { return r.passed; },
+                    [](Registers& r) { return r.all; },
+                    [step](int thread) { return thread + step; });
+      group.shuffle([](Registers& r) -> float& { return r.passed2; },
+                    [](Registers& r) { return r.decay; },
+                    [step](int thread) { return thread + step; });
+      group.each([&](int thread, Registers& r) {
+        if (thread % 32 + step >= 32) return;
+        r.all += r.decay * r.passed;
+        r.decay *= r.passed2;
+      });
+    }
+    group.shuffle([](Registers& r) -> float& { return r.passed; },
+                  [](Registers& r) { return r.all; }, [](int thread) { return thread + 1; });
+    group.each([&](int thread, Registers& r) {
+      r.column[0] = r.all;
+      r.column[1] = r.kept[1] + r.column[1] * (thread % 32 == 31 ? later : r.passed);
     });
   }
 
@@ -355,13 +390,13 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
 
   // shared.warp[i] <- each warp's sum of sum[i].
   KALMANET_KERNEL void put_sum(int i) {
-    group.template sum_lanes<32>([i](Registers& r) -> double& { return r.sum[i]; });
+    group.template sum_lanes<32>([i](Registers& r) -> float& { return r.sum[i]; });
     group.each([&](int thread, Registers& r) {
       if (thread % 32 == 0) shared.warp[i][thread / 32] = r.sum[i];
     });
   }
-  KALMANET_KERNEL double sum_of(int i) const {
-    double sum = 0.0;
+  KALMANET_KERNEL float sum_of(int i) const {
+    float sum = 0.0f;
     for (int w = 0; w < L::kThreads / 32; ++w) sum += shared.warp[i][w];
     return sum;
   }

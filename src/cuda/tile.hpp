@@ -203,15 +203,7 @@ struct TileProducts {
   KALMANET_KERNEL void apply(Of&& of, Parts b, C&& c) {
     KALMANET_UNROLL
     for (int k = 0; k < 4; ++k) {
-      group.each([&](int, R& r) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float(&v)[4] = of(r)[2 * k + i / 2];
-          const float first = v[i % 2 * 2], second = v[i % 2 * 2 + 1];
-          r.a[0][0][i] = pack_bfloat16(first, second);
-          r.a[1][0][i] = low_bfloat16_parts(first, second, r.a[0][0][i]);
-        }
-      });
+      group.each([&](int, R& r) { split_weights(of(r), k, r.a); });
       add_step<1, true, kLowB>(
           [&](int thread, int pair, int part, uint32_t (&v)[4]) {
             const int column = column_half(thread) + pair * 16;
@@ -256,52 +248,48 @@ struct TileProducts {
     });
   }
 
-  // In each row of an array of tokens x 64 tokens, the sums of what is after an element (kAfter) or
-  // before it, the element itself included. Registers have quad[2][4] and running[2].
-  template <bool kAfter, class Of>
-  KALMANET_KERNEL void sum_along(Of&& of) {
-    group.each([&](int, R& r) { r.running[0] = r.running[1] = 0.0f; });
+  // to <- in each row of an array of tokens x 64 tokens (from) the sums of what is after an element
+  // (kAfter) or before it, the element itself included: a product with ones on and beside the
+  // diagonal. Every element counts with a relative error of 2^-17.
+  template <bool kAfter, class From, class To>
+  KALMANET_KERNEL void sum_along(From&& from, To&& to) {
+    clear(to);
     KALMANET_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const int n = kAfter ? 7 - i : i;
-      group.each([&](int, R& r) {
-        KALMANET_UNROLL
-        for (int h = 0; h < 2; ++h) r.quad[h][0] = of(r)[n][2 * h] + of(r)[n][2 * h + 1];
-      });
+    for (int k = 0; k < 4; ++k) {
+      group.each([&](int, R& r) { split_weights(from(r), k, r.a); });
       KALMANET_UNROLL
-      for (int h = 0; h < 2; ++h) {
+      for (int n = 0; n < 8; ++n) {
+        if (kAfter ? n * 8 > k * 16 + 15 : n * 8 + 7 < k * 16) continue;
+        const bool all = kAfter ? k * 16 >= n * 8 + 7 : k * 16 + 15 <= n * 8;
+        group.each([&](int thread, R& r) {
+          const int column = n * 8 + thread % 32 / 4;
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int row = k * 16 + i * 8 + thread % 4 * 2;
+            const bool first = kAfter ? row >= column : row <= column;
+            const bool second = kAfter ? row + 1 >= column : row + 1 <= column;
+            r.b[0][0][i] = all ? 0x3f803f80u : (first ? 0x3f80u : 0u) | (second ? 0x3f800000u : 0u);
+          }
+        });
         KALMANET_UNROLL
-        for (int other = 1; other < 4; ++other) {  // of the lanes beside, in a ring
-          group.shuffle([=](R& r) -> float& { return r.quad[h][other]; },
-                        [=](R& r) { return r.quad[h][0]; },
-                        [=](int thread) { return thread / 4 * 4 + (thread + other) % 4; });
+        for (int part = 1; part >= 0; --part) {
+          group.multiply_add([&to, n](R& r) -> float (&)[4] { return to(r)[n]; },
+                             [part](R& r) -> uint32_t (&)[4] { return r.a[part][0]; },
+                             [](R& r) -> uint32_t (&)[2] { return r.b[0][0]; });
         }
       }
-      group.each([&](int thread, R& r) {
-        const int lane = thread % 4;
-        KALMANET_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          float beyond = r.running[h], all = r.quad[h][0];
-          KALMANET_UNROLL
-          for (int other = 1; other < 4; ++other) {
-            const bool wraps = lane + other >= 4;
-            beyond += wraps != kAfter ? r.quad[h][other] : 0.0f;
-          }
-          // (The same order in all four lanes.)
-          const float a = lane % 2 == 0 ? r.quad[h][0] + r.quad[h][1]
-                                        : r.quad[h][3] + r.quad[h][0];
-          const float b = lane % 2 == 0 ? r.quad[h][2] + r.quad[h][3]
-                                        : r.quad[h][1] + r.quad[h][2];
-          all = lane < 2 ? a + b : b + a;
-          r.running[h] += all;
-          float &first = of(r)[n][2 * h], &second = of(r)[n][2 * h + 1];
-          if (kAfter) {
-            second += beyond, first += second;
-          } else {
-            first += beyond, second += first;
-          }
-        }
-      });
+    }
+  }
+
+  // Sums of tokens x tokens, columns 16 k .. , as a left factor.
+  static KALMANET_KERNEL void split_weights(const float (&sums)[8][4], int k,
+                                            uint32_t (&a)[2][2][4]) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float(&v)[4] = sums[2 * k + i / 2];
+      const float first = v[i % 2 * 2], second = v[i % 2 * 2 + 1];
+      a[0][0][i] = pack_bfloat16(first, second);
+      a[1][0][i] = low_bfloat16_parts(first, second, a[0][0][i]);
     }
   }
 };

@@ -8,7 +8,7 @@
 #include "cuda/backward_gradient_body.hpp"
 #include "cuda/backward_plan.hpp"
 #include "cuda/backward_solve_body.hpp"
-#include "cuda/backward_tile_gradients.hpp"
+#include "cuda/backward_tile_values.hpp"
 #include "cuda/emulation.hpp"
 
 namespace kalmanet::cuda {
@@ -193,11 +193,16 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   const int64_t blocks = how.backwards ? 1 : 3;
   Poisoned states(blocks * 4 * TileLayout::kScratchFloats);
   job.block_scratch = states.data();
-  for (int64_t block = 0; block < blocks; ++block) {
-    Poisoned shared(sizeof(TileShared));
-    HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
-    run_tile_gradients(group, *reinterpret_cast<TileShared*>(shared.data()), job, block, blocks);
-  }
+  const auto run_tiles = [&]<template <class> class Body>() {
+    for (int64_t block = 0; block < blocks; ++block) {
+      Poisoned shared(sizeof(TileShared));
+      HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+      run_tile_gradients<Body>(group, *reinterpret_cast<TileShared*>(shared.data()), job, block,
+                               blocks);
+    }
+  };
+  run_tiles.template operator()<TileKeys>();
+  run_tiles.template operator()<TileValues>();
   emulate_gradients<float>(job, blocks, how);
   emulate_head_sums<float>(job, problem.B);
   double sum = 0;
