@@ -40,6 +40,11 @@ struct TileAdjoints : BackwardTiles<Group> {
     this->put_solutions(shared.half, z(), [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
     this->put_mix(3);
     this->put_weighted_keys(shared.key_weight, this->state(), 0.5f);
+    this->prefetch_solutions(backward.x);
+    this->prefetch_solutions(backward.z);
+    this->prefetch_tensor(job.k, head / job.k_group);
+    this->prefetch_tensor(backward.d_o, head);
+    this->prefetch_tensor(job.q, head / job.q_group);
     group.barrier();
   }
 

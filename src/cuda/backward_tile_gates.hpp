@@ -52,23 +52,33 @@ struct TileGates : BackwardTiles<Group> {
       for (int i = 0; i < 4; ++i) r.state[mm][tile][i] *= factor;
     });
   }
-  // The state's elements: element(row, column).
-  template <class F>
-  KALMANET_KERNEL void take_state(F&& element) {
+  KALMANET_KERNEL void load_state(const float* from) {
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        r.state[mm][tile][i] =
-            element(Base::state_row(thread, mm, i), Base::column_of(thread, tile, i));
-      }
+      load4(from + Base::scratch_at(thread, mm, tile), r.state[mm][tile]);
     });
+  }
+  // The state's elements, element(row, column), by way of scratch memory: one copy of the code.
+  template <class F>
+  KALMANET_KERNEL void take_state(float* by, F&& element) {
+    KALMANET_LOOP
+    for (int at = 0; at < 16; ++at) {
+      group.each([&](int thread, Registers&) {
+        float v[4];
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          v[i] = element(Base::state_row(thread, at / 8, i), Base::column_of(thread, at % 8, i));
+        }
+        store4(by + Base::scratch_at(thread, 0, at), v);
+      });
+    }
+    load_state(by);
   }
   // The one before the piece.
   KALMANET_KERNEL void take_start(bool u) {
     const StateView<float> from = piece.first
                                       ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
                                       : slot_view<float>(job, piece.slot, head, u);
-    take_state([&](int row, int column) {
+    take_state(chunk_state(0), [&](int row, int column) {
       return from.data == nullptr ? 0.0f : from.data[from.at(row, column)];
     });
   }

@@ -52,6 +52,9 @@ struct TileKeys : TileGates<Group> {
     this->put_solutions(shared.half, x(), [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
     this->put_solutions(shared.half, z(), [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
     this->put_weighted_keys(shared.key_weight, m());
+    this->prefetch_solutions(backward.x);
+    this->prefetch_solutions(backward.z);
+    this->prefetch_tensor(job.k, head / job.k_group);
   }
 
   // All that reads a state. dk begins.
@@ -153,11 +156,10 @@ struct TileKeys : TileGates<Group> {
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
     this->take_start(false);
-    this->store_state(this->chunk_state(0));
     KALMANET_LOOP
     for (int i = 0; i + 1 < chunks; ++i) advance(i);
     const StateView<float> d = adjoint_view<float>(backward, piece.slot, head, false);
-    this->take_state([&](int row, int column) {
+    this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) {
       return -(d.data[d.at(row, column)] + d.data[d.at(column, row)]);
     });
     KALMANET_LOOP

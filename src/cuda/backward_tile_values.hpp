@@ -49,6 +49,12 @@ struct TileValues : TileGates<Group> {
     this->put_state();
     group.barrier();
     this->put_mix(3);
+    this->prefetch_solutions(backward.x);
+    this->prefetch_solutions(backward.z);
+    this->prefetch_tensor(job.k, head / job.k_group);
+    this->prefetch_tensor(job.v, head / job.v_group);
+    this->prefetch_tensor(backward.d_o, head);
+    this->prefetch_tensor(job.q, head / job.q_group);
     group.barrier();
     this->clear(Dk());
     this->each_row(this->own_rows(backward.z), job.H * L::kDim,
@@ -134,11 +140,10 @@ struct TileValues : TileGates<Group> {
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
     this->take_start(true);
-    this->store_state(this->chunk_state(0));
     KALMANET_LOOP
     for (int i = 0; i + 1 < chunks; ++i) advance(i);
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
-    this->take_state([&](int row, int column) { return e.data[e.at(row, column)]; });
+    this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) { return e.data[e.at(row, column)]; });
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
       this->set_chunk(piece.begin + i * L::kTokens);

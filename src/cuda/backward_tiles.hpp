@@ -22,8 +22,8 @@ struct TileLayout {
   static constexpr int kTile = kTokens * kDim;
   static constexpr int kState = kDim * kDim;
   static constexpr int kChunks = static_cast<int>(kSegmentTokens) / kTokens;
-  // States before each chunk, of H or of U: of a gradients' block.
-  static constexpr int64_t kScratchFloats = int64_t{kChunks} * kState;
+  // States before each chunk, of H or of U, and one on its way: of a gradients' block.
+  static constexpr int64_t kScratchFloats = int64_t{kChunks + 1} * kState;
 };
 
 // Products of a token's own: of the chunk's first state, k H_0 k or m U_0 do; of what comes after
@@ -189,6 +189,26 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
         }
         store_eight<128>(to, row, piece_column(thread, i), v);
       }
+    });
+  }
+
+  // The chunk before this one, on its way from memory to the second-level cache: a row's lines by
+  // turns, [place][128] float32 or a tensor of bfloat16.
+  KALMANET_KERNEL void prefetch_solutions(const void* rows) {
+    if (t0 == piece.begin) return;
+    const float* const base = static_cast<const float*>(rows) +
+                              place_of(backward, piece, t0 - L::kTokens, head) * L::kDim;
+    const int64_t stride = job.H * L::kDim;
+    group.each([&](int thread, Registers&) {
+      prefetch(base + thread / 4 * stride + thread % 4 * 32);
+    });
+  }
+  KALMANET_KERNEL void prefetch_tensor(const Array& a, int64_t a_head) {
+    if (t0 == piece.begin) return;
+    const uint16_t* const base =
+        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0 - L::kTokens, a_head);
+    group.each([&](int thread, Registers&) {
+      if (thread < 128) prefetch(base + thread / 2 * a.stride[1] + thread % 2 * 64);
     });
   }
 
