@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/backward_direct_state.hpp"
+#include "cuda/tile.hpp"
 
 namespace kalmanet::cuda {
 
@@ -257,8 +258,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
         const int dim = thread / 32 * 16 + thread % 4 * 2;
         if (token >= n) return;
         uint16_t* const to = base + token * backward.dq.stride[1] + dim;
-        memcpy(to, &r.t[0], 4);
-        memcpy(to + 8, &r.t[1], 4);
+        store_word(to, r.t[0]);
+        store_word(to + 8, r.t[1]);
       });
     }
   }

@@ -137,15 +137,13 @@ struct TileGates : BackwardTiles<Group> {
     if (parts != nullptr) {
       each_row(own_rows(parts), job.H * L::kDim,
                [&](Registers& r, int h, int tile, float beta, float* to) {
-                 const float v[2] = {beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]};
-                 memcpy(to, v, 8);
+                 store_pair(to, beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]);
                });
     } else if (gradient.data != nullptr) {
       each_row(static_cast<uint16_t*>(gradient.data) + offset_of(gradient, piece.row, t0, head),
                gradient.stride[1], [&](Registers& r, int h, int tile, float beta, uint16_t* to) {
-                 const uint32_t both =
-                     pack_bfloat16(beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]);
-                 memcpy(to, &both, 4);
+                 store_word(to, pack_bfloat16(beta * of(r)[tile][2 * h],
+                                              beta * of(r)[tile][2 * h + 1]));
                });
     }
   }

@@ -171,7 +171,7 @@ struct TileKeys : TileGates<Group> {
       multiply_tokens();
       this->each_row(this->own_rows(backward.z), job.H * L::kDim,
                      [](Registers& r, int h, int tile, float, float* to) {
-                       memcpy(to, &r.dk[tile][2 * h], 8);
+                       store_pair(to, r.dk[tile][2 * h], r.dk[tile][2 * h + 1]);
                      });
       group.barrier();
       gradients_of_gates();

@@ -59,7 +59,7 @@ struct TileValues : TileGates<Group> {
     this->clear(Dk());
     this->each_row(this->own_rows(backward.z), job.H * L::kDim,
                    [](Registers& r, int h, int tile, float, float* from) {
-                     memcpy(&r.dk[tile][2 * h], from, 8);
+                     load_pair(from, r.dk[tile][2 * h], r.dk[tile][2 * h + 1]);
                    });
   }
 

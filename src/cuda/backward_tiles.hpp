@@ -21,7 +21,7 @@ struct TileLayout {
   static constexpr int kDim = 128;
   static constexpr int kTile = kTokens * kDim;
   static constexpr int kState = kDim * kDim;
-  static constexpr int kChunks = static_cast<int>(kSegmentTokens) / kTokens;
+  static constexpr int kChunks = static_cast<int>(kBackwardTokens) / kTokens;
   // States before each chunk, of H or of U, and one on its way: of a gradients' block.
   static constexpr int64_t kScratchFloats = int64_t{kChunks + 1} * kState;
 };

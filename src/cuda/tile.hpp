@@ -18,6 +18,32 @@
 
 namespace kalmanet::cuda {
 
+// One and two words, aligned: of memcpy's, where the compiler cannot prove it, it makes bytes.
+KALMANET_KERNEL void store_word(void* p, uint32_t word) {
+#ifdef __CUDACC__
+  *static_cast<uint32_t*>(p) = word;
+#else
+  std::memcpy(p, &word, 4);
+#endif
+}
+KALMANET_KERNEL void store_pair(void* p, float a, float b) {
+#ifdef __CUDACC__
+  *static_cast<float2*>(p) = make_float2(a, b);
+#else
+  const float both[2] = {a, b};
+  std::memcpy(p, both, 8);
+#endif
+}
+KALMANET_KERNEL void load_pair(const void* p, float& a, float& b) {
+#ifdef __CUDACC__
+  const float2 both = *static_cast<const float2*>(p);
+  a = both.x, b = both.y;
+#else
+  std::memcpy(&a, p, 4);
+  std::memcpy(&b, static_cast<const char*>(p) + 4, 4);
+#endif
+}
+
 template <int kColumns>
 struct Blocks {
   static constexpr int kAcross = kColumns / 8;
@@ -94,8 +120,8 @@ template <int kColumns>
 KALMANET_KERNEL void store_two(const Parts& parts, int row, int column, float a, float b) {
   const int at = Blocks<kColumns>::at(row, column);
   const uint32_t high = pack_bfloat16(a, b), low = low_bfloat16_parts(a, b, high);
-  memcpy(parts.high + at, &high, 4);
-  memcpy(parts.low + at, &low, 4);
+  store_word(parts.high + at, high);
+  store_word(parts.low + at, low);
 }
 // Eight neighbours, the first in a column that is a multiple of 8.
 template <int kColumns>

@@ -192,11 +192,15 @@ TEST(CudaBackwardEmulation, DirectChunksMatchTheOracle) {
 TEST(CudaBackwardEmulation, ChunksOfCutPackedAndSharedHeads) {
   CaseSpec spec = small_case(0);
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
-  spec.B = 1, spec.T = kSegmentTokens + 70;
+  spec.B = 1, spec.T = cuda::kBackwardTokens + 70;
   check_chunks<float>(spec, {}, 1e-3);
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  check_chunks<float>(spec, direct, 1e-3);
   spec.lengths = {0, 70, 1, 130};
   spec.H = 2, spec.Hq = 1, spec.Hk = 1, spec.Hv = 1;
   check_chunks<float>(spec, {}, 1e-3);
+  check_chunks<float>(spec, direct, 1e-3);
   spec.lengths = {70, 130};
   spec.memory = 0.3;  // forgets more in a chunk than float32 can hold: the token kernel's
   check_chunks<float>(spec, {}, 1e-3, 1.0);
