@@ -77,14 +77,23 @@ struct TileAdjoints : BackwardTiles<Group> {
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
     const StateView<float> start = piece.first ? state_view<float>(job.h0, piece.sequence, head)
                                                : slot_view<float>(job, piece.slot, head, false);
+    if (start.data != nullptr) {  // (all of it under way before the first is written)
+      this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          r.state[mm][tile][i] += later * start.data[start.at(Base::state_row(thread, mm, i),
+                                                              Base::column_of(thread, tile, i))];
+        }
+      });
+    }
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int row = Base::state_row(thread, mm, i), column = Base::column_of(thread, tile, i);
-        float of_d = -r.state[mm][tile][i];
-        if (start.data != nullptr) of_d -= later * start.data[start.at(row, column)];
-        d.data[d.at(row, column)] = of_d;
-        e.data[e.at(row, column)] = r.other[mm][tile][i];
+      for (int h = 0; h < 2; ++h) {
+        const int row = Base::state_row(thread, mm, 2 * h);
+        const int column = Base::column_of(thread, tile, 0);
+        const float(&v)[4] = r.state[mm][tile], (&w)[4] = r.other[mm][tile];
+        store_pair(d.data + d.at(row, column), -v[2 * h], -v[2 * h + 1]);
+        store_pair(e.data + e.at(row, column), w[2 * h], w[2 * h + 1]);
       }
     });
   }

@@ -189,11 +189,12 @@ struct BackwardDirect : BackwardDirectState<Group> {
       const double lambda =
           zero ? 0.0 : static_cast<double>(shared.mu * (1.0f + shared.delta[t])) * shared.start[0][t];
       const int64_t at = place_of(backward, piece, t0 + t, head);
+      backward.since[2 * at] = before[0] * shared.start[0][t];
+      backward.since[2 * at + 1] = before[1] * shared.start[1][t];
+      if (this->exact(t)) return;
       store_scalar<float>(backward.dalpha, piece.row, t0 + t, head, Base::dot(1, t));
       store_scalar<float>(backward.d_ridge, piece.row, t0 + t, head, -z_x * lambda / a);
       backward.w[at] = !zero && backward.bp_lambda ? z_x * a * a / lambda : 0.0;
-      backward.since[2 * at] = before[0] * shared.start[0][t];
-      backward.since[2 * at + 1] = before[1] * shared.start[1][t];
     });
     group.barrier();
     dot(0, [](Registers& r, int tile, int i) { return r.x[tile][i] * r.x[tile][i]; });
@@ -256,7 +257,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
       group.each([&](int thread, Registers& r) {
         const int token = tile * 8 + thread % 32 / 4;
         const int dim = thread / 32 * 16 + thread % 4 * 2;
-        if (token >= n) return;
+        if (token >= n || this->exact(token)) return;
         uint16_t* const to = base + token * backward.dq.stride[1] + dim;
         store_word(to, r.t[0]);
         store_word(to + 8, r.t[1]);

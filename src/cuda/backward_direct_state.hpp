@@ -30,7 +30,8 @@ struct BackwardDirectState : DirectFactor<Group> {
   const BackwardJob& backward;
   double before[2] = {1.0, 1.0};  // decays from the piece's start to the chunk's, of H and of U
 
-  // A thread's elements of a matrix of the workspace, [place][128], in the layout of y.
+  // A thread's elements of a matrix of the workspace, [place][128], in the layout of y. (Not of
+  // tokens that are computed elsewhere: another block writes them meanwhile.)
   template <class Of>
   KALMANET_KERNEL void store_rows(void* rows, Of&& of) {
     float* const to =
@@ -42,7 +43,7 @@ struct BackwardDirectState : DirectFactor<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = this->token_of(thread, tile, i);
-          if (t < n) to[t * stride + Base::state_row(thread, i)] = of(r, tile, i);
+          if (t < n && !this->exact(t)) to[t * stride + Base::state_row(thread, i)] = of(r, tile, i);
         }
       }
     });

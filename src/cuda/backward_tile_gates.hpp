@@ -37,6 +37,9 @@ struct TileGates : BackwardTiles<Group> {
   struct Own {
     KALMANET_KERNEL State operator()(Registers& r) const { return r.state; }
   };
+  struct Start {
+    KALMANET_KERNEL State operator()(Registers& r) const { return r.other; }
+  };
 
   KALMANET_KERNEL float* chunk_state(int chunk) const {
     return scratch + static_cast<int64_t>(chunk) * L::kState;
@@ -52,9 +55,10 @@ struct TileGates : BackwardTiles<Group> {
       for (int i = 0; i < 4; ++i) r.state[mm][tile][i] *= factor;
     });
   }
-  KALMANET_KERNEL void load_state(const float* from) {
+  template <class Of>
+  KALMANET_KERNEL void load_state(const float* from, Of&& of) {
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
-      load4(from + Base::scratch_at(thread, mm, tile), r.state[mm][tile]);
+      load4(from + Base::scratch_at(thread, mm, tile), of(r)[mm][tile]);
     });
   }
   // The state's elements, element(row, column), by way of scratch memory: one copy of the code.
@@ -71,7 +75,7 @@ struct TileGates : BackwardTiles<Group> {
         store4(by + Base::scratch_at(thread, 0, at), v);
       });
     }
-    load_state(by);
+    load_state(by, Own());
   }
   // The one before the piece.
   KALMANET_KERNEL void take_start(bool u) {
@@ -83,14 +87,13 @@ struct TileGates : BackwardTiles<Group> {
     });
   }
 
-  // The chunk's first state as a tile: f(registers, state's four elements, its own) on the way.
-  // Begins and ends with a barrier.
+  // The chunk's first state, in registers.other, as a tile: f(registers, state's four elements, its
+  // own) on the way. Begins and ends with a barrier.
   template <class F>
-  KALMANET_KERNEL void put_start(const float* from, F&& f) {
+  KALMANET_KERNEL void put_start(F&& f) {
     group.barrier();
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
-      float v[4];
-      load4(from + Base::scratch_at(thread, mm, tile), v);
+      const float(&v)[4] = r.other[mm][tile];
       f(r, r.state[mm][tile], v);
       KALMANET_UNROLL
       for (int h = 0; h < 2; ++h) {

@@ -22,7 +22,7 @@ struct TileKeys : TileGates<Group> {
   using L = TileLayout;
   using Registers = TileRegisters;
   using typename Base::Dk, typename Base::Dv, typename Base::First, typename Base::Second,
-      typename Base::Own;
+      typename Base::Own, typename Base::Start;
 
   // H after chunk i, in registers and in scratch.
   KALMANET_KERNEL void advance(int i) {
@@ -59,13 +59,14 @@ struct TileKeys : TileGates<Group> {
 
   // All that reads a state. dk begins.
   KALMANET_KERNEL void multiply_states(int chunk) {
+    this->load_state(this->chunk_state(chunk), Start());  // under way meanwhile
     this->clear(Dk());
     this->template multiply<false, true, false, true>(keys(), this->state(), Dk());
     each_sum([&](Registers& r, int, int tile, int i, int t) { r.dk[tile][i] *= -shared.end[0][t]; });
     this->measure_with(kTileCarry, shared.k, Dk());
     group.each([](int, Registers& r) { r.sum[0] = r.sum[1] = 0.0f; });
     const float total = shared.total[0], through_f = 2.0f * shared.through_f;
-    this->put_start(this->chunk_state(chunk), [&](Registers& r, float(&s)[4], const float(&h)[4]) {
+    this->put_start([&](Registers& r, float(&s)[4], const float(&h)[4]) {
       r.sum[0] += (s[0] * h[0] + s[1] * h[1]) + (s[2] * h[2] + s[3] * h[3]);
       r.sum[1] += (h[0] * h[0] + h[1] * h[1]) + (h[2] * h[2] + h[3] * h[3]);
       KALMANET_UNROLL

@@ -15,7 +15,7 @@ struct TileValues : TileGates<Group> {
   using L = TileLayout;
   using Registers = TileRegisters;
   using typename Base::Dk, typename Base::Dv, typename Base::First, typename Base::Second,
-      typename Base::Own;
+      typename Base::Own, typename Base::Start;
 
   // U after chunk i, in registers and in scratch.
   KALMANET_KERNEL void advance(int i) {
@@ -64,6 +64,7 @@ struct TileValues : TileGates<Group> {
   }
 
   KALMANET_KERNEL void run_chunk(int chunk) {
+    this->load_state(this->chunk_state(chunk), Start());  // under way meanwhile
     this->clear(Dv());
     this->template multiply<true, true, false, true>(keys(), this->state(), Dv());
     this->clear(First());
@@ -75,7 +76,7 @@ struct TileValues : TileGates<Group> {
     this->measure_with(kTileCarry, shared.v, Dv());
     group.each([](int, Registers& r) { r.sum[0] = 0.0f; });
     const float total = shared.total[1];
-    this->put_start(this->chunk_state(chunk), [&](Registers& r, float(&e)[4], const float(&u)[4]) {
+    this->put_start([&](Registers& r, float(&e)[4], const float(&u)[4]) {
       r.sum[0] += (e[0] * u[0] + e[1] * u[1]) + (e[2] * u[2] + e[3] * u[3]);
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) e[i] *= total;

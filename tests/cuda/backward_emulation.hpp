@@ -29,12 +29,13 @@ void emulate_backward_solve(BackwardJob job, const Emulation& how) {
   }
 }
 
-inline void emulate_backward_first(const BackwardJob& job, const Emulation& how) {
+inline void emulate_backward_first(const BackwardJob& job, const Emulation& how,
+                                   bool left_over = false) {
   for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.in.H; ++head) {
       Poisoned shared(backward_first_bytes(job.in.K, job.in.V));
       HostGroup<BackwardFirstRegisters> group(BackwardFirstLayout::kThreads, how.backwards);
-      run_backward_first(group, shared.data(), job, piece, head);
+      run_backward_first(group, shared.data(), job, piece, head, left_over);
     }
   }
 }
@@ -54,7 +55,11 @@ void emulate_adjoints(const BackwardJob& job, const Emulation& how) {
   }
   for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.in.H; ++head) {
-      for (int64_t e = 0; e < K * (K + V); ++e) run_adjoint_sums<S>(job, piece, head, e);
+      if (K % 4 == 0 && V % 4 == 0) {
+        for (int64_t e = 0; e < K * (K + V); e += 4) run_adjoint_sums<S, 4>(job, piece, head, e);
+      } else {
+        for (int64_t e = 0; e < K * (K + V); ++e) run_adjoint_sums<S, 1>(job, piece, head, e);
+      }
     }
   }
 }
@@ -181,8 +186,9 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
                           head);
     }
   }
+  if (job.in.direct) emulate_backward_first(job, how);
   emulate_backward_solve<float, 128>(job, how);
-  emulate_backward_first(job, how);
+  emulate_backward_first(job, how, job.in.direct);
   for (int64_t i = 0; i < own * problem.H; ++i) {
     Poisoned shared(sizeof(TileShared));
     HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
