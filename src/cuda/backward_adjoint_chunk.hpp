@@ -31,15 +31,15 @@ struct TileAdjoints : BackwardTiles<Group> {
     this->fetch(job.k, head / job.k_group, 0);
     this->fetch(backward.d_o, head, 2);
     this->fetch(job.q, head / job.q_group, 3);
-    this->load_key_scalars(later);
-    this->load_value_scalars(false);
+    this->load_key_scalars(0, later);
+    this->load_value_scalars(1, false);
     this->put(0, shared.k);
     this->put(2, shared.d_o);
     group.barrier();
-    this->put_solutions(shared.half, x(), [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
-    this->put_solutions(shared.half, z(), [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
+    this->put_solutions(this->now().half, x(), [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
+    this->put_solutions(this->now().half, z(), [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
     this->put_mix(3);
-    this->put_weighted_keys(shared.key_weight, this->state(), 0.5f);
+    this->put_weighted_keys(this->now().key_weight, this->state(), 0.5f);
     this->prefetch_solutions(backward.x);
     this->prefetch_solutions(backward.z);
     this->prefetch_tensor(job.k, head / job.k_group);
@@ -54,13 +54,13 @@ struct TileAdjoints : BackwardTiles<Group> {
       for (int i = 0; i < 4; ++i) r.state[mm][tile][i] = r.other[mm][tile][i] = 0.0f;
     });
     float later = 0.0f;
-    const int64_t chunks = (piece.end - piece.begin + L::kTokens - 1) / L::kTokens;
+    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     KALMANET_LOOP
-    for (int64_t i = chunks; i-- > 0;) {
-      this->set_chunk(piece.begin + i * L::kTokens);
+    for (int i = chunks; i-- > 0;) {
+      this->set_chunk(i);
       load_chunk(later);
-      later = shared.through_f;
-      const float total = shared.total[0], u_total = shared.total[1];
+      later = this->now().through_f;
+      const float total = this->now().total[0], u_total = this->now().total[1];
       this->each_of_state([&](Registers& r, int, int mm, int tile) {
         KALMANET_UNROLL
         for (int e = 0; e < 4; ++e) {

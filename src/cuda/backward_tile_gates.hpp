@@ -125,7 +125,7 @@ struct TileGates : BackwardTiles<Group> {
         const int t = Base::token_of(thread, 2 * h);
         if (t >= n) continue;
         T* const to = rows + t * stride + Base::column_of(thread, 0, 0);
-        const float beta = shared.beta[t];
+        const float beta = this->now().beta[t];
         KALMANET_UNROLL
         for (int tile = 0; tile < 8; ++tile) f(r, h, tile, beta, to + tile * 8);
       }
@@ -192,7 +192,7 @@ struct TileGates : BackwardTiles<Group> {
         float sum = r.pair[i];
         for (int rows = 0; rows < 4; ++rows) sum += shared.crossing[rows][t];
         r.kept[i] = sum;
-        r.pair[i] = share * shared.beta[t] * this->dot(kTileCarry, t);
+        r.pair[i] = share * this->now().beta[t] * this->dot(kTileCarry, t);
         r.column[i] = r.pair[i];
       }
     });

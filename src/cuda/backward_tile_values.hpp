@@ -17,37 +17,41 @@ struct TileValues : TileGates<Group> {
   using typename Base::Dk, typename Base::Dv, typename Base::First, typename Base::Second,
       typename Base::Own, typename Base::Start;
 
-  // U after chunk i, in registers and in scratch.
-  KALMANET_KERNEL void advance(int i) {
-    this->set_chunk(piece.begin + i * L::kTokens);
+  // U before every chunk, in scratch.
+  KALMANET_KERNEL void advance(int chunks) {
+    this->set_chunk(0);
+    fetch_sources();
+    KALMANET_LOOP
+    for (int i = 0; i + 1 < chunks; ++i) {
+      this->set_chunk(i);
+      group.barrier();  // the chunk before was read
+      this->put(0, shared.k);
+      this->put(1, shared.v);
+      this->put_weighted_keys(this->now().to_end, m());
+      this->scale_state(this->now().total[1]);
+      group.barrier();
+      this->set_chunk(i + 1);
+      fetch_sources();  // under way meanwhile
+      this->template add_outer<true, false>(m(), values(), Own());
+      this->store_state(this->chunk_state(i + 1));
+    }
+  }
+  KALMANET_KERNEL void fetch_sources() {
     this->fetch(job.k, head / job.k_group, 0);
     this->fetch(job.v, head / job.v_group, 1);
-    group.barrier();  // the chunk before was read
-    this->load_value_scalars(true);
-    this->put(0, shared.k);
-    this->put(1, shared.v);
-    group.barrier();
-    this->put_weighted_keys(shared.to_end[1], m());
-    this->scale_state(shared.total[1]);
-    group.barrier();
-    this->template add_outer<true, false>(m(), values(), Own());
-    this->store_state(this->chunk_state(i + 1));
   }
 
-  // A chunk's tiles and numbers, and what dk has so far. Begins and ends with a barrier.
+  // A chunk's tiles, and what dk has so far. Begins and ends with a barrier.
   KALMANET_KERNEL void load_chunk() {
     this->fetch_solutions(backward.x, [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
-    this->fetch(job.k, head / job.k_group, 0);
-    this->fetch(job.v, head / job.v_group, 1);
+    fetch_sources();
     this->fetch(backward.d_o, head, 2);
     this->fetch(job.q, head / job.q_group, 3);
     group.barrier();
-    this->load_value_scalars(true);
+    this->put_state();
     this->put(0, shared.k);
     this->put(1, shared.v);
     this->put(2, shared.d_o);
-    this->put_state();
-    group.barrier();
     this->put_mix(3);
     this->prefetch_solutions(backward.x);
     this->prefetch_solutions(backward.z);
@@ -70,12 +74,12 @@ struct TileValues : TileGates<Group> {
     this->clear(First());
     this->template multiply<false, true, false, true>(values(), this->state(), First());
     each_sum([&](Registers& r, int, int tile, int i, int t) {
-      r.dv[tile][i] *= shared.end[1][t];
-      r.dk[tile][i] += shared.end[1][t] * r.s[tile][i];
+      r.dv[tile][i] *= this->now().end[t];
+      r.dk[tile][i] += this->now().end[t] * r.s[tile][i];
     });
     this->measure_with(kTileCarry, shared.v, Dv());
     group.each([](int, Registers& r) { r.sum[0] = 0.0f; });
-    const float total = shared.total[1];
+    const float total = this->now().total[1];
     this->put_start([&](Registers& r, float(&e)[4], const float(&u)[4]) {
       r.sum[0] += (e[0] * u[0] + e[1] * u[1]) + (e[2] * u[2] + e[3] * u[3]);
       KALMANET_UNROLL
@@ -95,15 +99,15 @@ struct TileValues : TileGates<Group> {
     this->template multiply<false, false, false, true>(keys(), m(), Second());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const bool later = Base::pair_of(thread, tile, i) >= t;
-      r.p[tile][i] = later ? shared.inverse[1][t] * shared.beta[t] * r.p[tile][i] : 0.0f;
+      r.p[tile][i] = later ? this->now().inverse[t] * this->now().beta[t] * r.p[tile][i] : 0.0f;
     });
     this->template apply<false>(Second(), output_gradients(), Dv());
     this->clear(First());
     this->template multiply<false, false, false, false>(values(), output_gradients(), First());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const bool later = Base::pair_of(thread, tile, i) >= t;
-      r.p[tile][i] *= shared.beta[t] * r.s[tile][i];
-      r.s[tile][i] = later ? shared.inverse[1][t] * shared.beta[t] * r.s[tile][i] : 0.0f;
+      r.p[tile][i] *= this->now().beta[t] * r.s[tile][i];
+      r.s[tile][i] = later ? this->now().inverse[t] * this->now().beta[t] * r.s[tile][i] : 0.0f;
     });
     this->template apply<true>(First(), m(), Dk());
     if (backward.dbeta.data != nullptr) {
@@ -133,21 +137,26 @@ struct TileValues : TileGates<Group> {
           store_scalar<float>(backward.dbeta, piece.row, t0 + t, head, this->dot(kTileBeta, t));
         }
       });
-      if (backward.dg.data != nullptr) this->store_gates(backward.dg, shared.total[1] * e_u, 1.0f);
+      if (backward.dg.data != nullptr) this->store_gates(backward.dg, this->now().total[1] * e_u, 1.0f);
     });
   }
 
   KALMANET_KERNEL void run() {
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
-    this->take_start(true);
     KALMANET_LOOP
-    for (int i = 0; i + 1 < chunks; ++i) advance(i);
+    for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
+      this->set_chunk(i);
+      this->load_value_scalars(i, true);
+    }
+    this->take_start(true);
+    group.barrier();
+    advance(chunks);
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
     this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) { return e.data[e.at(row, column)]; });
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
-      this->set_chunk(piece.begin + i * L::kTokens);
+      this->set_chunk(i);
       load_chunk();
       run_chunk(i);
       group.barrier();

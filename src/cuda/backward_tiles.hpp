@@ -30,22 +30,28 @@ struct TileLayout {
 // it, k S k or v E k; z H_0 x; and for beta's gradient.
 enum TileDot { kTileStart, kTileCarry, kTileAdjoint, kTileBeta, kTileDots };
 
-struct TileShared {
+// A chunk's numbers, of H or of U.
+struct TileScalars {
   static constexpr int C = TileLayout::kTokens;
-  uint16_t state[2][TileLayout::kState];  // the state that is read: high, low
-  uint16_t k[TileLayout::kTile], v[TileLayout::kTile], d_o[TileLayout::kTile];
-  uint16_t x[2][TileLayout::kTile], z[2][TileLayout::kTile];
-  uint16_t m[2][TileLayout::kTile];  // or keys with their weights
-  // Per token, of H and of U: e^{G_t}; e^{-G_t}; beta_t e^{G_C-G_t}; beta_t^2 e^{G_C-G_t}.
-  float start[2][C], inverse[2][C], end[2][C], to_end[2][C];
+  // Per token: e^{G_t}; e^{-G_t}; beta_t e^{G_C-G_t}; beta_t^2 e^{G_C-G_t}.
+  float start[C], inverse[C], end[C], to_end[C];
   float half[C];  // e^{G_t/2} of H
   float mix[C];   // scale e^{G_t} of U
   float alpha[C], beta[C];
   float w_start[C];  // w_t e^{G_t}
   float r_start[C];  // e^{G_t} sum_{i>=t} w_i e^{2 (G_i - G_t)}
   float key_factor[C], key_weight[C];  // - 2 r_start_t beta_t and 2 r_start_t beta_t^2
-  float total[2];                      // e^{G_C}
+  float total[2];                      // e^{G_C}, of H and of U
   float through_f;                     // sum_i w_i e^{2 G_i}
+};
+
+struct TileShared {
+  static constexpr int C = TileLayout::kTokens;
+  uint16_t state[2][TileLayout::kState];  // the state that is read: high, low
+  uint16_t k[TileLayout::kTile], v[TileLayout::kTile], d_o[TileLayout::kTile];
+  uint16_t x[2][TileLayout::kTile], z[2][TileLayout::kTile];
+  uint16_t m[2][TileLayout::kTile];  // or keys with their weights
+  TileScalars scalars[TileLayout::kChunks];
   float dots[kTileDots][2][C];         // over the two halves of the dims
   float crossing[4][C];                // what tokens before t do to later ones: each row group's part
   float warp[2][TileLayout::kThreads / 32];
@@ -76,7 +82,9 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
   int64_t head;
   int64_t t0 = 0;
   int n = 0;
+  int slot = 0;  // where the chunk's numbers are
 
+  KALMANET_KERNEL TileScalars& now() const { return shared.scalars[slot]; }
   KALMANET_KERNEL Parts keys() const { return {shared.k, nullptr}; }
   KALMANET_KERNEL Parts values() const { return {shared.v, nullptr}; }
   KALMANET_KERNEL Parts output_gradients() const { return {shared.d_o, nullptr}; }
@@ -85,8 +93,9 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
   KALMANET_KERNEL Parts m() const { return {shared.m[0], shared.m[1]}; }
   KALMANET_KERNEL Parts state() const { return {shared.state[0], shared.state[1]}; }
 
-  KALMANET_KERNEL void set_chunk(int64_t begin) {
-    t0 = begin;
+  KALMANET_KERNEL void set_chunk(int chunk) {
+    slot = chunk;
+    t0 = piece.begin + chunk * L::kTokens;
     n = static_cast<int>(piece.end - t0 < L::kTokens ? piece.end - t0 : L::kTokens);
   }
 
@@ -158,7 +167,7 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
   KALMANET_KERNEL void put_mix(int queries) {
     group.each([&](int thread, Registers& r) {
       const int row = piece_row(thread);
-      const float alpha = shared.alpha[row], weight = shared.mix[row];
+      const float alpha = this->now().alpha[row], weight = this->now().mix[row];
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         float v[8];
@@ -264,10 +273,10 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
     });
   }
 
-  // What is a token's own and what follows from H's gates: by the first warp, a lane two tokens.
-  // later: sum_i w_i e^{2 (G_i - G_C)} over tokens after the chunk that count.
-  KALMANET_KERNEL void load_key_scalars(float later) {
-    group.with_warp(0, [&] {
+  // What is a token's own and what follows from H's gates: by a warp, a lane two tokens. later:
+  // sum_i w_i e^{2 (G_i - G_C)} over tokens after the chunk that count.
+  KALMANET_KERNEL void load_key_scalars(int warp, float later) {
+    group.with_warp(warp, [&] {
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -276,44 +285,44 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
               t < n ? static_cast<float>(backward.w[place_of(backward, piece, t0 + t, head)]) : 0.0f;
         }
       });
-      load_gates(0);
+      load_gates(0, true);
       sum_weights(later);
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int t = thread % 32 * 2 + i;
           const float start = expf(r.pair[i]), beta = r.beta[i];
-          shared.beta[t] = beta;
-          shared.half[t] = expf(0.5f * r.pair[i]);
-          shared.w_start[t] = start * r.kept[i];
+          this->now().beta[t] = beta;
+          this->now().half[t] = expf(0.5f * r.pair[i]);
+          this->now().w_start[t] = start * r.kept[i];
           const float weight = start * r.column[i];
-          shared.r_start[t] = weight;
-          shared.key_factor[t] = -2.0f * weight * beta;
-          shared.key_weight[t] = 2.0f * weight * beta * beta;
+          this->now().r_start[t] = weight;
+          this->now().key_factor[t] = -2.0f * weight * beta;
+          this->now().key_weight[t] = 2.0f * weight * beta * beta;
         }
-        if (thread % 32 == 0) shared.through_f = expf(2.0f * r.gate[0]) * r.column[0];
+        if (thread % 32 == 0) this->now().through_f = expf(2.0f * r.gate[0]) * r.column[0];
       });
     });
   }
-  // The same of U's: by the second warp. beta: unless the first brings it.
-  KALMANET_KERNEL void load_value_scalars(bool beta) {
-    group.with_warp(1, [&] {
-      load_gates(1);
+  // The same of U's. decays: unless H's are there.
+  KALMANET_KERNEL void load_value_scalars(int warp, bool decays) {
+    group.with_warp(warp, [&] {
+      load_gates(1, decays);
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int t = thread % 32 * 2 + i;
-          if (beta) shared.beta[t] = r.beta[i];
-          shared.alpha[t] =
+          if (decays) this->now().beta[t] = r.beta[i];
+          this->now().alpha[t] =
               t < n ? scalar_at<float>(job.alpha, piece.row, t0 + t, head, 1.0) : 1.0f;
-          shared.mix[t] = t < n ? static_cast<float>(job.scale) * expf(r.pair[i]) : 0.0f;
+          this->now().mix[t] = t < n ? static_cast<float>(job.scale) * expf(r.pair[i]) : 0.0f;
         }
       });
     });
   }
 
   // By one warp: gate and beta; pair <- G_t; what both states have.
-  KALMANET_KERNEL void load_gates(int which) {
+  KALMANET_KERNEL void load_gates(int which, bool decays) {
     const Array& gates = which == 0 ? job.gk : job.g;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
@@ -329,15 +338,15 @@ struct BackwardTiles : TileProducts<Group, TileRegisters> {
                   [](Registers& r) { return r.pair[1]; }, [](int) { return 31; });
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < 2 && decays; ++i) {
         const int t = thread % 32 * 2 + i;
         const float end = r.beta[i] * expf(r.passed - r.pair[i]);
-        shared.start[which][t] = expf(r.pair[i]);
-        shared.inverse[which][t] = expf(-r.pair[i]);
-        shared.end[which][t] = end;
-        shared.to_end[which][t] = r.beta[i] * end;
+        this->now().start[t] = expf(r.pair[i]);
+        this->now().inverse[t] = expf(-r.pair[i]);
+        this->now().end[t] = end;
+        this->now().to_end[t] = r.beta[i] * end;
       }
-      if (thread % 32 == 0) shared.total[which] = expf(r.passed);
+      if (thread % 32 == 0) this->now().total[which] = expf(r.passed);
     });
   }
 
