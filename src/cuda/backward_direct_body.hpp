@@ -80,6 +80,25 @@ struct BackwardDirect : BackwardDirectState<Group> {
                     [](DirectRegisters& r) -> float(&)[4][4] { return r.s; });
   }
 
+  // g[0] += Z^T low, the high parts of Z alone.
+  KALMANET_KERNEL void add_tokens(const Left* low) {
+    KALMANET_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      group.each([&](int thread, Registers& r) {
+        const int m = thread / 128, n_tile = thread / 32 % 4, lane = thread % 32;
+        const Left left = shared.gains[0][(m * 8 + k) * 32 + lane];
+        const Left other = low[(n_tile / 2 * 8 + k) * 32 + lane];
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) r.a[0][i] = left.part[i];
+        r.b[0][0][0] = n_tile % 2 == 0 ? other.part[0] : other.part[1];
+        r.b[0][0][1] = n_tile % 2 == 0 ? other.part[2] : other.part[3];
+      });
+      const auto g = [](Registers& r) -> float(&)[4] { return r.g[0]; };
+      group.multiply_add_float16(
+          g, g, [](Registers& r) -> uint32_t(&)[4] { return r.a[0]; },
+          [](Registers& r) -> uint32_t(&)[2] { return r.b[0][0]; });
+    }
+  }
   // y += P low, the high parts of P alone.
   KALMANET_KERNEL void add_inverse(const Left* low) {
     KALMANET_UNROLL
@@ -107,13 +126,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
       const Left* const right = k == 0 && !adjoint ? shared.queries : shared.right;
       const bool split = adjoint && k < kSplitProducts;
       group.barrier();
-      if (split) {
-        this->template multiply_tokens<true, true>(shared.gains[0], shared.gains[1], right,
-                                                   shared.keys);
-      } else {
-        this->template multiply_tokens<true, false>(shared.gains[0], shared.gains[1], right,
-                                                    nullptr);
-      }
+      this->template multiply_tokens<true, false>(shared.gains[0], shared.gains[1], right, nullptr);
+      if (split) add_tokens(shared.keys);
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
@@ -314,15 +328,18 @@ struct BackwardDirect : BackwardDirectState<Group> {
       group.new_part();
       if (shared.steps > 0) this->factor();
       group.new_part();
-      take_queries();
-      solve(false);
-      keep_x();
-      group.barrier();
-      group.new_part();
-      take_sides();
-      solve(true);
-      group.barrier();
-      group.new_part();
+      KALMANET_LOOP  // one copy of the code
+          for (int side = 0; side < 2; ++side) {
+        if (side == 0) {
+          take_queries();
+        } else {
+          take_sides();
+        }
+        solve(side == 1);
+        if (side == 0) keep_x();
+        group.barrier();
+        group.new_part();
+      }
       finish();
       group.barrier();
       if (shared.ill != 0) return true;
@@ -330,8 +347,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
       group.new_part();
       before[0] *= static_cast<double>(shared.start[0][n - 1]);
       before[1] *= static_cast<double>(shared.start[1][n - 1]);
-      this->advance(false);
-      this->advance_u();
+      KALMANET_LOOP
+      for (int which = 0; which < 2; ++which) this->advance_state(which == 1);
       group.barrier();
     }
     return false;

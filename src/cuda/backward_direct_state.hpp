@@ -156,13 +156,14 @@ struct BackwardDirectState : DirectFactor<Group> {
     group.barrier();
   }
 
-  // U <- total U + K^T diag(weights) V, in scratch, and the squares of its elements. (advance()
-  // without its parts: half the code of a kernel that is short of instruction cache.)
-  KALMANET_KERNEL void advance_u() {
-    const float* const weight = shared.since_end[1];
-    const float unit = shared.largest_beta2 / k_power / v_power;
-    const float keep = shared.total[1] / unit;
-    this->fetch_state(true);
+  // H <- total H + K^T diag(weights) K, or U <- total U + K^T diag(weights) V, in scratch, and the
+  // squares of its elements.
+  KALMANET_KERNEL void advance_state(bool u) {
+    const float* const weight = shared.since_end[u ? 1 : 0];
+    const Left* const rights = u ? shared.values : shared.columns;
+    const float unit = shared.largest_beta2 / k_power / (u ? v_power : k_power);
+    const float keep = shared.total[u ? 1 : 0] / unit;
+    this->fetch_state(u);
     group.each([&](int thread, Registers& r) {
       r.sum = 0;
       KALMANET_UNROLL
@@ -186,7 +187,7 @@ struct BackwardDirectState : DirectFactor<Group> {
         }
         KALMANET_UNROLL
         for (int k = 0; k < 2; ++k) {
-          const Left right = shared.values[(tile + k) * 32 + thread % 32];
+          const Left right = rights[(tile + k) * 32 + thread % 32];
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) r.b[k][i % 2][i / 2] = right.part[i];
         }
@@ -208,12 +209,12 @@ struct BackwardDirectState : DirectFactor<Group> {
             r.g[j][i] *= unit;
             squares += r.g[j][i] * r.g[j][i];
           }
-          store4(this->state_at(true, thread, tile + j), r.g[j]);
+          store4(this->state_at(u, thread, tile + j), r.g[j]);
         }
         r.sum += squares;
       });
     }
-    this->put_squares(true);
+    this->put_squares(u);
   }
 };
 
