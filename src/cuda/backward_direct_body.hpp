@@ -1,6 +1,6 @@
 // The backward's first kernel by the direct solver on matrix units: x, z and what follows from them
 // alone, of one head of one piece. K = V = 128, bfloat16 tensors. A chunk's factors
-// (direct_kernel.hpp) serve both right-hand sides:
+// (backward_direct_kernel.hpp) serve both right-hand sides:
 //
 //   x_t = (H_t + lambda_t I)^{-1} q_t     z_t, the same of alpha_t dm_t , dm_t = scale U_t do_t
 //
@@ -11,7 +11,7 @@
 #include "cuda/backward_direct_state.hpp"
 #include "cuda/tile.hpp"
 
-namespace kalmanet::cuda {
+namespace kalmanet::cuda::direct32 {
 
 // Products of z's that are taken of high and low parts: a residual is smaller by the iteration's
 // rate each time.
@@ -376,4 +376,4 @@ KALMANET_KERNEL void run_backward_direct(Group& group, BackwardDirectShared& sha
   });
 }
 
-}  // namespace kalmanet::cuda
+}  // namespace kalmanet::cuda::direct32

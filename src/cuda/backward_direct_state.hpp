@@ -4,9 +4,9 @@
 #pragma once
 
 #include "cuda/backward_first_body.hpp"
-#include "cuda/direct_factor.hpp"
+#include "cuda/backward_direct_factor.hpp"
 
-namespace kalmanet::cuda {
+namespace kalmanet::cuda::direct32 {
 
 struct BackwardDirectShared : DirectShared {
   float side_scale[DirectLayout::kTokens];  // a power of two for alpha_t dm_t
@@ -218,4 +218,4 @@ struct BackwardDirectState : DirectFactor<Group> {
   }
 };
 
-}  // namespace kalmanet::cuda
+}  // namespace kalmanet::cuda::direct32

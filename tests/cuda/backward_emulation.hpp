@@ -174,9 +174,9 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   for (int64_t piece = 0; piece < own; ++piece) {
     for (int64_t head = 0; head < problem.H; ++head) {
       if (job.in.direct) {
-        Poisoned shared(sizeof(BackwardDirectShared));
-        HostGroup<BackwardDirectRegisters> group(DirectLayout::kThreads, how.backwards);
-        run_backward_direct(group, *reinterpret_cast<BackwardDirectShared*>(shared.data()), job,
+        Poisoned shared(sizeof(direct32::BackwardDirectShared));
+        HostGroup<direct32::BackwardDirectRegisters> group(direct32::DirectLayout::kThreads, how.backwards);
+        direct32::run_backward_direct(group, *reinterpret_cast<direct32::BackwardDirectShared*>(shared.data()), job,
                             piece, head);
         continue;
       }
