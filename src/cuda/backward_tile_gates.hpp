@@ -65,14 +65,17 @@ struct TileGates : BackwardTiles<Group> {
   template <class F>
   KALMANET_KERNEL void take_state(float* by, F&& element) {
     KALMANET_LOOP
-    for (int at = 0; at < 16; ++at) {
+    for (int first = 0; first < 16; first += 4) {
       group.each([&](int thread, Registers&) {
-        float v[4];
+        float v[4][4];  // (all of it under way before any is written)
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          v[i] = element(Base::state_row(thread, at / 8, i), Base::column_of(thread, at % 8, i));
+        for (int i = 0; i < 16; ++i) {
+          const int at = first + i / 4;
+          v[i / 4][i % 4] = element(Base::state_row(thread, at / 8, i % 4),
+                                    Base::column_of(thread, at % 8, i % 4));
         }
-        store4(by + Base::scratch_at(thread, 0, at), v);
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) store4(by + Base::scratch_at(thread, 0, first + i), v[i]);
       });
     }
     load_state(by, Own());

@@ -68,7 +68,6 @@ struct TileValues : TileGates<Group> {
   }
 
   KALMANET_KERNEL void run_chunk(int chunk) {
-    this->load_state(this->chunk_state(chunk), Start());  // under way meanwhile
     this->clear(Dv());
     this->template multiply<true, true, false, true>(keys(), this->state(), Dv());
     this->clear(First());
@@ -78,6 +77,7 @@ struct TileValues : TileGates<Group> {
       r.dk[tile][i] += this->now().end[t] * r.s[tile][i];
     });
     this->measure_with(kTileCarry, shared.v, Dv());
+    this->load_state(this->chunk_state(chunk), Start());
     group.each([](int, Registers& r) { r.sum[0] = 0.0f; });
     const float total = this->now().total[1];
     this->put_start([&](Registers& r, float(&e)[4], const float(&u)[4]) {
