@@ -26,8 +26,8 @@ struct TileAdjoints : BackwardTiles<Group> {
   };
 
   KALMANET_KERNEL void load_chunk(float later) {
-    this->fetch_solutions(backward.x, [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
-    this->fetch_solutions(backward.z, [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
+    this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
+    this->fetch_solutions(backward.z, [](Registers& r) -> float (&)[4][8] { return r.raw_z; });
     this->fetch(job.k, head / job.k_group, 0);
     this->fetch(backward.d_o, head, 2);
     this->fetch(job.q, head / job.q_group, 3);
@@ -36,8 +36,10 @@ struct TileAdjoints : BackwardTiles<Group> {
     this->put(0, shared.k);
     this->put(2, shared.d_o);
     group.barrier();
-    this->put_solutions(this->now().half, x(), [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
-    this->put_solutions(this->now().half, z(), [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
+    this->put_solutions(this->now().half, x(),
+                        [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
+    this->put_solutions(this->now().half, z(),
+                        [](Registers& r) -> float (&)[4][8] { return r.raw_z; });
     this->put_mix(3);
     this->put_weighted_keys(this->now().key_weight, this->state(), 0.5f);
     this->prefetch_solutions(backward.x);
@@ -91,7 +93,7 @@ struct TileAdjoints : BackwardTiles<Group> {
       for (int h = 0; h < 2; ++h) {
         const int row = Base::state_row(thread, mm, 2 * h);
         const int column = Base::column_of(thread, tile, 0);
-        const float(&v)[4] = r.state[mm][tile], (&w)[4] = r.other[mm][tile];
+        const float (&v)[4] = r.state[mm][tile], (&w)[4] = r.other[mm][tile];
         store_pair(d.data + d.at(row, column), -v[2 * h], -v[2 * h + 1]);
         store_pair(e.data + e.at(row, column), w[2 * h], w[2 * h + 1]);
       }
@@ -106,7 +108,7 @@ KALMANET_KERNEL void run_tile_adjoints(Group& group, TileShared& shared,
                                        int64_t head) {
   const Piece piece = piece_of(backward.in, piece_index);
   if (!has_before(backward, piece) || !is_done(backward.in, piece_index, head)) return;
-  TileAdjoints<Group> body{{{group}, shared, backward, backward.in, piece, head}};
+  TileAdjoints<Group> body{{{{group}, shared, backward, backward.in, piece, head}}};
   body.run();
 }
 

@@ -20,9 +20,9 @@ inline constexpr int kSplitProducts = 2;
 template <class Group>
 struct BackwardDirect : BackwardDirectState<Group> {
   using Base = BackwardDirectState<Group>;
-  using Base::group, Base::shared, Base::backward, Base::before, Base::job, Base::piece,
-      Base::head, Base::t0, Base::n, Base::k_power, Base::v_power, Base::q_power,
-      Base::store_rows, Base::load_rows;
+  using Base::group, Base::shared, Base::backward, Base::before, Base::job, Base::piece, Base::head,
+      Base::t0, Base::n, Base::k_power, Base::v_power, Base::q_power, Base::store_rows,
+      Base::load_rows;
   using L = DirectLayout;
   using Registers = BackwardDirectRegisters;
 
@@ -39,7 +39,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float(&v)[4] = r.s[2 * m + i % 2];
+          float (&v)[4] = r.s[2 * m + i % 2];
           v[i / 2 * 2] = low_float16(r.t[i]), v[i / 2 * 2 + 1] = high_float16(r.t[i]);
         }
       });
@@ -48,10 +48,9 @@ struct BackwardDirect : BackwardDirectState<Group> {
 
   // alpha_t dm_t into s, scaled to a length of at most 1, and as right factor.
   KALMANET_KERNEL void take_sides() {
-    load_rows(backward.z, [](Registers& r) -> float(&)[4][4] { return r.s; });
-    this->dot_columns(0, [](DirectRegisters& r, int, int tile, int i) {
-      return r.s[tile][i] * r.s[tile][i];
-    });
+    load_rows(backward.z, [](Registers& r) -> float (&)[4][4] { return r.s; });
+    this->dot_columns(
+        0, [](DirectRegisters& r, int, int tile, int i) { return r.s[tile][i] * r.s[tile][i]; });
     group.barrier();
     group.each([&](int t, Registers&) {
       if (t >= L::kTokens) return;
@@ -77,7 +76,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
   // s as right factor; its low parts where the keys' rows were, which nobody reads any more.
   KALMANET_KERNEL void put_side(bool split) {
     this->put_right(shared.right, split ? shared.keys : nullptr,
-                    [](DirectRegisters& r) -> float(&)[4][4] { return r.s; });
+                    [](DirectRegisters& r) -> float (&)[4][4] { return r.s; });
   }
 
   // g[0] += Z^T low, the high parts of Z alone.
@@ -93,10 +92,10 @@ struct BackwardDirect : BackwardDirectState<Group> {
         r.b[0][0][0] = n_tile % 2 == 0 ? other.part[0] : other.part[1];
         r.b[0][0][1] = n_tile % 2 == 0 ? other.part[2] : other.part[3];
       });
-      const auto g = [](Registers& r) -> float(&)[4] { return r.g[0]; };
+      const auto g = [](Registers& r) -> float (&)[4] { return r.g[0]; };
       group.multiply_add_float16(
-          g, g, [](Registers& r) -> uint32_t(&)[4] { return r.a[0]; },
-          [](Registers& r) -> uint32_t(&)[2] { return r.b[0][0]; });
+          g, g, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; },
+          [](Registers& r) -> uint32_t (&)[2] { return r.b[0][0]; });
     }
   }
   // y += P low, the high parts of P alone.
@@ -175,8 +174,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
   KALMANET_KERNEL void finish() {
     const float per_power = 1.0f / q_power;
     take_queries();
-    load_rows(backward.x, [](Registers& r) -> float(&)[4][4] { return r.other; });
-    load_rows(backward.z, [](Registers& r) -> float(&)[4][4] { return r.y; });
+    load_rows(backward.x, [](Registers& r) -> float (&)[4][4] { return r.other; });
+    load_rows(backward.z, [](Registers& r) -> float (&)[4][4] { return r.y; });
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < 4; ++tile) {
@@ -201,7 +200,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
       if (t >= n) return;
       const bool zero = shared.solution_scale[t] == 0.0f;
       const double lambda =
-          zero ? 0.0 : static_cast<double>(shared.mu * (1.0f + shared.delta[t])) * shared.start[0][t];
+          zero ? 0.0
+               : static_cast<double>(shared.mu * (1.0f + shared.delta[t])) * shared.start[0][t];
       const int64_t at = place_of(backward, piece, t0 + t, head);
       backward.since[2 * at] = before[0] * shared.start[0][t];
       backward.since[2 * at + 1] = before[1] * shared.start[1][t];
@@ -258,8 +258,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
       store_rows(backward.dq_parts, [](Registers& r, int tile, int i) { return r.y[tile][i]; });
       return;
     }
-    uint16_t* const base = static_cast<uint16_t*>(backward.dq.data) +
-                           offset_of(backward.dq, piece.row, t0, head);
+    uint16_t* const base =
+        static_cast<uint16_t*>(backward.dq.data) + offset_of(backward.dq, piece.row, t0, head);
     KALMANET_UNROLL
     for (int tile = 0; tile < 4; ++tile) {
       group.each([&](int, Registers& r) {
@@ -368,8 +368,7 @@ KALMANET_KERNEL void run_backward_direct(Group& group, BackwardDirectShared& sha
 #ifdef __CUDACC__
   __builtin_assume(__isGlobal(states));
 #endif
-  BackwardDirect<Group> body{
-      {{{{{group, shared}}, job, piece, head, states}}, shared, backward}};
+  BackwardDirect<Group> body{{{{{{group, shared}}, job, piece, head, states}}, shared, backward}};
   const bool left_over = body.run();
   group.each([&](int thread, BackwardDirectRegisters&) {
     if (thread == 0) job.left_over[block] = left_over ? 1 : 0;

@@ -1,8 +1,8 @@
 // The backward's direct solver: a chunk's shifts and mu, and the factors that go with them.
 #pragma once
 
-#include "cuda/chunk_body.hpp"
 #include "cuda/backward_direct_tokens.hpp"
+#include "cuda/chunk_body.hpp"
 
 namespace kalmanet::cuda::direct32 {
 

@@ -1,5 +1,5 @@
-// The two factorisations of the backward's direct solver: the inverse of a 128 x 128 matrix that lies
-// in the block's registers, and the inverse Cholesky factor of a 32 x 32 one.
+// The two factorisations of the backward's direct solver: the inverse of a 128 x 128 matrix that
+// lies in the block's registers, and the inverse Cholesky factor of a 32 x 32 one.
 #pragma once
 
 #include "cuda/backward_direct_kernel.hpp"

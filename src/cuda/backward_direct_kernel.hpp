@@ -1,7 +1,7 @@
-// The backward's direct solver on matrix units (backward_direct_body.hpp): chunks of up to 32 tokens of
-// one head that share one inverse, K = V = 128, bfloat16 tensors. (The forward's, direct_kernel.hpp,
-// has other chunks and other products: this one's serve two right-hand sides, of which one is not
-// exact.)
+// The backward's direct solver on matrix units (backward_direct_body.hpp): chunks of up to 32
+// tokens of one head that share one inverse, K = V = 128, bfloat16 tensors. (The forward's,
+// direct_kernel.hpp, has other chunks and other products: this one's serve two right-hand sides, of
+// which one is not exact.)
 //
 // Token t's system divided by e^{G_t} mu (docs/math.md, "The direct solver") is (M_t + d_t I) x = q
 //

@@ -3,8 +3,8 @@
 // forward.
 #pragma once
 
-#include "cuda/backward_first_body.hpp"
 #include "cuda/backward_direct_factor.hpp"
+#include "cuda/backward_first_body.hpp"
 
 namespace kalmanet::cuda::direct32 {
 
@@ -34,8 +34,7 @@ struct BackwardDirectState : DirectFactor<Group> {
   // tokens that are computed elsewhere: another block writes them meanwhile.)
   template <class Of>
   KALMANET_KERNEL void store_rows(void* rows, Of&& of) {
-    float* const to =
-        static_cast<float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
+    float* const to = static_cast<float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
     const auto stride = static_cast<int>(job.H) * L::kDim;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
@@ -43,7 +42,8 @@ struct BackwardDirectState : DirectFactor<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = this->token_of(thread, tile, i);
-          if (t < n && !this->exact(t)) to[t * stride + Base::state_row(thread, i)] = of(r, tile, i);
+          if (t < n && !this->exact(t))
+            to[t * stride + Base::state_row(thread, i)] = of(r, tile, i);
         }
       }
     });
@@ -85,8 +85,8 @@ struct BackwardDirectState : DirectFactor<Group> {
     this->put_squares(true);
   }
 
-  // do_t as right factor, in the gains' memory. Begins and ends with a barrier; returns the power of
-  // two that it is scaled by.
+  // do_t as right factor, in the gains' memory. Begins and ends with a barrier; returns the power
+  // of two that it is scaled by.
   KALMANET_KERNEL float put_output_gradients() {
     group.barrier();
     group.each([&](int, Registers& r) {
@@ -104,8 +104,8 @@ struct BackwardDirectState : DirectFactor<Group> {
     return power;
   }
 
-  // dm_t = scale (e^{G_t} (U_0 do_t + sum_{j<=t} u_j k_j (v_j . do_t))) into z's place, G and u those
-  // of U. V's rows are in right's memory. Ends with a barrier.
+  // dm_t = scale (e^{G_t} (U_0 do_t + sum_{j<=t} u_j k_j (v_j . do_t))) into z's place, G and u
+  // those of U. V's rows are in right's memory. Ends with a barrier.
   KALMANET_KERNEL void gradient_of_mix(float do_power) {
     const double u2 = this->squares_of_state(true);
     const float u_power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
@@ -195,10 +195,10 @@ struct BackwardDirectState : DirectFactor<Group> {
       KALMANET_UNROLL
       for (int at = 0; at < 8; ++at) {
         const int k = at / 4, part = 1 - at / 2 % 2, j = at % 2;
-        const auto g = [j](Registers& r) -> float(&)[4] { return r.g[j]; };
+        const auto g = [j](Registers& r) -> float (&)[4] { return r.g[j]; };
         group.multiply_add_float16(
-            g, g, [part, k](Registers& r) -> uint32_t(&)[4] { return r.z[part][k]; },
-            [k, j](Registers& r) -> uint32_t(&)[2] { return r.b[k][j]; });
+            g, g, [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; },
+            [k, j](Registers& r) -> uint32_t (&)[2] { return r.b[k][j]; });
       }
       group.each([&](int thread, Registers& r) {
         float squares = 0;

@@ -1,6 +1,6 @@
-// What the backward's direct solver does around its solves: tensors into fragments, what is a token's
-// own, |H_t|, and the states, which lie in scratch memory in the order of a warp's sums: warp w has
-// rows 16 w .. of H and of U.
+// What the backward's direct solver does around its solves: tensors into fragments, what is a
+// token's own, |H_t|, and the states, which lie in scratch memory in the order of a warp's sums:
+// warp w has rows 16 w .. of H and of U.
 #pragma once
 
 #include <cstring>

@@ -341,8 +341,8 @@ inline constexpr KALMANET_BOTH int64_t backward_first_bytes(int64_t K, int64_t V
 }
 
 // The work of block (piece_index, head); `memory`: backward_first_bytes, at a multiple of 8.
-// left_over: only if the token kernel did the piece. (Beside the direct solver on matrix units, which
-// leaves these tokens out, such blocks run at the same time as its own.)
+// left_over: only if the token kernel did the piece. (Beside the direct solver on matrix units,
+// which leaves these tokens out, such blocks run at the same time as its own.)
 template <class Group>
 KALMANET_KERNEL void run_backward_first(Group& group, char* memory, const BackwardJob& backward,
                                         int64_t piece_index, int64_t head, bool left_over) {

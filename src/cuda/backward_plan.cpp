@@ -49,8 +49,7 @@ bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads&
 }
 
 std::vector<Piece> backward_pieces_of(const core::GkaProblem& problem, bool chunks) {
-  std::vector<Piece> pieces =
-      pieces_of(problem, false, chunks ? kBackwardTokens : kSegmentTokens);
+  std::vector<Piece> pieces = pieces_of(problem, false, chunks ? kBackwardTokens : kSegmentTokens);
   for (Piece& piece : pieces) piece.always = chunks ? 0 : 1;
   return pieces;
 }

@@ -227,8 +227,8 @@ KALMANET_KERNEL void run_adjoint_segment(Group& group, AdjointShared<S>& shared,
   body.run();
 }
 
-// Elements e .. e + kWide of [K (K + V)], of one row, of one sequence, whose last piece is `i`: from
-// there to the first, the gradient after each piece takes the place of what the piece adds.
+// Elements e .. e + kWide of [K (K + V)], of one row, of one sequence, whose last piece is `i`:
+// from there to the first, the gradient after each piece takes the place of what the piece adds.
 template <class S, int kWide>
 KALMANET_KERNEL void run_adjoint_sums(const BackwardJob& job, int64_t i, int64_t head, int64_t e) {
   Piece piece = piece_of(job.in, i);

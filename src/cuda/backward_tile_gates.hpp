@@ -1,9 +1,9 @@
-// What the backward's last two matrix-unit kernels share (backward_tile_keys.hpp, _values.hpp): their
-// states, rows of sums, and the gradients of gates.
+// What the backward's last two matrix-unit kernels share (backward_tile_keys.hpp, _values.hpp):
+// their states, rows of sums, and the gradients of gates.
 //
-// A gate's gradient is the sum of all actions that cross it (src/cpu/gka_gate_gradient.hpp), of what
-// tokens before it and the start put into a state with what it and later tokens and the carry take
-// out. No differences: exact also where a decay leaves almost nothing.
+// A gate's gradient is the sum of all actions that cross it (src/cpu/gka_gate_gradient.hpp), of
+// what tokens before it and the start put into a state with what it and later tokens and the carry
+// take out. No differences: exact also where a decay leaves almost nothing.
 #pragma once
 
 #include "cuda/backward_tiles.hpp"
@@ -96,7 +96,7 @@ struct TileGates : BackwardTiles<Group> {
   KALMANET_KERNEL void put_start(F&& f) {
     group.barrier();
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
-      const float(&v)[4] = r.other[mm][tile];
+      const float (&v)[4] = r.other[mm][tile];
       f(r, r.state[mm][tile], v);
       KALMANET_UNROLL
       for (int h = 0; h < 2; ++h) {
@@ -148,8 +148,8 @@ struct TileGates : BackwardTiles<Group> {
     } else if (gradient.data != nullptr) {
       each_row(static_cast<uint16_t*>(gradient.data) + offset_of(gradient, piece.row, t0, head),
                gradient.stride[1], [&](Registers& r, int h, int tile, float beta, uint16_t* to) {
-                 store_word(to, pack_bfloat16(beta * of(r)[tile][2 * h],
-                                              beta * of(r)[tile][2 * h + 1]));
+                 store_word(
+                     to, pack_bfloat16(beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]));
                });
     }
   }

@@ -3,11 +3,11 @@
 // K = V = 128, bfloat16 tensors. The formulas are those of the twin for any shape
 // (backward_gradient_kernel.hpp), with S = D + D^T.
 //
-// Tokens are rows throughout (tile.hpp): the sums of a product of tokens with tokens are, where they
-// lie, a factor of the next. Kept in registers from chunk to chunk is -S, to which all that tokens
-// add is positive; H before each chunk waits in scratch memory. The keys' gradients take z's place in
-// the workspace, where backward_tile_values.hpp adds what goes through U: neither's code alone is
-// more than an instruction cache holds.
+// Tokens are rows throughout (tile.hpp): the sums of a product of tokens with tokens are, where
+// they lie, a factor of the next. Kept in registers from chunk to chunk is -S, to which all that
+// tokens add is positive; H before each chunk waits in scratch memory. The keys' gradients take z's
+// place in the workspace, where backward_tile_values.hpp adds what goes through U: neither's code
+// alone is more than an instruction cache holds.
 #pragma once
 
 #include "cuda/backward_tile_gates.hpp"
@@ -45,15 +45,17 @@ struct TileKeys : TileGates<Group> {
 
   // A chunk's tiles. Begins and ends with a barrier.
   KALMANET_KERNEL void load_chunk() {
-    this->fetch_solutions(backward.x, [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
-    this->fetch_solutions(backward.z, [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
+    this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
+    this->fetch_solutions(backward.z, [](Registers& r) -> float (&)[4][8] { return r.raw_z; });
     this->fetch(job.k, head / job.k_group, 0);
     group.barrier();
     this->put_state();
     this->put(0, shared.k);
     this->put_weighted_keys(this->now().key_weight, m());
-    this->put_solutions(this->now().half, x(), [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
-    this->put_solutions(this->now().half, z(), [](Registers& r) -> float(&)[4][8] { return r.raw_z; });
+    this->put_solutions(this->now().half, x(),
+                        [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
+    this->put_solutions(this->now().half, z(),
+                        [](Registers& r) -> float (&)[4][8] { return r.raw_z; });
     this->prefetch_solutions(backward.x);
     this->prefetch_solutions(backward.z);
     this->prefetch_tensor(job.k, head / job.k_group);
@@ -65,11 +67,12 @@ struct TileKeys : TileGates<Group> {
     this->load_state(this->chunk_state(chunk), Start());  // under way meanwhile
     this->clear(Dk());
     this->template multiply<false, true, false, true>(keys(), this->state(), Dk());
-    each_sum([&](Registers& r, int, int tile, int i, int t) { r.dk[tile][i] *= -this->now().end[t]; });
+    each_sum(
+        [&](Registers& r, int, int tile, int i, int t) { r.dk[tile][i] *= -this->now().end[t]; });
     this->measure_with(kTileCarry, shared.k, Dk());
     group.each([](int, Registers& r) { r.sum[0] = r.sum[1] = 0.0f; });
     const float total = this->now().total[0], through_f = 2.0f * this->now().through_f;
-    this->put_start([&](Registers& r, float(&s)[4], const float(&h)[4]) {
+    this->put_start([&](Registers& r, float (&s)[4], const float (&h)[4]) {
       r.sum[0] += (s[0] * h[0] + s[1] * h[1]) + (s[2] * h[2] + s[3] * h[3]);
       r.sum[1] += (h[0] * h[0] + h[1] * h[1]) + (h[2] * h[2] + h[3] * h[3]);
       KALMANET_UNROLL

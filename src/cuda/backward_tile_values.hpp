@@ -1,6 +1,6 @@
-// The backward's last kernels on matrix units, second part (backward_tile_keys.hpp is the first): the
-// gradients of values, what goes through U of those of keys, and those of U's gates and of beta, of
-// one head of one piece, in chunks of 64 tokens, last chunk first. E stays in registers.
+// The backward's last kernels on matrix units, second part (backward_tile_keys.hpp is the first):
+// the gradients of values, what goes through U of those of keys, and those of U's gates and of
+// beta, of one head of one piece, in chunks of 64 tokens, last chunk first. E stays in registers.
 #pragma once
 
 #include "cuda/backward_tile_keys.hpp"
@@ -43,7 +43,7 @@ struct TileValues : TileGates<Group> {
 
   // A chunk's tiles, and what dk has so far. Begins and ends with a barrier.
   KALMANET_KERNEL void load_chunk() {
-    this->fetch_solutions(backward.x, [](Registers& r) -> float(&)[4][8] { return r.raw_x; });
+    this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
     fetch_sources();
     this->fetch(backward.d_o, head, 2);
     this->fetch(job.q, head / job.q_group, 3);
@@ -80,7 +80,7 @@ struct TileValues : TileGates<Group> {
     this->load_state(this->chunk_state(chunk), Start());
     group.each([](int, Registers& r) { r.sum[0] = 0.0f; });
     const float total = this->now().total[1];
-    this->put_start([&](Registers& r, float(&e)[4], const float(&u)[4]) {
+    this->put_start([&](Registers& r, float (&e)[4], const float (&u)[4]) {
       r.sum[0] += (e[0] * u[0] + e[1] * u[1]) + (e[2] * u[2] + e[3] * u[3]);
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) e[i] *= total;
@@ -137,7 +137,8 @@ struct TileValues : TileGates<Group> {
           store_scalar<float>(backward.dbeta, piece.row, t0 + t, head, this->dot(kTileBeta, t));
         }
       });
-      if (backward.dg.data != nullptr) this->store_gates(backward.dg, this->now().total[1] * e_u, 1.0f);
+      if (backward.dg.data != nullptr)
+        this->store_gates(backward.dg, this->now().total[1] * e_u, 1.0f);
     });
   }
 
@@ -153,7 +154,8 @@ struct TileValues : TileGates<Group> {
     group.barrier();
     advance(chunks);
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
-    this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) { return e.data[e.at(row, column)]; });
+    this->take_state(this->chunk_state(L::kChunks),
+                     [&](int row, int column) { return e.data[e.at(row, column)]; });
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
       this->set_chunk(i);
@@ -177,7 +179,7 @@ KALMANET_KERNEL void run_tile_gradients(Group& group, TileShared& shared,
   for (int64_t i = block; i < job.num_pieces * job.H; i += blocks) {
     if (job.left_over[i] != 0) continue;
     Body<Group> body{
-        {{{group}, shared, backward, job, piece_of(job, i / job.H), i % job.H}, scratch}};
+        {{{{group}, shared, backward, job, piece_of(job, i / job.H), i % job.H}}, scratch}};
     body.run();
     group.barrier();
   }

@@ -67,8 +67,7 @@ std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole, int64_
   for (const core::Sequence& sequence : problem.sequences) {
     int64_t begin = sequence.begin;
     do {
-      const int64_t end =
-          whole || sequence.end - begin <= tokens ? sequence.end : begin + tokens;
+      const int64_t end = whole || sequence.end - begin <= tokens ? sequence.end : begin + tokens;
       pieces.push_back({sequence.row, begin, end, static_cast<int32_t>(sequence.index),
                         begin == sequence.begin, end == sequence.end,
                         static_cast<int32_t>(pieces.size()), 1});

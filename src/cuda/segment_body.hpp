@@ -130,7 +130,8 @@ KALMANET_KERNEL void run_segment(Group& group, SegmentShared<S>& shared, const G
   });
 }
 
-// Elements e .. e + kWide of [K (K + V)], of one row, of one sequence's states, from its first piece
+// Elements e .. e + kWide of [K (K + V)], of one row, of one sequence's states, from its first
+// piece
 // (`i`) to its last.
 template <class S, int kWide = 1>
 KALMANET_KERNEL void run_segment_sums(const GkaJob& job, int64_t i, int64_t head, int64_t e) {
@@ -146,7 +147,7 @@ KALMANET_KERNEL void run_segment_sums(const GkaJob& job, int64_t i, int64_t head
     state[c] =
         from.data != nullptr ? from.data[from.at(within / columns, within % columns + c)] : S{0};
   }
-  const auto load = [&](int64_t slot, S (&part)[kWide]) {
+  const auto load = [&](int64_t slot, S(&part)[kWide]) {
     const S* const at = static_cast<const S*>(job.states) + (slot * job.H + head) * elements + e;
     if constexpr (kWide == 4) {
       load4(at, part);

@@ -1,9 +1,9 @@
-// Matrices of 16-bit elements in shared memory, and products of them by mma.sync: factors are read by
-// ldmatrix, by rows or transposed, from one copy of each matrix.
+// Matrices of 16-bit elements in shared memory, and products of them by mma.sync: factors are read
+// by ldmatrix, by rows or transposed, from one copy of each matrix.
 //
 // A matrix lies as blocks of 8 x 8, each 128 bytes in a row: what ldmatrix reads of one block, a
-// warp's sums of one 8 x 8 and eight rows' pieces of 16 bytes each meet every bank once, whatever the
-// matrix's width; and all a lane's addresses differ by constants.
+// warp's sums of one 8 x 8 and eight rows' pieces of 16 bytes each meet every bank once, whatever
+// the matrix's width; and all a lane's addresses differ by constants.
 #pragma once
 
 #include <cstring>
@@ -186,18 +186,17 @@ struct TileProducts {
           for (int j = 0; j < 2; ++j) {
             const int n = 2 * pair + j, a_part = product == 0 ? 1 : 0,
                       b_part = product == 1 ? 1 : 0;
-            group.multiply_add(
-                [&c, m, n](R& r) -> float (&)[4] { return c(r, m, n); },
-                [a_part, m](R& r) -> uint32_t (&)[4] { return r.a[a_part][m]; },
-                [b_part, j](R& r) -> uint32_t (&)[2] { return r.b[b_part][j]; });
+            group.multiply_add([&c, m, n](R& r) -> float (&)[4] { return c(r, m, n); },
+                               [a_part, m](R& r) -> uint32_t (&)[4] { return r.a[a_part][m]; },
+                               [b_part, j](R& r) -> uint32_t (&)[2] { return r.b[b_part][j]; });
           }
         }
       }
     }
   }
 
-  // c[n] += a b^T or (kRows) a b, for a of tokens x 128; b's rows, or columns, are the columns of c:
-  // 64 of them, the warp's half (kHalf) or the first.
+  // c[n] += a b^T or (kRows) a b, for a of tokens x 128; b's rows, or columns, are the columns of
+  // c: 64 of them, the warp's half (kHalf) or the first.
   template <bool kRows, bool kHalf, bool kLowA, bool kLowB, class C>
   KALMANET_KERNEL void multiply(Parts a, Parts b, C&& c) {
     KALMANET_UNROLL_TWO
@@ -312,7 +311,7 @@ struct TileProducts {
                                             uint32_t (&a)[2][2][4]) {
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float(&v)[4] = sums[2 * k + i / 2];
+      const float (&v)[4] = sums[2 * k + i / 2];
       const float first = v[i % 2 * 2], second = v[i % 2 * 2 + 1];
       a[0][0][i] = pack_bfloat16(first, second);
       a[1][0][i] = low_bfloat16_parts(first, second, a[0][0][i]);

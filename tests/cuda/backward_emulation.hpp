@@ -175,9 +175,11 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
     for (int64_t head = 0; head < problem.H; ++head) {
       if (job.in.direct) {
         Poisoned shared(sizeof(direct32::BackwardDirectShared));
-        HostGroup<direct32::BackwardDirectRegisters> group(direct32::DirectLayout::kThreads, how.backwards);
-        direct32::run_backward_direct(group, *reinterpret_cast<direct32::BackwardDirectShared*>(shared.data()), job,
-                            piece, head);
+        HostGroup<direct32::BackwardDirectRegisters> group(direct32::DirectLayout::kThreads,
+                                                           how.backwards);
+        direct32::run_backward_direct(
+            group, *reinterpret_cast<direct32::BackwardDirectShared*>(shared.data()), job, piece,
+            head);
         continue;
       }
       Poisoned shared(sizeof(BackwardChunkShared));

@@ -58,7 +58,8 @@ void emulate_segment_sums(const GkaJob& job) {
     for (int64_t head = 0; head < job.H; ++head) {
       const bool wide = job.K % 4 == 0 && job.V % 4 == 0;
       for (int64_t e = 0; e < job.K * (job.K + job.V); e += wide ? 4 : 1) {
-        wide ? run_segment_sums<S, 4>(job, piece, head, e) : run_segment_sums<S>(job, piece, head, e);
+        wide ? run_segment_sums<S, 4>(job, piece, head, e)
+             : run_segment_sums<S>(job, piece, head, e);
       }
     }
   }
