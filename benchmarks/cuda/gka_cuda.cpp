@@ -2,9 +2,11 @@
 // median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
 // case.
 //
-//   gka_cuda [step] [forward] [backward] [quick] [steps_once]    (default: the first three)
+//   gka_cuda [step] [forward] [backward] [few] [quick] [quick-backward] [steps_once]
+//   (default: the first three)
 //
-// quick: forward of one size; steps_once: a few steps; both for a profiler.
+// few: of the backward the first two sizes. quick, quick-backward, steps_once: one size or a few
+// steps, for a profiler.
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
@@ -378,7 +380,10 @@ void time_backward(const Problem& p, const GkaOptions& options, int times) {
 
 int main(int argc, char** argv) {
   const auto asked = [&](const char* what) {
-    if (argc < 2) return std::strcmp(what, "quick") != 0 && std::strcmp(what, "steps_once") != 0;
+    if (argc < 2) {
+      return !std::strcmp(what, "step") || !std::strcmp(what, "forward") ||
+             !std::strcmp(what, "backward");
+    }
     return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, what); });
   };
   for (const BackendInfo& info : backends()) {
@@ -432,9 +437,15 @@ int main(int argc, char** argv) {
   if (asked("backward")) {
     for (const auto& [B, T, H] :
          {std::array<int64_t, 3>{1, 2048, 32}, {1, 8192, 32}, {1, 8192, 8}, {8, 2048, 32}}) {
+      if (asked("few") && (H == 8 || B == 8)) continue;
       const Problem p(B, T, H, 128);
       time_backward(p, options, 5);
+      time_backward(p, direct, 5);
     }
+  }
+  if (asked("quick-backward")) {
+    const Problem p(1, 2048, 32, 128);
+    time_backward(p, direct, 1);
   }
   return 0;
 }

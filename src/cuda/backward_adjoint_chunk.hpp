@@ -1,123 +1,114 @@
 // What a piece adds to the gradients of the states before it, on matrix units (the twin for any
-// shape, and the formulas: backward_segment_body.hpp). One block makes D's part of a piece, another
-// E's; K = V = 128.
+// shape, and the formulas: backward_segment_body.hpp). K = V = 128, bfloat16 tensors.
+//
+// The sums of both stay in registers from the piece's last chunk to its first, where a chunk's
+// decays take them to its start: -D <- e^{G_C} (-D) + sum_i (z_i e^{G_i/2}) (x_i e^{G_i/2})^T + ...
 #pragma once
 
-#include "cuda/backward_gradient_gates.hpp"
+#include "cuda/backward_tiles.hpp"
 
 namespace kalmanet::cuda {
 
 template <class Group>
-struct AdjointChunkBody : GradientChunkGates<Group> {
-  using Base = GradientChunkGates<Group>;
-  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::t0, Base::n,
-      Base::backward, Base::extra;
-  using L = ChunkLayout;
-  using Registers = ChunkRegisters;
-  using typename Base::Tiles;
+struct TileAdjoints : BackwardTiles<Group> {
+  using Base = BackwardTiles<Group>;
+  using Base::group, Base::shared, Base::backward, Base::job, Base::piece, Base::head, Base::x,
+      Base::z, Base::m, Base::keys, Base::output_gradients;
+  using L = TileLayout;
+  using Registers = TileRegisters;
+  using State = float (&)[2][8][4];
 
-  bool u;
+  struct MinusD {
+    KALMANET_KERNEL State operator()(Registers& r) const { return r.state; }
+  };
+  struct E {
+    KALMANET_KERNEL State operator()(Registers& r) const { return r.other; }
+  };
 
-  KALMANET_KERNEL Split columns(int i) { return {shared.main[i], shared.main[i] + L::kKeys}; }
-
-  // The chunk's columns and weights. later: e^{2 gk_t} r_t of the token after the chunk.
-  KALMANET_KERNEL void load(double later) {
-    const Split none = {nullptr, nullptr};
+  KALMANET_KERNEL void load_chunk(float later) {
+    this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
+    this->fetch_solutions(backward.z, [](Registers& r) -> float (&)[4][8] { return r.raw_z; });
+    this->fetch(job.k, head / job.k_group, 0);
+    this->fetch(backward.d_o, head, 2);
+    this->fetch(job.q, head / job.q_group, 3);
+    this->load_key_scalars(0, later);
+    this->load_value_scalars(1, false);
+    this->put(0, shared.k);
+    this->put(2, shared.d_o);
     group.barrier();
-    this->load_scalars();
-    if (u) {
-      this->load_tiles(backward.d_o, head, nullptr, extra.do_columns);
-      this->load_solutions(backward.x, true, none, columns(0));
-    } else {
-      this->load_tiles(job.k, head / job.k_group, nullptr, shared.columns);
-      this->load_solutions(backward.x, false, none, columns(0));
-      this->load_solutions(backward.z, false, none, columns(1));
-    }
-    group.each([&](int thread, Registers&) {
-      if (thread >= L::kTokens) return;
-      const int64_t at = thread < n ? this->place(thread) : -1;
-      const double since = at < 0 ? 0.0 : backward.since[2 * at + (u ? 1 : 0)];
-      extra.h[thread] = since;
-      extra.w[thread] = at < 0 ? 0.0 : backward.w[at];
-      extra.minus_start[thread] = static_cast<float>(-since);
-      extra.mix_weight[thread] = static_cast<float>(job.scale * since);
-    });
+    this->put_solutions(this->now().half, x(),
+                        [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
+    this->put_solutions(this->now().half, z(),
+                        [](Registers& r) -> float (&)[4][8] { return r.raw_z; });
+    this->put_mix(3);
+    this->put_weighted_keys(this->now().key_weight, this->state(), 0.5f);
+    this->prefetch_solutions(backward.x);
+    this->prefetch_solutions(backward.z);
+    this->prefetch_tensor(job.k, head / job.k_group);
+    this->prefetch_tensor(backward.d_o, head);
+    this->prefetch_tensor(job.q, head / job.q_group);
     group.barrier();
-    if (u) return;
-    group.each([&](int thread, Registers&) {
-      if (thread >= L::kTokens) return;
-      const double own = shared.since[thread];
-      const double to_end = exp(shared.total64[0] - own);
-      double r = later * to_end * to_end;
-      for (int i = thread; i < L::kTokens; ++i) {
-        const double decay = static_cast<double>(expf(static_cast<float>(shared.since[i] - own)));
-        r += extra.w[i] * decay * decay;
-      }
-      extra.r[thread] = r;
-      extra.key_weight[thread] = -extra.h[thread] * r * static_cast<double>(shared.beta2[thread]);
-    });
-    group.barrier();
-  }
-
-  KALMANET_KERNEL void add(int half) {
-    const auto of = [half](Registers& r) -> Tiles { return half == 0 ? r.x : r.d; };
-    if (u) {
-      this->add_update(half, {extra.do_columns, nullptr}, extra.mix_weight, columns(0), of);
-      return;
-    }
-    this->add_update(half, columns(1), extra.minus_start, columns(0), of);
-    this->add_update(half, {shared.columns, nullptr}, extra.key_weight, {shared.columns, nullptr},
-                     of);
   }
 
   KALMANET_KERNEL void run() {
-    this->each_tile([](Registers& r, int, int m, int tile) {
+    this->each_of_state([](Registers& r, int, int mm, int tile) {
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) r.x[m][tile][i] = r.d[m][tile][i] = 0;
+      for (int i = 0; i < 4; ++i) r.state[mm][tile][i] = r.other[mm][tile][i] = 0.0f;
     });
-    double later = 0.0;
-    const int64_t chunks = (piece.end - piece.begin + L::kTokens - 1) / L::kTokens;
-    for (int64_t i = chunks; i-- > 0;) {
-      t0 = piece.begin + i * L::kTokens;
-      n = static_cast<int>(piece.end - t0 < L::kTokens ? piece.end - t0 : L::kTokens);
-      load(later);
-      add(0);
-      add(1);
-      if (!u) later = exp(2.0 * shared.since[0]) * extra.r[0];
+    float later = 0.0f;
+    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
+    KALMANET_LOOP
+    for (int i = chunks; i-- > 0;) {
+      this->set_chunk(i);
+      load_chunk(later);
+      later = this->now().through_f;
+      const float total = this->now().total[0], u_total = this->now().total[1];
+      this->each_of_state([&](Registers& r, int, int mm, int tile) {
+        KALMANET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          r.state[mm][tile][e] *= total;
+          r.other[mm][tile][e] *= u_total;
+        }
+      });
+      this->template add_outer<true, true>(z(), x(), MinusD());
+      this->template add_outer<true, false>(this->state(), keys(), MinusD());
+      this->template add_outer<true, false>(m(), output_gradients(), E());
+      group.barrier();
     }
-    const StateView<float> to = adjoint_view<float>(backward, piece.slot, head, u);
-    StateView<float> start;
-    if (!u) {
-      start = piece.first ? state_view<float>(job.h0, piece.sequence, head)
-                          : slot_view<float>(job, piece.slot, head, false);
-    }
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) {
+    const StateView<float> d = adjoint_view<float>(backward, piece.slot, head, false);
+    const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
+    const StateView<float> start = piece.first ? state_view<float>(job.h0, piece.sequence, head)
+                                               : slot_view<float>(job, piece.slot, head, false);
+    if (start.data != nullptr) {  // (all of it under way before the first is written)
+      this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8;
-          const int column = tile * 8 + thread % 4 * 2 + i % 2;
-          float e = tile < 8 ? r.x[tile / 4][tile % 4][i] : r.d[tile % 8 / 4][tile % 4][i];
-          if (start.data != nullptr) {
-            e -= static_cast<float>(later * static_cast<double>(start.data[start.at(row, column)]));
-          }
-          to.data[u ? to.at(column, row) : to.at(row, column)] = e;
+          r.state[mm][tile][i] += later * start.data[start.at(Base::state_row(thread, mm, i),
+                                                              Base::column_of(thread, tile, i))];
         }
+      });
+    }
+    this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
+      KALMANET_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int row = Base::state_row(thread, mm, 2 * h);
+        const int column = Base::column_of(thread, tile, 0);
+        const float (&v)[4] = r.state[mm][tile], (&w)[4] = r.other[mm][tile];
+        store_pair(d.data + d.at(row, column), -v[2 * h], -v[2 * h + 1]);
+        store_pair(e.data + e.at(row, column), w[2 * h], w[2 * h + 1]);
       }
     });
   }
 };
 
-// Block (piece_index, head, u)'s work.
+// Block (piece_index, head)'s work.
 template <class Group>
-KALMANET_KERNEL void run_adjoint_chunks(Group& group, GradientChunkShared& shared,
-                                        const BackwardJob& backward, int64_t piece_index,
-                                        int64_t head, bool u) {
+KALMANET_KERNEL void run_tile_adjoints(Group& group, TileShared& shared,
+                                       const BackwardJob& backward, int64_t piece_index,
+                                       int64_t head) {
   const Piece piece = piece_of(backward.in, piece_index);
   if (!has_before(backward, piece) || !is_done(backward.in, piece_index, head)) return;
-  AdjointChunkBody<Group> body{
-      {{{{{group, shared}, backward.in, piece, head, nullptr}}, backward}, shared}, u};
+  TileAdjoints<Group> body{{{{group}, shared, backward, backward.in, piece, head}}};
   body.run();
 }
 

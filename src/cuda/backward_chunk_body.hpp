@@ -178,7 +178,9 @@ struct BackwardChunkBody : BackwardProducts<Group> {
       // (direct: as exact as it promises.)
       const bool counted = job.num_iter == 0 || job.direct;
       const int steps = counted ? counted_steps(ridge, job.tolerance) : job.num_iter;
-      const int split = job.split ? split_steps(ridge) : 0;
+      // (Every product: d_ridge reads z . x, where what is left of plain ones is not averaged
+      // away.)
+      const int split = job.split ? steps : 0;
       this->solve(steps, split);
       this->store_rows(backward.x, [](Registers& r) -> Tiles { return r.x; });
       solve_adjoint(steps, split);

@@ -3,8 +3,8 @@
 
 #include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
-#include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_launch.hpp"
+#include "cuda/backward_tile_values.hpp"
 #include "cuda/check.hpp"
 
 namespace kalmanet::cuda {
@@ -18,20 +18,28 @@ __global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
                       blockIdx.x, blockIdx.y);
 }
 
-__global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
+__global__ void __launch_bounds__(TileLayout::kThreads, 1)
     gka_adjoint_chunks(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<ChunkRegisters> group;
-  run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared_memory), job, blockIdx.x,
-                     blockIdx.y, blockIdx.z == 1);
+  DeviceGroup<TileRegisters> group;
+  run_tile_adjoints(group, *reinterpret_cast<TileShared*>(shared_memory), job, blockIdx.x,
+                    blockIdx.y);
 }
 
-__global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
-    gka_gradient_chunks(const __grid_constant__ BackwardJob job) {
+__global__ void __launch_bounds__(TileLayout::kThreads, 1)
+    gka_gradient_keys(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<ChunkRegisters> group;
-  run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared_memory), job,
-                      blockIdx.x, gridDim.x);
+  DeviceGroup<TileRegisters> group;
+  run_tile_gradients<TileKeys>(group, *reinterpret_cast<TileShared*>(shared_memory), job,
+                               blockIdx.x, gridDim.x);
+}
+
+__global__ void __launch_bounds__(TileLayout::kThreads, 1)
+    gka_gradient_values(const __grid_constant__ BackwardJob job) {
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<TileRegisters> group;
+  run_tile_gradients<TileValues>(group, *reinterpret_cast<TileShared*>(shared_memory), job,
+                                 blockIdx.x, gridDim.x);
 }
 
 template <class Kernel>
@@ -50,11 +58,10 @@ unsigned size_of_grid(int64_t n) {
 }  // namespace
 
 int64_t backward_chunk_shared_bytes() {
-  return static_cast<int64_t>(std::max(sizeof(BackwardChunkShared), sizeof(GradientChunkShared)));
+  return static_cast<int64_t>(std::max(sizeof(BackwardChunkShared), sizeof(TileShared)));
 }
 int64_t gradient_chunk_block_bytes() {
-  return GradientChunkBody<DeviceGroup<ChunkRegisters>>::kScratchFloats *
-         static_cast<int64_t>(sizeof(float));
+  return TileLayout::kScratchFloats * static_cast<int64_t>(sizeof(float));
 }
 
 void launch_backward_chunks(const BackwardJob& job, Stream stream) {
@@ -62,11 +69,12 @@ void launch_backward_chunks(const BackwardJob& job, Stream stream) {
          sizeof(BackwardChunkShared), job, stream);
 }
 void launch_adjoint_chunks(const BackwardJob& job, Stream stream) {
-  launch(gka_adjoint_chunks, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H), 2},
-         sizeof(GradientChunkShared), job, stream);
+  launch(gka_adjoint_chunks, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H)},
+         sizeof(TileShared), job, stream);
 }
 void launch_gradient_chunks(const BackwardJob& job, int64_t blocks, Stream stream) {
-  launch(gka_gradient_chunks, {size_of_grid(blocks)}, sizeof(GradientChunkShared), job, stream);
+  launch(gka_gradient_keys, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
+  launch(gka_gradient_values, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
 }
 
 }  // namespace kalmanet::cuda

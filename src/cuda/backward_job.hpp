@@ -5,6 +5,10 @@
 
 namespace kalmanet::cuda {
 
+// A piece's tokens on matrix units. Half of what the other kernels take: of fewer heads at a time,
+// whose workspace is as much smaller, there are blocks for all multiprocessors.
+inline constexpr int64_t kBackwardTokens = 256;
+
 // Every token and head has a place in the workspace, (row * T + t) * H + head.
 struct BackwardJob {
   GkaJob in;

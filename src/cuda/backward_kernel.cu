@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(BackwardFirstLayout::kThreads)
     gka_backward_first(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<BackwardFirstRegisters> group;
-  run_backward_first(group, shared_memory, job, blockIdx.x, blockIdx.y);
+  run_backward_first(group, shared_memory, job, blockIdx.x, blockIdx.y, job.in.direct);
 }
 
 template <class S>
@@ -34,10 +34,12 @@ __global__ void __launch_bounds__(AdjointLayout::kThreads)
   run_adjoint_segment<S>(group, shared, job, blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-template <class S>
+template <class S, int kWide>
 __global__ void __launch_bounds__(256) gka_adjoint_sums(const __grid_constant__ BackwardJob job) {
-  const int64_t e = static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x;
-  if (e < job.in.K * (job.in.K + job.in.V)) run_adjoint_sums<S>(job, blockIdx.x, blockIdx.y, e);
+  const int64_t e = (static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x) * kWide;
+  if (e < job.in.K * (job.in.K + job.in.V)) {
+    run_adjoint_sums<S, kWide>(job, blockIdx.x, blockIdx.y, e);
+  }
 }
 
 template <class S>
@@ -111,10 +113,11 @@ void launch_adjoints(const BackwardJob& job, bool float64, Stream stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const int64_t K = job.in.K, V = job.in.V;
   const dim3 tiles = grid_of(job, AdjointLayout::tiles(K, V));
-  const dim3 sums = grid_of(job, (K * (K + V) + 255) / 256);
+  const int64_t wide = K % 4 == 0 && V % 4 == 0 ? 4 : 1;
+  const dim3 sums = grid_of(job, (K * (K + V) + 256 * wide - 1) / (256 * wide));
   with_dtype(float64, [&]<class S>(S) {
     gka_adjoint_segments<S><<<tiles, AdjointLayout::kThreads, 0, s>>>(job);
-    gka_adjoint_sums<S><<<sums, 256, 0, s>>>(job);
+    (wide == 4 ? gka_adjoint_sums<S, 4> : gka_adjoint_sums<S, 1>)<<<sums, 256, 0, s>>>(job);
   });
   check(cudaGetLastError(), "launch of gka_adjoints");
 }

@@ -13,6 +13,8 @@ void launch_backward_first(const BackwardJob& job, Stream stream);
 // The same on matrix units; what was left over is for launch_backward_solve.
 int64_t backward_chunk_shared_bytes();  // of the kernel that takes most
 void launch_backward_chunks(const BackwardJob& job, Stream stream);
+// The same by the direct solver.
+void launch_backward_direct(const BackwardJob& job, Stream stream);
 // What each piece adds to the gradients before it, on matrix units where it was not left over;
 // launch_adjoints does the rest.
 void launch_adjoint_chunks(const BackwardJob& job, Stream stream);

@@ -17,6 +17,10 @@ BackwardJob backward_job_of(const core::GkaProblem& problem, const GkaOutputGrad
 bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
                           const GkaInputGrads& grads, const DeviceInfo& device);
 
+// A backward on matrix units is done for some heads after others, which share one workspace.
+// How many at a time: as few as cost no more rounds of the multiprocessors than all of them.
+int64_t heads_at_a_time(const core::GkaProblem& problem, int64_t pieces, const DeviceInfo& device);
+
 // Bytes of a backward's workspace, each array of it.
 struct BackwardBytes {
   int64_t pieces, states, decays, adjoints, solve, solutions, weights, since, gradients;
@@ -27,7 +31,7 @@ struct BackwardBytes {
 };
 // `chunks`: on matrix units, so that the token kernel does what is left over alone.
 std::vector<Piece> backward_pieces_of(const core::GkaProblem& problem, bool chunks);
-// `all`: as if every gradient were asked for. Plans the job's token kernel.
+// `all`: as if every gradient were asked for. Plans the job's token kernel; of job.in.H heads.
 BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, int64_t pieces,
                              bool chunks, const DeviceInfo& device, bool all);
 // The same of a problem that has sizes but no tensors, at most.

@@ -227,9 +227,9 @@ KALMANET_KERNEL void run_adjoint_segment(Group& group, AdjointShared<S>& shared,
   body.run();
 }
 
-// Element `e` of [K (K + V)] of one sequence, whose last piece is `i`: from there to the first, the
-// gradient after each piece takes the place of what the piece adds.
-template <class S>
+// Elements e .. e + kWide of [K (K + V)], of one row, of one sequence, whose last piece is `i`:
+// from there to the first, the gradient after each piece takes the place of what the piece adds.
+template <class S, int kWide>
 KALMANET_KERNEL void run_adjoint_sums(const BackwardJob& job, int64_t i, int64_t head, int64_t e) {
   Piece piece = piece_of(job.in, i);
   if (!piece.last) return;
@@ -239,22 +239,44 @@ KALMANET_KERNEL void run_adjoint_sums(const BackwardJob& job, int64_t i, int64_t
   const auto within = static_cast<uint32_t>(u ? e - K * K : e);
   const int64_t row = within / columns, column = within % columns;
   const StateView<S> from = state_view<S>(u ? job.d_u_final : job.d_h_final, piece.sequence, head);
-  S state = from.data != nullptr ? from.data[from.at(row, column)] : S{0};
+  S state[kWide], added[kWide], next[kWide] = {};
+  for (int c = 0; c < kWide; ++c) {
+    state[c] = from.data != nullptr ? from.data[from.at(row, column + c)] : S{0};
+  }
   S* const adjoints = static_cast<S*>(job.adjoints) + head * elements + e;
-  for (;;) {
-    S* const at = adjoints + piece.slot * job.in.H * elements;
-    const S added = has_before(job, piece) ? *at : S{0};
-    double decay = 1.0;
-    if (piece.end > piece.begin) {
-      decay = job.since[2 * place_of(job, piece, piece.end - 1, head) + (u ? 1 : 0)];
+  const auto load = [&](const Piece& of, S(&part)[kWide]) {
+    const S* const at = adjoints + of.slot * job.in.H * elements;
+    const bool has = has_before(job, of);
+    if constexpr (kWide == 4) {
+      if (has) load4(at, part);
+    } else {
+      if (has) part[0] = at[0];
     }
-    *at = state;
-    state = static_cast<S>(decay) * state + added;
+    for (int c = 0; c < kWide && !has; ++c) part[c] = S{0};
+    if (of.end == of.begin) return S{1};
+    return static_cast<S>(job.since[2 * place_of(job, of, of.end - 1, head) + (u ? 1 : 0)]);
+  };
+  S decay = load(piece, added);
+  for (;;) {
+    Piece before = piece;
+    S next_decay{};
+    if (!piece.first) {  // under way before this piece's is written
+      before = piece_of(job.in, --i);
+      next_decay = load(before, next);
+    }
+    S* const at = adjoints + piece.slot * job.in.H * elements;
+    if constexpr (kWide == 4) {
+      store4(at, state);
+    } else {
+      at[0] = state[0];
+    }
+    for (int c = 0; c < kWide; ++c) state[c] = decay * state[c] + added[c];
     if (piece.first) break;
-    piece = piece_of(job.in, --i);
+    piece = before, decay = next_decay;
+    for (int c = 0; c < kWide; ++c) added[c] = next[c];
   }
   const StateView<S> to = state_view<S>(u ? job.d_u0 : job.d_h0, piece.sequence, head);
-  if (to.data != nullptr) to.data[to.at(row, column)] = state;
+  for (int c = 0; c < kWide && to.data != nullptr; ++c) to.data[to.at(row, column + c)] = state[c];
 }
 
 // Element (row, t, shared head, c) of a gradient, from its heads' parts in their order.

@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(StateLayout::kThreads, 2)
 }
 
 __global__ void __launch_bounds__(256) gka_sums(const __grid_constant__ GkaJob job) {
-  const int64_t e = static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x;
-  if (e < job.K * (job.K + job.V)) run_segment_sums<float>(job, blockIdx.x, blockIdx.y, e);
+  const int64_t e = (static_cast<int64_t>(blockIdx.z) * 256 + threadIdx.x) * 4;
+  if (e < job.K * (job.K + job.V)) run_segment_sums<float, 4>(job, blockIdx.x, blockIdx.y, e);
 }
 
 // A block a piece and head, with its shared memory.
@@ -46,7 +46,8 @@ void launch_chunk_states(const GkaJob& job, Stream stream) {
   const dim3 grid(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H));
   gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
   const int64_t elements = job.K * (job.K + job.V);
-  gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 255) / 256)), 256, 0, s>>>(job);
+  gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 1023) / 1024)), 256, 0, s>>>(
+      job);
   check(cudaGetLastError(), "launch of gka_states");
 }
 

@@ -64,13 +64,12 @@ int64_t chunk_scratch_bytes() {
   return 2 * ChunkLayout::kDim * ChunkLayout::kDim * static_cast<int64_t>(sizeof(float));
 }
 
-std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole) {
+std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole, int64_t tokens) {
   std::vector<Piece> pieces;
   for (const core::Sequence& sequence : problem.sequences) {
     int64_t begin = sequence.begin;
     do {
-      const int64_t end =
-          whole || sequence.end - begin <= kSegmentTokens ? sequence.end : begin + kSegmentTokens;
+      const int64_t end = whole || sequence.end - begin <= tokens ? sequence.end : begin + tokens;
       pieces.push_back({sequence.row, begin, end, static_cast<int32_t>(sequence.index),
                         begin == sequence.begin, end == sequence.end,
                         static_cast<int32_t>(pieces.size()), 1});

@@ -9,9 +9,10 @@
 
 namespace kalmanet::cuda {
 
-// The problem's sequences in pieces of kSegmentTokens (an empty sequence is one empty piece). Slots
+// The problem's sequences in pieces of so many tokens (an empty sequence is one empty piece). Slots
 // number them; a sequence's pieces follow one another.
-std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole);
+std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole,
+                             int64_t tokens = kSegmentTokens);
 
 // Whether pieces_of is what GkaJob::pieces == nullptr stands for.
 bool are_rows(const core::GkaProblem& problem, const std::vector<Piece>& pieces);

@@ -130,21 +130,47 @@ KALMANET_KERNEL void run_segment(Group& group, SegmentShared<S>& shared, const G
   });
 }
 
-// Element `e` of [K (K + V)] of one sequence's states, from its first piece (`i`) to its last.
-template <class S>
+// Elements e .. e + kWide of [K (K + V)], of one row, of one sequence's states, from its first
+// piece
+// (`i`) to its last.
+template <class S, int kWide = 1>
 KALMANET_KERNEL void run_segment_sums(const GkaJob& job, int64_t i, int64_t head, int64_t e) {
   Piece piece = piece_of(job, i);
   if (!piece.first || piece.last) return;
+  const int64_t elements = job.K * (job.K + job.V);
   const bool u = e >= job.K * job.K;
   const StateView<S> from = state_view<S>(u ? job.u0 : job.h0, piece.sequence, head);
-  const int64_t columns = u ? job.V : job.K, within = u ? e - job.K * job.K : e;
-  S state = 0;
-  if (from.data != nullptr) state = from.data[from.at(within / columns, within % columns)];
-  for (int64_t slot = piece.slot + 1;; ++slot) {
-    S* const at = static_cast<S*>(job.states) + (slot * job.H + head) * job.K * (job.K + job.V) + e;
-    state = static_cast<S>(job.decays[(slot * job.H + head) * 2 + (u ? 1 : 0)]) * state + *at;
-    *at = state;
-    if (piece_of(job, ++i).last) return;
+  const auto columns = static_cast<uint32_t>(u ? job.V : job.K);
+  const auto within = static_cast<uint32_t>(u ? e - job.K * job.K : e);
+  S state[kWide], added[kWide], next[kWide];
+  for (int c = 0; c < kWide; ++c) {
+    state[c] =
+        from.data != nullptr ? from.data[from.at(within / columns, within % columns + c)] : S{0};
+  }
+  const auto load = [&](int64_t slot, S(&part)[kWide]) {
+    const S* const at = static_cast<const S*>(job.states) + (slot * job.H + head) * elements + e;
+    if constexpr (kWide == 4) {
+      load4(at, part);
+    } else {
+      part[0] = at[0];
+    }
+    return static_cast<S>(job.decays[(slot * job.H + head) * 2 + (u ? 1 : 0)]);
+  };
+  int64_t slot = piece.slot + 1;
+  S decay = load(slot, added), next_decay{};
+  for (;; ++slot) {
+    const bool last = piece_of(job, ++i).last;
+    if (!last) next_decay = load(slot + 1, next);  // under way before this one is written
+    for (int c = 0; c < kWide; ++c) state[c] = decay * state[c] + added[c];
+    S* const at = static_cast<S*>(job.states) + (slot * job.H + head) * elements + e;
+    if constexpr (kWide == 4) {
+      store4(at, state);
+    } else {
+      at[0] = state[0];
+    }
+    if (last) return;
+    decay = next_decay;
+    for (int c = 0; c < kWide; ++c) added[c] = next[c];
   }
 }
 

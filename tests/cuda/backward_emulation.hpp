@@ -3,11 +3,12 @@
 
 #include "cuda/backward_adjoint_chunk.hpp"
 #include "cuda/backward_chunk_body.hpp"
+#include "cuda/backward_direct_body.hpp"
 #include "cuda/backward_first_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
-#include "cuda/backward_gradient_chunk.hpp"
 #include "cuda/backward_plan.hpp"
 #include "cuda/backward_solve_body.hpp"
+#include "cuda/backward_tile_values.hpp"
 #include "cuda/emulation.hpp"
 
 namespace kalmanet::cuda {
@@ -28,12 +29,13 @@ void emulate_backward_solve(BackwardJob job, const Emulation& how) {
   }
 }
 
-inline void emulate_backward_first(const BackwardJob& job, const Emulation& how) {
+inline void emulate_backward_first(const BackwardJob& job, const Emulation& how,
+                                   bool left_over = false) {
   for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.in.H; ++head) {
       Poisoned shared(backward_first_bytes(job.in.K, job.in.V));
       HostGroup<BackwardFirstRegisters> group(BackwardFirstLayout::kThreads, how.backwards);
-      run_backward_first(group, shared.data(), job, piece, head);
+      run_backward_first(group, shared.data(), job, piece, head, left_over);
     }
   }
 }
@@ -53,7 +55,11 @@ void emulate_adjoints(const BackwardJob& job, const Emulation& how) {
   }
   for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.in.H; ++head) {
-      for (int64_t e = 0; e < K * (K + V); ++e) run_adjoint_sums<S>(job, piece, head, e);
+      if (K % 4 == 0 && V % 4 == 0) {
+        for (int64_t e = 0; e < K * (K + V); e += 4) run_adjoint_sums<S, 4>(job, piece, head, e);
+      } else {
+        for (int64_t e = 0; e < K * (K + V); ++e) run_adjoint_sums<S, 1>(job, piece, head, e);
+      }
     }
   }
 }
@@ -167,30 +173,44 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   }
   for (int64_t piece = 0; piece < own; ++piece) {
     for (int64_t head = 0; head < problem.H; ++head) {
+      if (job.in.direct) {
+        Poisoned shared(sizeof(direct32::BackwardDirectShared));
+        HostGroup<direct32::BackwardDirectRegisters> group(direct32::DirectLayout::kThreads,
+                                                           how.backwards);
+        direct32::run_backward_direct(
+            group, *reinterpret_cast<direct32::BackwardDirectShared*>(shared.data()), job, piece,
+            head);
+        continue;
+      }
       Poisoned shared(sizeof(BackwardChunkShared));
       HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
       run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
                           head);
     }
   }
+  if (job.in.direct) emulate_backward_first(job, how);
   emulate_backward_solve<float, 128>(job, how);
-  emulate_backward_first(job, how);
-  for (int64_t i = 0; i < own * problem.H * 2; ++i) {
-    Poisoned shared(sizeof(GradientChunkShared));
-    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
-    run_adjoint_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job,
-                       i / 2 / problem.H, i / 2 % problem.H, i % 2 == 1);
+  emulate_backward_first(job, how, job.in.direct);
+  for (int64_t i = 0; i < own * problem.H; ++i) {
+    Poisoned shared(sizeof(TileShared));
+    HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+    run_tile_adjoints(group, *reinterpret_cast<TileShared*>(shared.data()), job, i / problem.H,
+                      i % problem.H);
   }
   emulate_adjoints<float>(job, how);
   const int64_t blocks = how.backwards ? 1 : 3;
-  Poisoned states(blocks * 4 * GradientChunkBody<HostGroup<ChunkRegisters>>::kScratchFloats);
+  Poisoned states(blocks * 4 * TileLayout::kScratchFloats);
   job.block_scratch = states.data();
-  for (int64_t block = 0; block < blocks; ++block) {
-    Poisoned shared(sizeof(GradientChunkShared));
-    HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
-    run_gradient_chunks(group, *reinterpret_cast<GradientChunkShared*>(shared.data()), job, block,
-                        blocks);
-  }
+  const auto run_tiles = [&]<template <class> class Body>() {
+    for (int64_t block = 0; block < blocks; ++block) {
+      Poisoned shared(sizeof(TileShared));
+      HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+      run_tile_gradients<Body>(group, *reinterpret_cast<TileShared*>(shared.data()), job, block,
+                               blocks);
+    }
+  };
+  run_tiles.template operator()<TileKeys>();
+  run_tiles.template operator()<TileValues>();
   emulate_gradients<float>(job, blocks, how);
   emulate_head_sums<float>(job, problem.B);
   double sum = 0;

@@ -165,14 +165,42 @@ TEST(CudaBackwardEmulation, ChunksMatchTheOracle) {
   }
 }
 
+// Where one token's z . x is the whole of a gradient, no other's error makes up for its own.
+TEST(CudaBackwardEmulation, ChunksOfALoneTokenAtSmallRidges) {
+  for (double ridge : {0.005, 0.01}) {
+    CaseSpec spec = small_case(10);
+    spec.T = 1, spec.K = spec.V = 128, spec.strided = false;
+    spec.ridge_ratio = ridge, spec.memory = 200;
+    check_chunks<float>(spec, {}, 1e-3);
+  }
+}
+
+TEST(CudaBackwardEmulation, DirectChunksMatchTheOracle) {
+  int turn = 0;
+  GkaOptions options;
+  options.solver = Solver::direct;
+  for (int64_t T : {1, 63, 64, 130, 200}) {
+    CaseSpec spec = small_case(turn++);
+    spec.T = T, spec.K = spec.V = 128, spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    spec.strided = false;
+    if (turn % 2 == 0) spec.ridge_ratio = 0.005;
+    check_chunks<float>(spec, options, 1e-3);
+    check_chunks<BFloat16>(spec, options, 1e-3);
+  }
+}
+
 TEST(CudaBackwardEmulation, ChunksOfCutPackedAndSharedHeads) {
   CaseSpec spec = small_case(0);
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
-  spec.B = 1, spec.T = kSegmentTokens + 70;
+  spec.B = 1, spec.T = cuda::kBackwardTokens + 70;
   check_chunks<float>(spec, {}, 1e-3);
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  check_chunks<float>(spec, direct, 1e-3);
   spec.lengths = {0, 70, 1, 130};
   spec.H = 2, spec.Hq = 1, spec.Hk = 1, spec.Hv = 1;
   check_chunks<float>(spec, {}, 1e-3);
+  check_chunks<float>(spec, direct, 1e-3);
   spec.lengths = {70, 130};
   spec.memory = 0.3;  // forgets more in a chunk than float32 can hold: the token kernel's
   check_chunks<float>(spec, {}, 1e-3, 1.0);

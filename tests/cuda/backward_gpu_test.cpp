@@ -5,10 +5,10 @@
 #include <array>
 #include <vector>
 
+#include "cuda/backward_job.hpp"
 #include "cuda/device_case.hpp"
 #include "cuda/gka_cases.hpp"
 #include "cuda/gpu_fixture.hpp"
-#include "cuda/job.hpp"
 
 namespace kalmanet::testing {
 namespace {
@@ -120,6 +120,16 @@ TEST_F(CudaGpuBackward, MatrixUnitsMatchTheOracle) {
   check<BFloat16, float>(packed, direct);
   packed.memory = 0.3;  // forgets more in a chunk than float32 can hold: left to the token kernel
   check<BFloat16, float>(packed, {});
+}
+
+// One short case, for tools that watch every access.
+TEST_F(CudaGpuBackward, MatrixUnitsShortly) {
+  CaseSpec spec = small_case(0);
+  spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0, spec.strided = false;
+  spec.T = cuda::kBackwardTokens + 70, spec.K = spec.V = 128;
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  check<BFloat16, float>(spec, direct);
 }
 
 TEST_F(CudaGpuBackward, PackedSequences) {

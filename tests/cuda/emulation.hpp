@@ -57,8 +57,10 @@ template <class S>
 void emulate_segment_sums(const GkaJob& job) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
-      for (int64_t e = 0; e < job.K * (job.K + job.V); ++e) {
-        run_segment_sums<S>(job, piece, head, e);
+      const bool wide = job.K % 4 == 0 && job.V % 4 == 0;
+      for (int64_t e = 0; e < job.K * (job.K + job.V); e += wide ? 4 : 1) {
+        wide ? run_segment_sums<S, 4>(job, piece, head, e)
+             : run_segment_sums<S>(job, piece, head, e);
       }
     }
   }
