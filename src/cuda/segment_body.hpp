@@ -142,7 +142,7 @@ KALMANET_KERNEL void run_segment_sums(const GkaJob& job, int64_t i, int64_t head
   const StateView<S> from = state_view<S>(u ? job.u0 : job.h0, piece.sequence, head);
   const auto columns = static_cast<uint32_t>(u ? job.V : job.K);
   const auto within = static_cast<uint32_t>(u ? e - job.K * job.K : e);
-  S state[kWide], added[kWide], next[kWide];
+  S state[kWide], added[kWide], next[kWide] = {};
   for (int c = 0; c < kWide; ++c) {
     state[c] =
         from.data != nullptr ? from.data[from.at(within / columns, within % columns + c)] : S{0};
