@@ -89,8 +89,12 @@ GkaReport run(const core::GkaProblem& problem, const GkaOutputs& outputs, bool w
   const Stream stream = problem.options.stream;
   if (whole && problem.B > 0 && fits_step(problem, outputs) &&
       step_shared_bytes() <= device.max_shared) {
-    launch_step(step_job_of(problem, outputs), fits_few(problem, outputs), stream);
-    return report_of(problem);
+    const GkaJob job = step_job_of(problem, outputs);
+    launch_step(job, fits_few(problem, outputs), stream);
+    GkaReport report = report_of(problem);
+    report.direct_solves = report.factorizations = 0;  // direct is Chebyshev's iteration here, too
+    report.min_iterations = report.max_iterations = job.num_iter;
+    return report;
   }
   const bool float64 = problem.dtype == DType::float64;
   const std::vector<Piece> pieces = pieces_of(problem, whole);

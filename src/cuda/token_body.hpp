@@ -311,16 +311,16 @@ struct TokenBody {
     u = {scratch, job.V, 1};
   }
 
-  // `accepted` and `scratch`: of run_drafts; a step's.
-  KALMANET_KERNEL void run(int64_t accepted = 0, S* scratch = nullptr) {
+  // kDrafts: a step with slots or drafts; `accepted` and `scratch`: of run_drafts.
+  template <bool kDrafts>
+  KALMANET_KERNEL void run(int64_t accepted, S* scratch) {
     const StateView<S> final = state_view<S>(job.u_final, piece.sequence, head);
     StateView<S> from = piece.first ? state_view<S>(job.u0, piece.sequence, head)
                                     : slot_view<S>(job, piece.slot, head, true);
-    const bool drafts = accepted > 0 || job.is_draft;
-    if (!drafts) fetch_token(piece.begin);
+    if constexpr (!kDrafts) fetch_token(piece.begin);
     load_h();
     fetch_u(from);
-    if (drafts) {
+    if constexpr (kDrafts) {
       run_drafts(accepted, final, scratch, &from);
       fetch_token(piece.begin);
     }
@@ -351,7 +351,7 @@ struct TokenBody {
       }
       store_token(t, system);
     }
-    if (job.is_draft) return;
+    if (kDrafts && job.is_draft) return;
     if (piece.begin == piece.end && piece.last && final.data != nullptr) copy_u(from, final);
     store_h();
   }

@@ -8,12 +8,12 @@
 namespace kalmanet::cuda {
 namespace {
 
-template <class S, int KP>
+template <class S, int KP, bool kDrafts>
 __global__ void __launch_bounds__(TokenLayout<S, KP>::kThreads, kBlocksAMultiprocessor<S, KP>)
     gka_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   DeviceGroup<TokenRegisters<S, KP>> group;
-  run_tokens<S, KP>(group, shared_memory, job, blockIdx.x, blockIdx.y);
+  run_tokens<S, KP, kDrafts>(group, shared_memory, job, blockIdx.x, blockIdx.y);
 }
 
 template <class S>
@@ -52,7 +52,7 @@ int64_t plan_tokens(GkaJob& job, bool float64, bool rows, int64_t max_shared) {
 
 void launch_tokens(const GkaJob& job, bool float64, Stream stream) {
   with_variant(float64, job.K, [&]<class S, int KP>(S, std::integral_constant<int, KP>) {
-    const auto kernel = gka_tokens<S, KP>;
+    const auto kernel = has_drafts(job) ? gka_tokens<S, KP, true> : gka_tokens<S, KP, false>;
     const int shared = static_cast<int>(token_shared_bytes<S, KP>(job.direct, job.spill_is_shared));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
           "cudaFuncSetAttribute");

@@ -48,7 +48,11 @@ void emulate_tokens(GkaJob job, const Emulation& how) {
     for (int64_t head = 0; head < job.H; ++head) {
       Poisoned shared(token_shared_bytes<S, KP>(job.direct, job.spill_is_shared));
       HostGroup<TokenRegisters<S, KP>> group(TokenLayout<S, KP>::kThreads, how.backwards);
-      run_tokens<S, KP>(group, shared.data(), job, piece, head);
+      if (has_drafts(job)) {
+        run_tokens<S, KP, true>(group, shared.data(), job, piece, head);
+      } else {
+        run_tokens<S, KP, false>(group, shared.data(), job, piece, head);
+      }
     }
   }
 }
