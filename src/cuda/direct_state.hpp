@@ -1,6 +1,6 @@
-// What the direct chunk kernel does around its solves: tensors into fragments, what is a token's
-// own, |H_t|, and the states, which lie in scratch memory in the order of a warp's sums: warp w has
-// rows 16 w .. of H and of U^T.
+// What the direct chunk kernel does around its solves: tensors into quads, what is a token's own,
+// |H_t|, and the states, which lie in scratch memory in the order of a warp's sums: warp w has rows
+// 16 w .. of H and of U^T.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,7 @@
 
 namespace kalmanet::cuda {
 
-// A chunk ends where its keys have faded by e^{-8}: more would take more steps than a new chunk
+// A chunk ends where its keys have faded by e^{-4}: more would take more steps than a new chunk
 // costs. A single token that forgets more than e^{-30} (its states' sums are float32) is left over.
 inline constexpr double kLongestForgetting = 4.0, kMostForgotten = 30.0;
 inline constexpr double kMostForgottenValues = 40.0;
@@ -28,8 +28,7 @@ struct DirectState : DirectInverse<Group> {
   int64_t head;
   float* states;  // H, then U^T: [warp][tile of 8 columns][lane][4]
   int64_t t0 = 0;
-  int n = 0;                                    // tokens
-  float k_power = 1, v_power = 1, q_power = 1;  // what the tensors are scaled by
+  int n = 0;  // tokens
 
   KALMANET_KERNEL float* state_at(bool u, int thread, int tile) {
     return states + (u ? 128 * 128 : 0) +
@@ -99,147 +98,167 @@ struct DirectState : DirectInverse<Group> {
     return sum;
   }
 
-  // Tokens t0.. of a [B,T,heads,128] tensor into shared memory, where P's low parts will be, and
-  // the largest magnitude's bits.
-  KALMANET_KERNEL StagedRows* stage() {
-    static_assert(3 * sizeof(StagedRows) <= sizeof(shared.low));
-    return reinterpret_cast<StagedRows*>(shared.low);
-  }
-  KALMANET_KERNEL void fetch_tile(const Array& a, int64_t a_head, int which) {
+  // Rows of a [B,T,heads,128] tensor, on their way into raw: 8 tokens from `first` on, 16 bytes a
+  // load, eight lanes beside each other in as many rows. (So that eight lanes' stores are a matrix.)
+  KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head, int first, int at) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
     const int64_t left = piece.end - t0;
     group.each([&](int thread, Registers& r) {
-      fetch_rows(base, a.stride[1], left, thread, r.raw[which]);
+      const int token = first + thread % 8;
+      const uint16_t* const row = base + token * a.stride[1] + thread % 32 / 8 * 8;
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (token < left) {
+          load16(row + i * 32, r.raw[at + i]);
+        } else {
+          r.raw[at + i][0] = r.raw[at + i][1] = r.raw[at + i][2] = r.raw[at + i][3] = 0;
+        }
+      }
     });
   }
-  KALMANET_KERNEL void stage_tile(int which) {
-    group.each([&](int thread, Registers& r) {
+  // They, scaled to float16 by a power of two a token, into a tile; tokens from n on are zero. unit
+  // <- what a number there stands for.
+  KALMANET_KERNEL void put_rows(int first, int at, int log2, Quad* to, float* unit) {
+    group.each([&](int, Registers& r) {
       uint32_t most = 0;
       KALMANET_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t v = r.raw[which][i / 4][i % 4];
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t v = r.raw[at + i / 4][i % 4];
         const uint32_t low = v & 0x7fff, high = v >> 16 & 0x7fff;
         most = low > most ? low : most;
         most = high > most ? high : most;
       }
-      r.most[which] = most;
-      stage_rows(r.raw[which], thread, stage()[which]);
+      r.most = most;
     });
-    group.max_warp([which](Registers& r) -> uint32_t& { return r.most[which]; });
+    group.template max_apart<8>([](Registers& r) -> uint32_t& { return r.most; });
     group.each([&](int thread, Registers& r) {
-      if (thread % 32 == 0) shared.largest[which][thread / 32] = r.most[which];
+      const int token = first + thread % 8;
+      const float power = token < n ? power_for(r.most, log2) : 0.0f;
+      if (token < n && r.most >= 0x7f80) shared.ill = 1;
+      if (thread % 32 < 8) unit[token] = token < n && r.most > 0 ? 1.0f / power : 0.0f;
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        uint32_t v[4];
+        KALMANET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const uint32_t both = token < n ? r.raw[at + i][e] : 0;
+          v[e] = pack_float16(low_bfloat16(both) * power, high_bfloat16(both) * power);
+        }
+        const int column = thread % 32 / 8 + i * 4;  // of 16 of 8 dims
+        store16(&to[token / 16 * 8 + column / 2].word[token / 8 % 2 * 2 + column % 2][token % 8 * 4],
+                v);
+      }
     });
   }
 
-  // A staged tensor scaled to float16, by rows (if not null) and by columns (likewise). Returns the
-  // power of two, NaN where the tensor is not finite.
-  KALMANET_KERNEL float put_tile(int which, int log2, Left* rows, Left* columns) {
-    uint32_t largest = 0;
-    for (int w = 0; w < 8; ++w) {
-      largest = shared.largest[which][w] > largest ? shared.largest[which][w] : largest;
-    }
-    const float power = power_for(largest, log2);
+  // By the last four warps: 16 tokens each, the others have work.
+  KALMANET_KERNEL void fetch_rows_of_half(const Array& a, int64_t a_head, int warp) {
     KALMANET_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int part = 0; part < 4; ++part) {
-          const uint32_t v = staged(stage()[which], m, thread / 32, thread % 32, part);
-          const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
-          r.t[part] =
-              token < n ? pack_float16(low_bfloat16(v) * power, high_bfloat16(v) * power) : 0;
-        }
-        if (rows != nullptr) {
-          rows[(m * 8 + thread / 32) * 32 + thread % 32] = {{r.t[0], r.t[1], r.t[2], r.t[3]}};
-        }
-      });
-      if (columns == nullptr) continue;
-      this->transpose_all();
-      group.each([&](int thread, Registers& r) {
-        columns[(thread / 32 * 2 + m) * 32 + thread % 32] = {{r.t[0], r.t[2], r.t[1], r.t[3]}};
-      });
+    for (int i = 0; i < 2; ++i) fetch_rows(a, a_head, (warp - 4) * 16 + i * 8, 4 * i);
+  }
+  KALMANET_KERNEL void put_rows_of_half(int warp, int log2, Quad* to, int which) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      put_rows((warp - 4) * 16 + i * 8, 4 * i, log2, to, shared.unit[which]);
     }
-    return largest < 0x7f80 ? power : NAN;
   }
 
   // Everything that is a token's own, what follows from the gates, and how many tokens the chunk
-  // has: by the first warp.
+  // has: by the first warp, two tokens a lane.
   KALMANET_KERNEL void load_scalars() {
     group.with_warp(0, [&] {
       const int64_t left = piece.end - t0;
-      group.each([&](int t, Registers& r) {
-        const bool real = t < left;
-        const auto at = [&](const Array& a, double absent) {
-          return real ? scalar_at<float>(a, piece.row, t0 + t, head, absent)
-                      : static_cast<float>(absent);
-        };
-        r.scan[0] = static_cast<double>(at(job.gk, 0.0));
-        r.scan[1] = static_cast<double>(at(job.g, 0.0));
-        shared.alpha[t] = at(job.alpha, 1.0);
-        const float ridge = at(job.ridge, job.ridge_ratio);
-        shared.ridge[t] = ridge > 0.0f ? ridge : NAN;
-        const float beta = at(job.beta, 1.0);
-        shared.beta2[t] = real ? beta * beta : 0.0f;
-      });
-      scan(0), scan(1);
-      group.each([&](int t, Registers& r) {
-        const bool faded = r.scan[0] < -kLongestForgetting || r.scan[1] < -kMostForgottenValues;
-        r.extreme[0] = faded ? -static_cast<float>(t) : -32.0f;
+      const auto at = [&](const Array& a, int t, double absent) {
+        return t < left ? scalar_at<float>(a, piece.row, t0 + t, head, absent)
+                        : static_cast<float>(absent);
+      };
+      KALMANET_UNROLL
+      for (int which = 0; which < 2; ++which) {
+        group.each([&](int thread, Registers& r) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            r.pair[i] = static_cast<double>(at(which == 0 ? job.gk : job.g, 2 * thread + i, 0.0));
+          }
+        });
+        scan();
+        group.each([&](int, Registers& r) {
+          r.since[which][0] = r.pair[0], r.since[which][1] = r.pair[1];
+        });
+      }
+      group.each([&](int thread, Registers& r) {
+        r.extreme[0] = -64.0f;
+        KALMANET_UNROLL
+        for (int i = 1; i >= 0; --i) {
+          const int t = 2 * thread + i;
+          shared.alpha[t] = at(job.alpha, t, 1.0);
+          const float ridge = at(job.ridge, t, job.ridge_ratio);
+          shared.ridge[t] = ridge > 0.0f ? ridge : NAN;
+          const float beta = at(job.beta, t, 1.0);
+          shared.beta2[t] = t < left ? beta * beta : 0.0f;
+          const bool faded =
+              r.since[0][i] < -kLongestForgetting || r.since[1][i] < -kMostForgottenValues;
+          if (faded) r.extreme[0] = -static_cast<float>(t);
+        }
+        if (thread == 0 && !(r.since[0][0] > -kMostForgotten && r.since[1][0] > -kMostForgotten)) {
+          shared.ill = 1;
+        }
       });
       group.max_warp([](Registers& r) -> float& { return r.extreme[0]; });
-      group.each([&](int t, Registers& r) {
+      group.each([&](int thread, Registers& r) {
         int count = static_cast<int>(-r.extreme[0]);
         if (count > left) count = static_cast<int>(left);
         if (count < 1) count = 1;
-        r.pivots[0] = static_cast<float>(count);
-        r.extreme[1] = t < count ? shared.beta2[t] : 0.0f;
-        if (t == 0) {
-          shared.tokens = count;
-          if (!(r.scan[0] > -kMostForgotten && r.scan[1] > -kMostForgotten)) shared.ill = 1;
-        }
+        r.extreme[1] = static_cast<float>(count);
+        if (thread == 0) shared.tokens = count;
       });
-      group.max_warp([](Registers& r) -> float& { return r.extreme[1]; });
       KALMANET_UNROLL
       for (int which = 0; which < 2; ++which) {
-        group.each([&](int t, Registers& r) {  // of the last token, to all
-          r.other = t == static_cast<int>(r.pivots[0]) - 1 ? r.scan[which] : 0.0;
+        group.each([&](int thread, Registers& r) {  // of the last token, to all
+          const int last = static_cast<int>(r.extreme[1]) - 1;
+          r.other = 2 * thread == last ? r.since[which][0] : 0.0;
+          if (2 * thread + 1 == last) r.other = r.since[which][1];
         });
         group.template sum_lanes<32>([](Registers& r) -> double& { return r.other; });
-        group.each([&](int t, Registers& r) {
-          const bool real = t < static_cast<int>(r.pivots[0]);
-          const float since = real ? static_cast<float>(r.scan[which]) : 0.0f;
-          const float most = r.extreme[1] > 0.0f ? r.extreme[1] : 1.0f;
-          const float beta2 = real ? shared.beta2[t] : 0.0f;
-          shared.start[which][t] = expf(since);
-          shared.since_end[which][t] = beta2 / most * expf(static_cast<float>(r.other) - since);
-          if (which == 0) {
-            shared.weight[t] = beta2 * expf(-since);
-          } else {
-            shared.value_weight[t] = beta2 / most * expf(-since);
+        group.each([&](int thread, Registers& r) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int t = 2 * thread + i;
+            const bool real = t < static_cast<int>(r.extreme[1]);
+            const float since = real ? static_cast<float>(r.since[which][i]) : 0.0f;
+            const float beta2 = real ? shared.beta2[t] : 0.0f;
+            shared.start[which][t] = expf(since);
+            shared.since_end[which][t] = beta2 * expf(static_cast<float>(r.other) - since);
+            (which == 0 ? shared.weight : shared.value_weight)[t] = beta2 * expf(-since);
           }
-          if (t != 0) return;
-          shared.total[which] = expf(static_cast<float>(r.other));
-          shared.largest_beta2 = most;
+          if (thread == 0) shared.total[which] = expf(static_cast<float>(r.other));
         });
       }
     });
   }
 
-  // scan[which] <- the sum over the warp's lanes up to this one.
-  KALMANET_KERNEL void scan(int which) {
+  // pair <- the sums over the warp's pairs up to and with each.
+  KALMANET_KERNEL void scan() {
+    group.each([](int, Registers& r) { r.scan = r.pair[0] + r.pair[1]; });
     KALMANET_UNROLL
     for (int step = 1; step < 32; step *= 2) {
-      group.shuffle([](Registers& r) -> double& { return r.other; },
-                    [which](Registers& r) { return r.scan[which]; },
-                    [step](int thread) { return thread - step; });
-      group.each([&](int thread, Registers& r) {
-        if (thread % 32 >= step) r.scan[which] += r.other;
+      add_before(step, [&](int thread, Registers& r) {
+        if (thread % 32 >= step) r.scan += r.other;
       });
     }
+    add_before(1, [](int thread, Registers& r) {
+      r.pair[0] = thread % 32 == 0 ? r.pair[0] : r.other + r.pair[0];
+      r.pair[1] += r.pair[0];
+    });
+  }
+  template <class F>
+  KALMANET_KERNEL void add_before(int step, F&& f) {
+    group.shuffle([](Registers& r) -> double& { return r.other; },
+                  [](Registers& r) { return r.scan; }, [step](int thread) { return thread - step; });
+    group.each(f);
   }
 
-  // Two neighbouring tiles of a state as left fragments: a[0] high, a[1] low.
+  // Two neighbouring tiles of a state as left factor: a[0] high, a[1] low.
   template <bool kSplit>
   KALMANET_KERNEL static void pack_state(const float (&left)[4], const float (&right)[4],
                                          float scale, uint32_t (&a)[2][4]) {
@@ -255,31 +274,25 @@ struct DirectState : DirectInverse<Group> {
     }
   }
 
-  // shared.dots[which][warp][token] <- the sum of term(registers, thread, n, i) over the warp's
-  // dims.
+  // dots[warp][token] <- the sum of term(registers, tile, i) over the warp's dims, for sums of dims
+  // x tokens.
   template <class F>
-  KALMANET_KERNEL void dot_columns(int which, F&& term) {
-    KALMANET_UNROLL
-    for (int tile = 0; tile < 4; ++tile) {
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          r.dot[c] = term(r, thread, tile, c) + term(r, thread, tile, c + 2);
-        }
-      });
-      group.sum_rows([](Registers& r) -> float& { return r.dot[0]; });
-      group.sum_rows([](Registers& r) -> float& { return r.dot[1]; });
-      group.each([&](int thread, Registers& r) {
-        if (thread % 32 >= 4) return;
-        shared.dots[which][thread / 32][this->token_of(thread, tile, 0)] = r.dot[0];
-        shared.dots[which][thread / 32][this->token_of(thread, tile, 1)] = r.dot[1];
-      });
-    }
+  KALMANET_KERNEL void dot_columns(float (*dots)[L::kTokens], int tile, F&& term) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int c = 0; c < 2; ++c) r.dot[c] = term(thread, r, c) + term(thread, r, c + 2);
+    });
+    group.sum_rows([](Registers& r) -> float& { return r.dot[0]; });
+    group.sum_rows([](Registers& r) -> float& { return r.dot[1]; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 >= 4) return;
+      KALMANET_UNROLL
+      for (int c = 0; c < 2; ++c) dots[thread / 32][this->column_of(thread, tile, c)] = r.dot[c];
+    });
   }
-  KALMANET_KERNEL double dot(int which, int token) const {
-    double sum = 0.0;
-    for (int w = 0; w < 8; ++w) sum += static_cast<double>(shared.dots[which][w][token]);
-    return sum;
+
+  KALMANET_KERNEL DirectMeasured& measured() {
+    return *reinterpret_cast<DirectMeasured*>(&shared.gains);
   }
 
   // k_t^T H_0 k_t and the keys' own products, from which |H_t| follows. `scale`: what h is
@@ -288,84 +301,120 @@ struct DirectState : DirectInverse<Group> {
     this->clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
-      group.each([&](int thread, Registers& r) {
+      group.each([&](int, Registers& r) {
         pack_state<false>(r.h[2 * k], r.h[2 * k + 1], scale, r.a);
-        this->load_right(shared.keys, thread, k, r.b[0]);
       });
-      this->add_tiles(0, 0);
+      KALMANET_UNROLL
+      for (int block = 0; block < 4; ++block) {
+        this->load_right_transposed(0, [&](int) { return &shared.keys[block * 8 + k]; });
+        this->add_y(2 * block, 0, 0);
+      }
     }
-    dot_columns(0, [&](Registers& r, int thread, int tile, int i) {
-      const Left left = shared.columns[(thread / 32 * 2 + tile / 2) * 32 + thread % 32];
-      const uint32_t both = tile % 2 == 0 ? (i < 2 ? left.part[0] : left.part[1])
-                                          : (i < 2 ? left.part[2] : left.part[3]);
-      return (i % 2 == 0 ? low_float16(both) : high_float16(both)) * r.y[tile][i];
-    });
-    this->template multiply_tokens<false, false>(shared.keys, nullptr, shared.keys, nullptr);
     KALMANET_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      group.each([&](int thread, Registers& r) {
+    for (int tile = 0; tile < 8; ++tile) {
+      if (tile % 2 == 0) {
+        this->load_left_transposed(0, [&](int w) { return &shared.keys[tile / 2 * 8 + w]; });
+      }
+      dot_columns(measured().dots, tile, [=](int, Registers& r, int i) {
+        const uint32_t both = r.a[0][tile % 2 * 2 + i / 2];
+        return (i % 2 == 0 ? low_float16(both) : high_float16(both)) * r.y[tile][i];
+      });
+    }
+    measure_products();
+  }
+  // Warp w: of tokens 16 (w % 4) .. with 32 (w / 4) .. .
+  KALMANET_KERNEL void measure_products() {
+    this->template clear_y<4>();
+    KALMANET_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      this->load_left(0, [&](int w) { return &shared.keys[w % 4 * 8 + k]; });
+      KALMANET_UNROLL
+      for (int block = 0; block < 2; ++block) {
+        this->load_right_transposed(
+            0, [&](int w) { return &shared.keys[(w / 4 * 2 + block) * 8 + k]; });
+        this->add_y(2 * block, 0, 0);
+      }
+    }
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int t = thread / 32 % 4 * 16 + this->row_of(thread, 2 * half);
         r.dot[half] = 0;
         KALMANET_UNROLL
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int t = this->tile_row(thread, i), j = this->tile_column(thread, i);
-          const float g = r.g[0][i];
-          if (j <= t) r.dot[half] += shared.weight[j] * g * g;
-          if (j == t) shared.norm2[t] = g;
+        for (int e = 0; e < 8; ++e) {
+          const int j = thread / 128 * 32 + this->column_of(thread, e / 2, e);
+          const float g = r.y[e / 2][2 * half + e % 2];
+          const float u = shared.weight[j] * shared.unit[0][j] * shared.unit[0][j];
+          if (j <= t) r.dot[half] += u * g * g;
+          if (j == t) measured().norm2[t] = g;
         }
-      });
-    }
+      }
+    });
     group.template sum_lanes<4>([](Registers& r) -> float& { return r.dot[0]; });
     group.template sum_lanes<4>([](Registers& r) -> float& { return r.dot[1]; });
     group.each([&](int thread, Registers& r) {
       if (thread % 4 != 0) return;
-      shared.gram[thread / 32 % 4][this->tile_row(thread, 0)] = r.dot[0];
-      shared.gram[thread / 32 % 4][this->tile_row(thread, 2)] = r.dot[1];
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        measured().gram[thread / 128][thread / 32 % 4 * 16 + this->row_of(thread, 2 * half)] =
+            r.dot[half];
+      }
     });
   }
 
-  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in scratch, and the squares
-  // of its elements.
-  KALMANET_KERNEL void advance(bool u) {
-    const Left* const left = u ? shared.values : shared.columns;
-    const float* const weight = shared.since_end[u ? 1 : 0];
-    const float unit = shared.largest_beta2 / k_power / (u ? v_power : k_power);
-    const float keep = shared.total[u ? 1 : 0] / unit;
-    fetch_state(u);  // (all of it under way at once)
+  // r.largest <- the largest beta_j^2 and unit of k_j k_j^T or k_j v_j^T (`u`): what the chunk's sums
+  // are counted in, so that no factor overflows.
+  KALMANET_KERNEL void find_largest(bool u) {
     group.each([&](int thread, Registers& r) {
-      r.sum = 0;
+      r.largest = 0;
       KALMANET_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        const Left raw = left[(thread / 32 * 2 + k) * 32 + thread % 32];
+      for (int t = thread % 32; t < L::kTokens; t += 32) {
+        const float e = t < n ? shared.beta2[t] * shared.unit[0][t] * shared.unit[u ? 1 : 0][t] : 0.0f;
+        r.largest = e > r.largest ? e : r.largest;
+      }
+    });
+    group.max_warp([](Registers& r) -> float& { return r.largest; });
+    group.each([](int, Registers& r) { r.largest = r.largest > 0.0f ? r.largest : 1.0f; });
+  }
+
+  // h, a state, <- total h + left diag(weights) K, left K^T or V^T (`u`), into scratch too, and the
+  // squares of its elements.
+  KALMANET_KERNEL void advance(bool u) {
+    find_largest(u);
+    const Quad* const left = u ? shared.inverse[0] : shared.keys;
+    const float* const weight = shared.since_end[u ? 1 : 0];
+    const float* const unit = shared.unit[u ? 1 : 0];
+    KALMANET_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      this->load_left_transposed(0, [&](int w) { return left + k * 8 + w; });
+      group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int j = k * 16 + thread % 4 * 2 + i / 2 * 8;
-          r.z[0][k][i] = split_float16(low_float16(raw.part[i]) * weight[j],
-                                       high_float16(raw.part[i]) * weight[j + 1], r.z[1][k][i]);
-        }
-      }
-    });
-    KALMANET_UNROLL
-    for (int tile = 0; tile < 16; tile += 2) {
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) r.g[j][i] = keep * r.h[tile + j][i];
-        }
-        KALMANET_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          const Left right = shared.columns[(tile + k) * 32 + thread % 32];
-          KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) r.b[k][i % 2][i / 2] = right.part[i];
+          const float w0 = divide(weight[j] * unit[j] * shared.unit[0][j], r.largest);
+          const float w1 =
+              divide(weight[j + 1] * unit[j + 1] * shared.unit[0][j + 1], r.largest);
+          r.z[0][k][i] = split_float16(low_float16(r.a[0][i]) * w0, high_float16(r.a[0][i]) * w1,
+                                       r.z[1][k][i]);
         }
       });
+    }
+    group.each([](int, Registers& r) { r.sum = 0; });
+    KALMANET_UNROLL
+    for (int tile = 0; tile < 16; tile += 2) {
+      group.each([&](int, Registers& r) {
+        const float keep = divide(shared.total[u ? 1 : 0], r.largest);
+        KALMANET_UNROLL
+        for (int i = 0; i < 8; ++i) r.h[tile + i / 4][i % 4] *= keep;
+      });
       KALMANET_UNROLL
-      for (int at = 0; at < 8; ++at) {
-        const int k = at / 4, part = 1 - at / 2 % 2, j = at % 2;
-        const auto g = [j](Registers& r) -> float (&)[4] { return r.g[j]; };
-        group.multiply_add_float16(
-            g, g, [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; },
-            [k, j](Registers& r) -> uint32_t (&)[2] { return r.b[k][j]; });
+      for (int k = 0; k < 4; ++k) {
+        this->load_right(0, [&](int) { return &shared.keys[k * 8 + tile / 2]; });
+        KALMANET_UNROLL
+        for (int part = 1; part >= 0; --part) {
+          this->add([tile](Registers& r, int j) -> float (&)[4] { return r.h[tile + j]; },
+                    [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; }, 0);
+        }
       }
       group.each([&](int thread, Registers& r) {
         float squares = 0;
@@ -373,10 +422,10 @@ struct DirectState : DirectInverse<Group> {
         for (int j = 0; j < 2; ++j) {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {
-            r.g[j][i] *= unit;
-            squares += r.g[j][i] * r.g[j][i];
+            r.h[tile + j][i] *= r.largest;
+            squares += r.h[tile + j][i] * r.h[tile + j][i];
           }
-          store4(state_at(u, thread, tile + j), r.g[j]);
+          store4(state_at(u, thread, tile + j), r.h[tile + j]);
         }
         r.sum += squares;
       });

@@ -81,6 +81,35 @@ KALMANET_KERNEL float high_float16(uint32_t both) {
 #endif
 }
 
+// a * b + c, and a * b, of two float16 each, rounded once.
+KALMANET_KERNEL uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return pack_float16(low_float16(a) * low_float16(b) + low_float16(c),
+                      high_float16(a) * high_float16(b) + high_float16(c));
+#endif
+}
+KALMANET_KERNEL uint32_t multiply_halves(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return pack_float16(low_float16(a) * low_float16(b), high_float16(a) * high_float16(b));
+#endif
+}
+
+// 16 x 16 numbers of 16 bits in shared memory as four matrices of 8 x 8 (row-major among
+// themselves), each 128 bytes by rows: what a warp loads in one instruction, as it lies or each
+// matrix transposed, without two lanes meeting in a bank. Word [m][lane] of matrix m holds row lane
+// / 4 and columns 2 (lane % 4) and the next: where a warp's sums have them.
+struct alignas(16) Quad {
+  uint32_t word[4][32];
+};
+
 #ifdef __CUDACC__
 template <class Registers>
 class DeviceGroup {
@@ -140,6 +169,45 @@ class DeviceGroup {
     __builtin_assume(thread_ >= 0 && thread_ < 1024);
     if (thread_ / 32 == warp) f();
   }
+  // f(warp) by each of the warps [first, last), apart from one another.
+  template <class F>
+  __device__ __forceinline__ void by_warp(int first, int last, F&& f) {
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    const int warp = thread_ / 32;
+    if (warp >= first && warp < last) f(warp);
+  }
+  // What a warp's lanes wrote to shared memory is there for all of them.
+  __device__ __forceinline__ void barrier_warp() { __syncwarp(); }
+  // to(registers)[0 .. 3] <- the four matrices of the warp's from(thread), each transposed or not,
+  // the middle two in each other's place (kSwap) or not.
+  template <bool kTranspose, bool kSwap, class To, class From>
+  __device__ __forceinline__ void load_quad(To&& to, From&& from) {
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    uint32_t* const t = to(registers_);
+    const int lane = thread_ % 32;
+    const int row = kSwap ? ((lane & 7) | (lane & 8) << 1 | (lane & 16) >> 1) : lane;
+    const uint32_t at =
+        static_cast<uint32_t>(__cvta_generic_to_shared(from(thread_))) + static_cast<uint32_t>(row) * 16;
+    if (kTranspose) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(t[0]), "=r"(t[1]), "=r"(t[2]), "=r"(t[3])
+                   : "r"(at));
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(t[0]), "=r"(t[1]), "=r"(t[2]), "=r"(t[3])
+                   : "r"(at));
+    }
+  }
+  // The largest over the lanes with the same lane % kApart.
+  template <int kApart, class Member>
+  __device__ __forceinline__ void max_apart(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = kApart; mask < 32; mask *= 2) {
+      const auto other = __shfl_xor_sync(~0u, value, mask);
+      value = other > value ? other : value;
+    }
+  }
   // to(registers) = from(registers) of lane lane_of(thread) of the same warp.
   template <class To, class From, class Lane>
   __device__ __forceinline__ void shuffle(To&& to, From&& from, Lane&& lane_of) {
@@ -189,12 +257,49 @@ class HostGroup {
   void new_part() {}
   template <class F>
   void with_warp(int warp, F&& f) {
-    const size_t end = end_;
-    begin_ = static_cast<size_t>(warp) * 32;
-    end_ = begin_ + 32;
-    f();
-    begin_ = 0;
-    end_ = end;
+    by_warp(warp, warp + 1, [&](int) { f(); });
+  }
+  template <class F>
+  void by_warp(int first, int last, F&& f) {
+    const size_t begin = begin_, end = end_;
+    for (int i = first; i < last; ++i) {
+      const int warp = backwards_ ? first + last - 1 - i : i;
+      const size_t at = static_cast<size_t>(warp) * 32;
+      if (at < begin || at >= end) continue;  // (within another by_warp)
+      begin_ = at;
+      end_ = at + 32;
+      f(warp);
+      begin_ = begin;
+      end_ = end;
+    }
+  }
+  void barrier_warp() {}
+  template <bool kTranspose, bool kSwap, class To, class From>
+  void load_quad(To&& to, From&& from) {
+    for (size_t i = begin_; i < end_; ++i) {
+      const Quad& quad = *from(static_cast<int>(i));
+      uint32_t* const t = to(registers_[i]);
+      const size_t row = i % 32 / 4, column = i % 4 * 2;
+      for (size_t m = 0; m < 4; ++m) {
+        const size_t which = kSwap && (m == 1 || m == 2) ? 3 - m : m;
+        const auto half = [&](size_t r, size_t c) {
+          return quad.word[which][r * 4 + c / 2] >> (c % 2 * 16) & 0xffff;
+        };
+        t[m] = kTranspose ? half(column, row) | half(column + 1, row) << 16
+                          : quad.word[which][i % 32];
+      }
+    }
+  }
+  template <int kApart, class Member>
+  void max_apart(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t mask = kApart; mask < 32; mask *= 2) {
+      for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
+      for (size_t i = begin_; i < end_; ++i) {
+        if (old[i ^ mask] > old[i]) member(registers_[i]) = old[i ^ mask];
+      }
+    }
   }
   template <class To, class From, class Lane>
   void shuffle(To&& to, From&& from, Lane&& lane_of) {
