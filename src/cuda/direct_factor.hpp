@@ -371,7 +371,7 @@ struct DirectFactor : DirectState<Group> {
     for (int block = 0; block < 3; ++block) {
       this->load_right(0, [&](int) { return factor_rows(0) + block + 1; });
       this->load_right(1, [&](int) { return factor_rows(1) + block + 1; });
-      group.each([](int, Registers& r) {
+      group.each([&](int, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 8; ++i) r.h[2 * block + i / 4][i % 4] = r.h[2 * block + 2 + i / 4][i % 4];
       });
