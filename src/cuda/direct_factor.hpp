@@ -20,7 +20,9 @@ KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
 }
 
 // The order in which n nodes are taken, [n][k], so that no product of the first (nu - nu_k) is ever
-// large: 0 .. 31 with their bits reversed, those below n.
+// large: 0 .. 31 with their bits reversed, those below n. The first, by which Horner multiplies last,
+// is that nearest to nu = 0: there, where H is large and U does magnify, it wipes out what rounding
+// had left (beside the other end first: half the error at a memory of 20, a third at 3).
 struct NodeOrder {
   uint8_t at[DirectLayout::kMostSteps + 1][DirectLayout::kMostSteps];
   constexpr NodeOrder() : at() {
@@ -28,7 +30,7 @@ struct NodeOrder {
       int k = 0;
       for (int c = 0; c < 32; ++c) {
         const int node = (c & 1) << 4 | (c & 2) << 2 | (c & 4) | (c & 8) >> 2 | (c & 16) >> 4;
-        if (node < n) at[n][k++] = static_cast<uint8_t>(node);
+        if (node < n) at[n][k++] = static_cast<uint8_t>(n - 1 - node);
       }
     }
   }
