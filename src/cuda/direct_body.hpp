@@ -18,10 +18,8 @@ struct DirectBody : DirectSolve<Group> {
   using Registers = DirectRegisters;
 
   KALMANET_KERNEL Quad* values() { return shared.inverse[0]; }
+  KALMANET_KERNEL Quad* outputs() { return shared.inverse[1]; }
   KALMANET_KERNEL Quad* middle(int part) { return shared.gains[0] + 16 * part; }
-  KALMANET_KERNEL float (*output_dots())[L::kTokens] {
-    return reinterpret_cast<float (*)[L::kTokens]>(shared.coefficient);
-  }
 
   // middle <- e^{G_t - G_j} m_t . k_j of the chunk's own pairs, in the units of r.largest.
   KALMANET_KERNEL void weigh_values() {
@@ -67,16 +65,18 @@ struct DirectBody : DirectSolve<Group> {
     });
   }
 
-  // o of the chunk from m and from U^T, which is in h.
+  // outputs <- o of the chunk, bfloat16, from m and U.
   KALMANET_KERNEL void read_out() {
     const double u2 = this->squares_of_state(true);
     const float u_power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
+    this->fetch_columns(true, 0);
     this->clear_y();
-    KALMANET_UNROLL
+    KALMANET_LOOP
     for (int k = 0; k < 8; ++k) {
       group.each([&](int, Registers& r) {
-        this->template pack_state<true>(r.h[2 * k], r.h[2 * k + 1], u_power, r.a);
+        this->template pack_state<true>(r.f[0], r.f[1], u_power, r.a);
       });
+      if (k < 7) this->fetch_columns(true, k + 1);
       KALMANET_UNROLL
       for (int block = 0; block < 4; ++block) {
         this->load_right_transposed(0, [&](int) { return &shared.queries[block * 8 + k]; });
@@ -109,70 +109,63 @@ struct DirectBody : DirectSolve<Group> {
         }
       }
     }
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 8; ++tile) {
+    KALMANET_UNROLL
+    for (int tile = 0; tile < 8; ++tile) {
+      group.each([&](int thread, Registers& r) {
+        float v[4];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = this->column_of(thread, tile, i);
-          r.y[tile][i] *= shared.output_scale[t] * shared.unit[2][t] * r.largest;
+          v[i] = r.y[tile][i] * (shared.output_scale[t] * shared.unit[2][t] * r.largest);
         }
-      }
-    });
-    KALMANET_UNROLL
-    for (int tile = 0; tile < 8; ++tile) {
-      this->dot_columns(output_dots(), tile, [tile](int, Registers& r, int i) {
-        return r.y[tile][i] * r.y[tile][i];
-      });
-    }
-    store_outputs();
-  }
-
-  // Whether U magnifies more than these products bear: a barrier after read_out().
-  KALMANET_KERNEL void check_outputs(double u2) {
-    group.each([&](int t, Registers&) {
-      if (t >= n || this->exact(t)) return;
-      double o2 = 0.0;
-      for (int w = 0; w < 8; ++w) o2 += static_cast<double>(output_dots()[w][t]);
-      // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it is
-      // not small, and where it is these are a sequence's first tokens.
-      const double weight = static_cast<double>(shared.alpha[t] * shared.unit[2][t]) * job.scale;
-      const double x2 = weight * weight * static_cast<double>(shared.x2[t]) * u2 / 128.0;
-      const double limit = kLargestDirectAmplification * kLargestDirectAmplification;
-      if (!(x2 <= limit * o2)) shared.ill = 1;
-    });
-  }
-
-  KALMANET_KERNEL void store_outputs() {
-    uint16_t* const base =
-        static_cast<uint16_t*>(job.o.data) + offset_of(job.o, piece.row, t0, head);
-    KALMANET_UNROLL
-    for (int tile = 0; tile < 8; ++tile) {
-      group.each([&](int, Registers& r) {
-        r.t[0] = pack_bfloat16(r.y[tile][0], r.y[tile][1]);
-        r.t[1] = pack_bfloat16(r.y[tile][2], r.y[tile][3]);
+        r.t[0] = pack_bfloat16(v[0], v[1]);
+        r.t[1] = pack_bfloat16(v[2], v[3]);
       });
       group.transpose([](Registers& r) -> uint32_t& { return r.t[0]; });
       group.transpose([](Registers& r) -> uint32_t& { return r.t[1]; });
       group.each([&](int thread, Registers& r) {
-        const int token = tile * 8 + thread % 32 / 4;
-        const int dim = thread / 32 * 16 + thread % 4 * 2;
-        if (token >= n || this->exact(token)) return;
-        uint16_t* const to = base + token * job.o.stride[1] + dim;
-        memcpy(to, &r.t[0], 4);
-        memcpy(to + 8, &r.t[1], 4);
+        Quad& to = outputs()[tile / 2 * 8 + thread / 32];
+        to.word[tile % 2 * 2][thread % 32] = r.t[0];
+        to.word[tile % 2 * 2 + 1][thread % 32] = r.t[1];
       });
     }
   }
 
-  // The next chunk's rows towards L2: by the last four warps, half a row a thread.
-  KALMANET_KERNEL void prefetch_rows(const Array& a, int64_t a_head) {
-    const uint16_t* const base =
-        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0 + n, a_head);
-    const int64_t left = piece.end - t0 - n;
-    group.each([&](int thread, Registers&) {
-      const int token = thread % 128 / 2;
-      if (token < left) prefetch(base + token * a.stride[1] + thread % 2 * 64);
+  // Eight tokens' outputs a warp; and whether U magnifies more than these products bear.
+  KALMANET_KERNEL void store_outputs() {
+    uint16_t* const base =
+        static_cast<uint16_t*>(job.o.data) + offset_of(job.o, piece.row, t0, head);
+    group.each([&](int thread, Registers& r) {
+      const int token = thread / 32 * 8 + thread % 8;
+      const bool ours = token < n && !this->exact(token);
+      r.dot[0] = 0;
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int column = thread % 32 / 8 + i * 4;  // of 16 of 8 dims
+        uint32_t v[4];
+        load16(&outputs()[token / 16 * 8 + column / 2]
+                    .word[token / 8 % 2 * 2 + column % 2][token % 8 * 4],
+               v);
+        if (ours) store16(base + token * job.o.stride[1] + column * 8, v);
+        KALMANET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          r.dot[0] += low_bfloat16(v[e]) * low_bfloat16(v[e]);
+          r.dot[0] += high_bfloat16(v[e]) * high_bfloat16(v[e]);
+        }
+      }
+    });
+    group.template sum_apart<8>([](Registers& r) -> float& { return r.dot[0]; });
+    const float u2 = static_cast<float>(this->squares_of_state(true));
+    group.each([&](int thread, Registers& r) {
+      const int token = thread / 32 * 8 + thread % 8;
+      if (token >= n || this->exact(token)) return;
+      // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it is
+      // not small, and where it is these are a sequence's first tokens.
+      const float weight =
+          shared.alpha[token] * shared.unit[2][token] * static_cast<float>(job.scale);
+      const float x2 = (shared.x2[0][token] + shared.x2[1][token]) * u2 / 128.0f;
+      constexpr float kLimit = static_cast<float>(kLargestDirectAmplification);
+      if (!(fabsf(weight) * sqrtf(x2) <= kLimit * sqrtf(r.dot[0]))) shared.ill = 1;
     });
   }
 
@@ -199,7 +192,6 @@ struct DirectBody : DirectSolve<Group> {
         this->put_rows(warp * 8, 0, 1, shared.keys, shared.unit[0]);
       });
       group.barrier();
-      if (shared.ill != 0) return true;
       const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
       const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
       this->measure_keys(scale);
@@ -217,34 +209,33 @@ struct DirectBody : DirectSolve<Group> {
       group.barrier();
       group.new_part();
       this->solve();
-      group.by_warp(4, 8, [&](int warp) {
-        this->fetch_rows_of_half(job.v, head / job.v_group, warp);
-        prefetch_rows(job.k, head / job.k_group);
-        prefetch_rows(job.q, head / job.q_group);
-        prefetch_rows(job.v, head / job.v_group);
+      group.by_warp(0, 8, [&](int warp) {
+        this->fetch_rows(job.v, head / job.v_group, warp * 8, 0);
       });
       group.barrier();
       group.new_part();
       this->put_low_parts();
-      group.by_warp(4, 8, [&](int warp) { this->put_rows_of_half(warp, 1, values(), 1); });
-      this->fetch_state(true);
+      group.by_warp(0, 8, [&](int warp) {
+        this->put_rows(warp * 8, 0, 1, values(), shared.unit[1]);
+      });
       group.barrier();
       weigh_values();
       group.barrier();
       group.new_part();
-      const double u2 = this->squares_of_state(true);
       read_out();
       group.barrier();
-      check_outputs(u2);
+      store_outputs();
+      if (t0 + n >= piece.end && !piece.last) {
+        group.barrier();
+        return shared.ill != 0;
+      }
+      group.barrier();  // (before the squares of U change)
+      group.new_part();
+      KALMANET_LOOP  // one copy of the code
+          for (int which = 1; which >= 0; --which) this->advance(which == 1);
+      this->fetch_state(false);
       group.barrier();
       if (shared.ill != 0) return true;
-      if (t0 + n >= piece.end && !piece.last) return false;
-      group.new_part();
-      this->advance(true);
-      group.new_part();
-      this->fetch_state(false);
-      this->advance(false);
-      group.barrier();
     }
     this->store_state(false, state_view<float>(job.h_final, piece.sequence, head));
     this->store_state(true, state_view<float>(job.u_final, piece.sequence, head));

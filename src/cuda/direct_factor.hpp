@@ -102,19 +102,8 @@ struct DirectFactor : DirectState<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int t = 2 * thread + i;
-          const float shift = r.dot[i];
-          const float x_scale = shift == 0.0f ? 0.0f : 1.0f / (mu * shared.start[0][t]);
-          // (Of a token computed elsewhere the shift may be far from mu.)
-          shared.delta[t] = shift == 0.0f || exact(t) ? 0.0f : shift / mu - 1.0f;
-          shared.solution_scale[t] = x_scale;
-          shared.key_scale[t] = sqrtf(shared.weight[t] / mu) * shared.unit[0][t];
-          const float alpha = shared.alpha[t];
-          const float most = fmaxf(fabsf(1.0f - alpha), fabsf(alpha) * x_scale);
-          int exponent = 0;
-          if (most > 0.0f && most < INFINITY) frexpf(most, &exponent);
-          exponent = exponent < -100 ? -100 : (exponent > 100 ? 100 : exponent);
-          shared.query_scale[t] = ldexpf(1.0f, -exponent);
-          shared.output_scale[t] = ldexpf(static_cast<float>(job.scale), exponent);
+          shared.shift[t] = r.dot[i];
+          shared.key_scale[t] = sqrtf(divide(shared.weight[t], mu)) * shared.unit[0][t];
         }
         if (thread != 0) return;
         shared.mu = mu;
@@ -125,20 +114,30 @@ struct DirectFactor : DirectState<Group> {
     });
   }
 
-  // The polynomial's coefficients and nodes: by the last two warps, a token a thread, while the
-  // others' pivots are under way.
-  KALMANET_KERNEL void put_coefficients() {
+  // What else follows a token, the polynomial's coefficients and nodes: by the last two warps, a
+  // token a thread, while the others' pivots are under way.
+  KALMANET_KERNEL void plan_tokens() {
     group.by_warp(6, 8, [&](int) {
       group.each([&](int thread, Registers&) {
         const int t = thread % 64;
-        const float half = 0.5f * shared.delta[t];
-        float a = -1.0f;  // (times -(d/2) / ..: below)
+        const float shift = shared.shift[t], mu = shared.mu, alpha = shared.alpha[t];
+        const float x_scale = shift == 0.0f ? 0.0f : divide(1.0f, mu * shared.start[0][t]);
+        const float most = fmaxf(fabsf(1.0f - alpha), fabsf(alpha) * x_scale);
+        int exponent = static_cast<int>(bits_of(most) >> 23) - 126;
+        if (!(most > 0.0f && most < INFINITY)) exponent = 0;
+        exponent = exponent < -100 ? -100 : (exponent > 100 ? 100 : exponent);
+        shared.solution_scale[t] = x_scale;
+        shared.query_scale[t] = power_of_two(-exponent);
+        shared.output_scale[t] = static_cast<float>(job.scale) * power_of_two(exponent);
+        // (Of a token computed elsewhere the shift may be far from mu.)
+        const float half = shift == 0.0f || exact(t) ? 0.0f : 0.5f * (divide(shift, mu) - 1.0f);
+        const float angle = divide(3.14159265f, static_cast<float>(shared.steps));
+        float a = 1.0f;
         KALMANET_LOOP
         for (int k = 0; k < shared.steps; ++k) {
-          const float angle = 3.14159265f * (static_cast<float>(kNodeOrder.at[shared.steps][k]) + 0.5f) /
-                              static_cast<float>(shared.steps);
-          const float node = 1.0f + cosine(angle);  // 2 nu_k
-          a *= divide(k == 0 ? -1.0f : -half, 1.0f + half * node);
+          const float at = static_cast<float>(kNodeOrder.at[shared.steps][k]) + 0.5f;
+          const float node = 1.0f + cosine(angle * at);  // 2 nu_k
+          a *= divide(k == 0 ? 1.0f : -half, 1.0f + half * node);
           shared.coefficient[k][t] = static_cast<uint16_t>(pack_float16(a, a));
           if (t == 0) shared.node[k] = -node;
         }
@@ -159,18 +158,15 @@ struct DirectFactor : DirectState<Group> {
         }
       }
     });
-    put_coefficients();
+    plan_tokens();
     this->invert();
     this->put_inverse();
-    group.barrier();
-    group.new_part();
-    group.by_warp(0, 4, [&](int) { multiply_keys<0>(); });
-    group.by_warp(4, 8, [&](int) { multiply_keys<1>(); });
+    multiply_keys();
     put_gains();
     group.barrier();
     group.new_part();
     group.by_warp(0, 4, [&](int) { multiply_gains(); });
-    group.by_warp(4, 8, [&](int warp) { this->fetch_rows_of_half(job.q, head / job.q_group, warp); });
+    group.by_warp(4, 8, [&](int warp) { fetch_ahead(warp); });
     invert_factor();
     group.barrier();
     group.new_part();
@@ -179,48 +175,61 @@ struct DirectFactor : DirectState<Group> {
     put_gains();
     group.by_warp(4, 8, [&](int warp) { this->put_rows_of_half(warp, 2, shared.queries, 2); });
   }
+  // Q, and all that is needed next towards L2.
+  KALMANET_KERNEL void fetch_ahead(int warp) {
+    this->fetch_rows_of_half(job.q, head / job.q_group, warp);
+    this->prefetch_rows(job.v, head / job.v_group, t0);
+    const int64_t next = t0 + n;
+    this->prefetch_rows(job.k, head / job.k_group, next);
+    this->prefetch_rows(job.q, head / job.q_group, next);
+    this->prefetch_scalars(job.gk, next);
+    if (job.g.data != job.gk.data) this->prefetch_scalars(job.g, next);
+    this->prefetch_scalars(job.alpha, next);
+    this->prefetch_scalars(job.beta, next);
+    this->prefetch_scalars(job.ridge, next);
+  }
   // Q alone, where there is nothing to solve.
   KALMANET_KERNEL void take_queries() {
+    plan_tokens();
     group.by_warp(4, 8, [&](int warp) {
       this->fetch_rows_of_half(job.q, head / job.q_group, warp);
       this->put_rows_of_half(warp, 2, shared.queries, 2);
     });
   }
 
-  // y <- Y^T: the warp's 16 tokens and half the dims.
-  template <int kHalf>
+  // y <- Y = P K^T: the warp's 16 dims, of P as invert() left it, and all tokens.
   KALMANET_KERNEL void multiply_keys() {
+    constexpr float kScale = 256.0f;  // so that what is 1e-3 of 1 has normal low parts
     this->clear_y();
     KALMANET_UNROLL
-    for (int part = 1; part >= 0; --part) {
+    for (int k = 0; k < 8; ++k) {
+      group.each([&](int, Registers& r) {
+        this->template pack_state<true>(r.h[2 * k], r.h[2 * k + 1], -kScale, r.a);
+      });
       KALMANET_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        this->load_left(0, [&](int w) { return &shared.keys[w % 4 * 8 + k]; });
-        KALMANET_UNROLL
-        for (int block = 0; block < 4; ++block) {
-          this->load_inverse(0, shared.inverse[part], k, 4 * kHalf + block);
-          this->add_y(2 * block, 0, 0);
-        }
+      for (int block = 0; block < 4; ++block) {
+        this->load_right_transposed(0, [&](int) { return &shared.keys[block * 8 + k]; });
+        this->add_y(2 * block, 1, 0);
+        this->add_y(2 * block, 0, 0);
       }
-      if (part == 1) this->scale_y(1.0f / kLowScale);
     }
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int t = thread / 32 % 4 * 16 + this->row_of(thread, 2 * half);
-        const float by = shared.key_scale[t] * (1.0f / kInverseScale);
+      for (int tile = 0; tile < 8; ++tile) {
         KALMANET_UNROLL
-        for (int e = 0; e < 16; ++e) r.y[e / 2][2 * half + e % 2] *= by;
+        for (int i = 0; i < 4; ++i) {
+          r.y[tile][i] *= shared.key_scale[this->column_of(thread, tile, i)] * (1.0f / kScale);
+        }
       }
     });
   }
 
-  // y, Y^T or Z^T, into shared memory.
+  // y, Y or Z, into shared memory.
   KALMANET_KERNEL void put_gains() {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int block = 0; block < 4; ++block) {
-        const int at = thread / 32 % 4 * 8 + thread / 128 * 4 + block;
+        const int at = thread / 32 * 4 + block;
         KALMANET_UNROLL
         for (int m = 0; m < 4; ++m) {
           const float (&v)[4] = r.y[2 * block + m % 2];
@@ -243,7 +252,7 @@ struct DirectFactor : DirectState<Group> {
         this->load_left(0, [&](int w) { return &shared.keys[w * 8 + k]; });
         KALMANET_UNROLL
         for (int block = 0; block < 4; ++block) {
-          this->load_right_transposed(0, [&](int) { return &shared.gains[part][block * 8 + k]; });
+          this->load_right(0, [&](int) { return &shared.gains[part][k * 4 + block]; });
           this->add_y(2 * block, 0, 0);
         }
       }
@@ -408,33 +417,26 @@ struct DirectFactor : DirectState<Group> {
     this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 0);
   }
 
-  // y <- sqrt(2) Z^T = sqrt(2) R^{-1} Y^T: the warp's 16 tokens and half the dims.
+  // y <- sqrt(2) Z = sqrt(2) Y R^{-T}: the warp's 16 dims.
   KALMANET_KERNEL void multiply_factor() {
     this->clear_y();
-    KALMANET_UNROLL
-    for (int part = 1; part >= 0; --part) {
-      KALMANET_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        this->load_left(0, [&](int w) { return &shared.queries[w % 4 * 4 + k]; });
-        KALMANET_UNROLL
-        for (int block = 0; block < 4; ++block) {
-          this->load_right(
-              0, [&](int w) { return &shared.gains[part][k * 8 + w / 4 * 4 + block]; });
-          this->add_y(2 * block, 0, 0);
-        }
-      }
-      if (part == 1) this->scale_y(1.0f / kLowScale);
-    }
+    add_factor(1, 0);
+    this->scale_y(1.0f / kLowScale);
+    add_factor(0, 1);
+    add_factor(0, 0);
+    this->scale_y(kGainScale);
+  }
+  KALMANET_KERNEL void add_factor(int part, int factor_part) {
     KALMANET_UNROLL
     for (int k = 0; k < 4; ++k) {
-      this->load_left(0, [&](int w) { return &shared.queries[16 + w % 4 * 4 + k]; });
+      this->load_left(0, [&](int w) { return &shared.gains[part][w * 4 + k]; });
       KALMANET_UNROLL
-      for (int block = 0; block < 4; ++block) {
-        this->load_right(0, [&](int w) { return &shared.gains[0][k * 8 + w / 4 * 4 + block]; });
+      for (int block = k; block < 4; ++block) {  // (R^{-1} is lower triangular)
+        this->load_right_transposed(
+            0, [&](int) { return &shared.queries[16 * factor_part + block * 4 + k]; });
         this->add_y(2 * block, 0, 0);
       }
     }
-    this->scale_y(kGainScale);
   }
 };
 

@@ -25,10 +25,11 @@
 // wherever its rounding would show: bfloat16's split keeps 16. Keys, values and queries are scaled
 // by a power of two a token, which loses nothing.
 //
-// In the solve tokens are rows: a warp has 16 of them and all 128 dims in registers, from the first
-// product to the last, and a product's sums lie as the next one's left factor does. Only P, Z and q
-// come from shared memory. Elsewhere warp w has dims 16 w .. of a matrix of dims, or tokens 16 (w %
-// 4) .. and half of the other side.
+// In the solve tokens are rows: warps w and w + 4 have tokens 16 w .. with all 128 dims of the
+// iterate as left factor in their registers, and make half of the next one's dims each: sums lie as
+// the next left factor does, so that what one warp of a pair made is all that the other must fetch.
+// Elsewhere warp w has dims 16 w .. of a matrix of dims, or tokens 16 (w % 4) .. and half of the
+// other side.
 #pragma once
 
 #include <cstdint>
@@ -64,9 +65,11 @@ struct DirectMeasured {
 
 struct DirectShared {
   Quad keys[DirectLayout::kTile];  // K: tokens x dims
-  // Q likewise; its first half becomes the high parts of m's. Before Q: R^{-1}, high and low, 4 x 4.
+  // R^{-1}, high and low, 4 x 4; then Q likewise; then the iterate; then the high parts of m.
   Quad queries[DirectLayout::kTile];
-  Quad gains[2][DirectLayout::kTile];  // Y^T, then Z^T: high, low. While inverting: panels
+  // Y, then Z: dims x tokens [row block * 4 + column block], high and low. While inverting: panels.
+  // While reading out: the middle factor, and m's low parts; then o
+  Quad gains[2][DirectLayout::kTile];
   Quad inverse[2][DirectLayout::kSymmetric];  // P: high, low. While reading out: V
   Quad pivot[2][2];                    // D^{-1} of this pivot and the next: high, low
   alignas(16) float square[16][20];    // the pivot on its way to another order
@@ -77,12 +80,12 @@ struct DirectShared {
   float weight[DirectLayout::kTokens];  // u_j = beta_j^2 e^{-G_j}
   float start[2][DirectLayout::kTokens], since_end[2][DirectLayout::kTokens];  // see load_scalars
   float value_weight[DirectLayout::kTokens];
-  float key_scale[DirectLayout::kTokens], delta[DirectLayout::kTokens];
+  float key_scale[DirectLayout::kTokens], shift[DirectLayout::kTokens];
   float solution_scale[DirectLayout::kTokens];  // of x beside q
   float query_scale[DirectLayout::kTokens];     // a power of two for m
   float output_scale[DirectLayout::kTokens];    // for what comes of it
   float unit[3][DirectLayout::kTokens];         // what a token's k, v, q are multiplied by: 1 / unit
-  float x2[DirectLayout::kTokens];              // |x|^2
+  float x2[2][DirectLayout::kTokens];           // |x|^2, of either half of the dims
   float total[2];                               // e^{G_C}
   double warp[2][8];
   float mu;
@@ -95,9 +98,11 @@ struct DirectRegisters {
   float h[16][4];           // 16 rows of H, of what is being inverted, of U^T
   float y[8][4];            // sums
   uint32_t w[8][4];         // the iterate: 16 tokens x 128 dims as left factor
-  uint32_t next[4][4];      // the first half of the next
+  uint32_t q[4][4];         // half of Q's dims
+  uint32_t next[4][4];      // half of the next iterate
   uint32_t s[2][4][4];      // mask(Z^T w): high, low
   uint32_t z[2][4][4];      // weighted keys or values
+  float f[2][4];            // of a state, on their way
   uint32_t raw[8][4];       // rows on their way
   uint32_t a[2][4], b[2][2][2];
   uint32_t t[4], most, coefficient[2];
@@ -125,7 +130,7 @@ KALMANET_KERNEL float power_for(uint32_t largest, int log2) {
   int exponent = 254 + log2 - static_cast<int>(largest >> 7);
   if (largest == 0) exponent = 127;
   exponent = exponent < 1 ? 1 : (exponent > 253 ? 253 : exponent);
-  return ldexpf(1.0f, exponent - 127);
+  return power_of_two(exponent - 127);
 }
 
 // Where block (row, column) of a symmetric matrix lies, column <= row.

@@ -377,42 +377,48 @@ struct DirectState : DirectInverse<Group> {
     group.each([](int, Registers& r) { r.largest = r.largest > 0.0f ? r.largest : 1.0f; });
   }
 
-  // h, a state, <- total h + left diag(weights) K, left K^T or V^T (`u`), into scratch too, and the
-  // squares of its elements.
+  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in scratch, and the squares
+  // of its elements. (Loops over columns: code that runs once a chunk must be small, for all of it
+  // together goes through the instruction cache.)
   KALMANET_KERNEL void advance(bool u) {
     find_largest(u);
     const Quad* const left = u ? shared.inverse[0] : shared.keys;
     const float* const weight = shared.since_end[u ? 1 : 0];
     const float* const unit = shared.unit[u ? 1 : 0];
+    fetch_columns(u, 0);
     KALMANET_UNROLL
     for (int k = 0; k < 4; ++k) {
       this->load_left_transposed(0, [&](int w) { return left + k * 8 + w; });
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4; i += 2) {
           const int j = k * 16 + thread % 4 * 2 + i / 2 * 8;
           const float w0 = divide(weight[j] * unit[j] * shared.unit[0][j], r.largest);
           const float w1 =
               divide(weight[j + 1] * unit[j + 1] * shared.unit[0][j + 1], r.largest);
-          r.z[0][k][i] = split_float16(low_float16(r.a[0][i]) * w0, high_float16(r.a[0][i]) * w1,
-                                       r.z[1][k][i]);
+          KALMANET_UNROLL
+          for (int e = i; e < i + 2; ++e) {
+            r.z[0][k][e] = split_float16(low_float16(r.a[0][e]) * w0,
+                                         high_float16(r.a[0][e]) * w1, r.z[1][k][e]);
+          }
         }
       });
     }
     group.each([](int, Registers& r) { r.sum = 0; });
-    KALMANET_UNROLL
-    for (int tile = 0; tile < 16; tile += 2) {
+    KALMANET_LOOP
+    for (int block = 0; block < 8; ++block) {
       group.each([&](int, Registers& r) {
         const float keep = divide(shared.total[u ? 1 : 0], r.largest);
         KALMANET_UNROLL
-        for (int i = 0; i < 8; ++i) r.h[tile + i / 4][i % 4] *= keep;
+        for (int i = 0; i < 8; ++i) r.g[i / 4][i % 4] = r.f[i / 4][i % 4] * keep;
       });
+      if (block < 7) fetch_columns(u, block + 1);
       KALMANET_UNROLL
       for (int k = 0; k < 4; ++k) {
-        this->load_right(0, [&](int) { return &shared.keys[k * 8 + tile / 2]; });
+        this->load_right(0, [&](int) { return &shared.keys[k * 8 + block]; });
         KALMANET_UNROLL
         for (int part = 1; part >= 0; --part) {
-          this->add([tile](Registers& r, int j) -> float (&)[4] { return r.h[tile + j]; },
+          this->add([](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
                     [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; }, 0);
         }
       }
@@ -422,15 +428,43 @@ struct DirectState : DirectInverse<Group> {
         for (int j = 0; j < 2; ++j) {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {
-            r.h[tile + j][i] *= r.largest;
-            squares += r.h[tile + j][i] * r.h[tile + j][i];
+            r.g[j][i] *= r.largest;
+            squares += r.g[j][i] * r.g[j][i];
           }
-          store4(state_at(u, thread, tile + j), r.h[tile + j]);
+          store4(state_at(u, thread, 2 * block + j), r.g[j]);
         }
-        r.sum += squares;
+        r.sum += static_cast<double>(squares);
       });
     }
     put_squares(u);
+  }
+  // 16 columns of a state into f.
+  KALMANET_KERNEL void fetch_columns(bool u, int block) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int j = 0; j < 2; ++j) load4(state_at(u, thread, 2 * block + j), r.f[j]);
+    });
+  }
+
+  // The next chunk's rows towards L2: by the last four warps, half a row a thread.
+  KALMANET_KERNEL void prefetch_rows(const Array& a, int64_t a_head, int64_t from) {
+    const uint16_t* const base =
+        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, from, a_head);
+    const int64_t left = piece.end - from;
+    group.each([&](int thread, Registers&) {
+      const int token = thread % 128 / 2;
+      if (token < left) prefetch(base + token * a.stride[1] + thread % 2 * 64);
+    });
+  }
+  KALMANET_KERNEL void prefetch_scalars(const Array& a, int64_t from) {
+    if (a.data == nullptr) return;
+    const int64_t left = piece.end - from;
+    group.each([&](int thread, Registers&) {
+      const int token = thread % 128;
+      if (token >= 64 || token >= left) return;
+      prefetch(static_cast<const char*>(a.data) +
+               offset_of(a, piece.row, from + token, head) * (a.dtype == DType::float32 ? 4 : 2));
+    });
   }
 };
 

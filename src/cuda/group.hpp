@@ -178,6 +178,10 @@ class DeviceGroup {
   }
   // What a warp's lanes wrote to shared memory is there for all of them.
   __device__ __forceinline__ void barrier_warp() { __syncwarp(); }
+  // The same for warps w and w + 4 of eight.
+  __device__ __forceinline__ void barrier_pairs() {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + thread_ / 32 % 4) : "memory");
+  }
   // to(registers)[0 .. 3] <- the four matrices of the warp's from(thread), each transposed or not,
   // the middle two in each other's place (kSwap) or not.
   template <bool kTranspose, bool kSwap, class To, class From>
@@ -198,7 +202,13 @@ class DeviceGroup {
                    : "r"(at));
     }
   }
-  // The largest over the lanes with the same lane % kApart.
+  // The sum, and the largest, over the lanes with the same lane % kApart.
+  template <int kApart, class Member>
+  __device__ __forceinline__ void sum_apart(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = kApart; mask < 32; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
   template <int kApart, class Member>
   __device__ __forceinline__ void max_apart(Member&& member) {
     auto& value = member(registers_);
@@ -274,6 +284,7 @@ class HostGroup {
     }
   }
   void barrier_warp() {}
+  void barrier_pairs() {}
   template <bool kTranspose, bool kSwap, class To, class From>
   void load_quad(To&& to, From&& from) {
     for (size_t i = begin_; i < end_; ++i) {
@@ -288,6 +299,15 @@ class HostGroup {
         t[m] = kTranspose ? half(column, row) | half(column + 1, row) << 16
                           : quad.word[which][i % 32];
       }
+    }
+  }
+  template <int kApart, class Member>
+  void sum_apart(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t mask = kApart; mask < 32; mask *= 2) {
+      for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
+      for (size_t i = begin_; i < end_; ++i) member(registers_[i]) = old[i] + old[i ^ mask];
     }
   }
   template <int kApart, class Member>
@@ -400,6 +420,19 @@ class HostGroup {
   bool backwards_;
   size_t begin_ = 0, end_;  // the threads at work
 };
+
+KALMANET_KERNEL uint32_t bits_of(float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, 4);
+  return bits;
+}
+// 2^exponent, exponent in [-126, 127].
+KALMANET_KERNEL float power_of_two(int exponent) {
+  const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+  float a;
+  memcpy(&a, &bits, 4);
+  return a;
+}
 
 // a / b; float32 to two units in the last place, without the branches of an exact division.
 KALMANET_KERNEL float divide(float a, float b) {
