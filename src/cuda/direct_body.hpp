@@ -70,7 +70,7 @@ struct DirectBody : DirectSolve<Group> {
     const double u2 = this->squares_of_state(true);
     const float u_power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
     this->clear_y();
-    group.by_warp(0, 8, [&](int warp) {
+    group.by_every_warp([&](int warp) {
       KALMANET_LOOP
       for (int k = 0; k < 8; k += 2) {
         read_columns<0>(warp, k, u_power);
@@ -189,11 +189,11 @@ struct DirectBody : DirectSolve<Group> {
       head = opaque(head);
       piece.row = opaque(piece.row);
       group.new_part();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->fetch_rows(job.k, head / job.k_group, warp * 8, 0);
       });
       this->load_scalars();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->put_rows(warp * 8, 0, 1, shared.keys, shared.unit[0]);
       });
       group.barrier();
@@ -216,29 +216,29 @@ struct DirectBody : DirectSolve<Group> {
       }
       group.barrier();
       group.new_part();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->fetch_rows(job.q, head / job.q_group, warp * 8, 0);
       });
       if (solved) this->multiply_factor();
       group.barrier();
       if (solved) this->put_gains();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->put_rows(warp * 8, 0, 2, shared.queries, shared.unit[2]);
       });
       group.barrier();
       group.new_part();
       this->solve();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->fetch_rows(job.v, head / job.v_group, warp * 8, 0);
       });
       group.barrier();
       group.new_part();
       this->put_low_parts();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->put_rows(warp * 8, 0, 1, values(), shared.unit[1]);
       });
       group.barrier();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         this->template fetch_columns<0>(true, warp, 0);
         this->template fetch_columns<1>(true, warp, 1);
       });
@@ -254,7 +254,7 @@ struct DirectBody : DirectSolve<Group> {
       }
       group.barrier();  // (before the squares of U change)
       group.new_part();
-      group.by_warp(0, 8, [&](int warp) { this->advance(true, warp); });
+      group.by_every_warp([&](int warp) { this->advance(true, warp); });
       this->fetch_state(false);
       group.barrier();
       if (shared.ill != 0) return true;

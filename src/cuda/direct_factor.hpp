@@ -165,6 +165,10 @@ struct DirectFactor : DirectState<Group> {
     put_gains();
     group.barrier();
     group.new_part();
+    KALMANET_UNROLL
+    for (int i = 0; i < 64; ++i) {
+      group.forget([i](Registers& r) -> float& { return r.h[i / 4][i % 4]; });
+    }
     advance_keys();
     group.by_warp(0, 4, [&](int) { multiply_gains(); });
     invert_factor();

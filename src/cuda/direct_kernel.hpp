@@ -105,7 +105,7 @@ struct DirectRegisters {
   uint32_t z[2][4][4];      // weighted keys or values
   float f[2][2][4];         // of a state, on their way
   uint32_t raw[8][4];       // rows on their way
-  uint32_t a[2][4], b[2][2][2];
+  uint32_t a[2][4], b[4][2][2];
   uint32_t t[4], most, coefficient[2];
   float g[2][4];
   float column[8], own[2], pivots[4], rows[8][2], diagonal;  // of a pivot

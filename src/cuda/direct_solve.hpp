@@ -39,15 +39,14 @@ struct DirectSolve : DirectFactor<Group> {
       KALMANET_LOOP
       for (int k = steps - 2; k >= 0; --k) step(k);
       this->clear_y();
-      group.by_warp(0, 8, [&](int warp) {
+      group.by_every_warp([&](int warp) {
         add_tokens<true>(shared.gains[1], warp);
         this->scale_y(1.0f / kLowScale);
         add_tokens<true>(shared.gains[0], warp);
       });
       pack_exact_tokens();
     }
-    group.by_warp(0, 4, [&](int warp) { finish<0>(warp); });
-    group.by_warp(4, 8, [&](int warp) { finish<1>(warp); });
+    group.by_halves([&](int warp) { finish<0>(warp); }, [&](int warp) { finish<1>(warp); });
     group.barrier_pairs();  // (the partner may still load the last iterate)
     put_solution();
   }
@@ -72,31 +71,51 @@ struct DirectSolve : DirectFactor<Group> {
     });
   }
 
-  // Tiles 2 block and the next += a b[0]: sums in float32 (y), or in float16 (e).
+  // load(i, part) and add(i, part) for i < kCount, two loads ahead of the products of two: left to
+  // itself, the compiler asks for a quad just before it waits for it. (No load sinks below a
+  // barrier.)
+  template <int kCount, class Load, class Add>
+  KALMANET_KERNEL void pipeline(Load&& load, Add&& add) {
+    KALMANET_UNROLL
+    for (int i = 0; i < kCount + 2; i += 2) {
+      if (i < kCount) {
+        load(i, i % 4);
+        load(i + 1, i % 4 + 1);
+        group.barrier_warp();
+      }
+      if (i >= 2) {
+        add(i - 2, (i - 2) % 4);
+        add(i - 1, (i - 1) % 4);
+      }
+    }
+  }
+
+  // Tiles 2 block and the next += a b[part]: sums in float32 (y), or in float16 (e).
   template <bool kExact, class A>
-  KALMANET_KERNEL void add_block(int block, A&& a) {
+  KALMANET_KERNEL void add_block(int block, A&& a, int part) {
     if constexpr (kExact) {
-      this->add([block](Registers& r, int j) -> float (&)[4] { return r.y[2 * block + j]; }, a, 0);
+      this->add([block](Registers& r, int j) -> float (&)[4] { return r.y[2 * block + j]; }, a,
+                part);
     } else {
       KALMANET_UNROLL
       for (int j = 0; j < 2; ++j) {
         group.multiply_add_to_float16(
             [block, j](Registers& r) -> uint32_t (&)[2] { return r.e[2 * block + j]; }, a,
-            [j](Registers& r) -> uint32_t (&)[2] { return r.b[0][j]; });
+            [part, j](Registers& r) -> uint32_t (&)[2] { return r.b[part][j]; });
       }
     }
   }
   // The sums += w X for X's blocks kFirst .. of 16 tokens (columns) each.
   template <bool kExact, int kFirst>
   KALMANET_KERNEL void add_two_tokens(const Quad* gains) {
-    KALMANET_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      KALMANET_UNROLL
-      for (int block = kFirst; block < kFirst + 2; ++block) {
-        this->load_right(0, [&](int) { return gains + k * 4 + block; });
-        add_block<kExact>(block, [k](Registers& r) -> uint32_t (&)[4] { return r.w[k]; });
-      }
-    }
+    pipeline<16>(
+        [&](int i, int part) {
+          this->load_right(part, [&](int) { return gains + i / 2 * 4 + kFirst + i % 2; });
+        },
+        [&](int i, int part) {
+          add_block<kExact>(
+              kFirst + i % 2, [i](Registers& r) -> uint32_t (&)[4] { return r.w[i / 2]; }, part);
+        });
   }
   // The sums += S = w Z, a row a token; what is later than the warp's last token is left out in
   // halves.
@@ -141,26 +160,26 @@ struct DirectSolve : DirectFactor<Group> {
   // The sums += w P and s[part] Z^T, dims 64 kHalf .. .
   template <bool kExact, int kHalf>
   KALMANET_KERNEL void add_inverse(const Quad* inverse) {
-    KALMANET_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      KALMANET_UNROLL
-      for (int block = 0; block < 4; ++block) {
-        this->load_inverse(0, inverse, k, 4 * kHalf + block);
-        add_block<kExact>(block, [k](Registers& r) -> uint32_t (&)[4] { return r.w[k]; });
-      }
-    }
+    pipeline<32>(
+        [&](int i, int part) { this->load_inverse(part, inverse, i / 4, 4 * kHalf + i % 4); },
+        [&](int i, int part) {
+          add_block<kExact>(
+              i % 4, [i](Registers& r) -> uint32_t (&)[4] { return r.w[i / 4]; }, part);
+        });
   }
   template <bool kExact, int kHalf, int kFirst>
   KALMANET_KERNEL void add_two_gains(int part, const Quad* gains) {
-    KALMANET_UNROLL
-    for (int k = kFirst; k < kFirst + 2; ++k) {
-      KALMANET_UNROLL
-      for (int block = 0; block < 4; ++block) {
-        this->load_right_transposed(0, [&](int) { return gains + (4 * kHalf + block) * 4 + k; });
-        add_block<kExact>(block,
-                          [part, k](Registers& r) -> uint32_t (&)[4] { return r.s[part][k]; });
-      }
-    }
+    pipeline<8>(
+        [&](int i, int to) {
+          this->load_right_transposed(
+              to, [&](int) { return gains + (4 * kHalf + i % 4) * 4 + kFirst + i / 4; });
+        },
+        [&](int i, int from) {
+          add_block<kExact>(
+              i % 4,
+              [part, i](Registers& r) -> uint32_t (&)[4] { return r.s[part][kFirst + i / 4]; },
+              from);
+        });
   }
   template <bool kExact, int kHalf>
   KALMANET_KERNEL void add_gains(int part, const Quad* gains, int warp) {
@@ -170,15 +189,18 @@ struct DirectSolve : DirectFactor<Group> {
 
   // w <- (2 N - 2 nu_k) w + a_k q, sums in float16: they lie as the next left factor does.
   KALMANET_KERNEL void step(int k) {
+    this->clear_y();
+    group.by_every_warp([&](int warp) { add_tokens<true>(shared.gains[0], warp); });
     group.each([](int, Registers& r) {
       KALMANET_UNROLL
-      for (int i = 0; i < 16; ++i) r.e[i / 2][i % 2] = 0;
+      for (int i = 0; i < 16; ++i) {
+        r.e[i / 2][i % 2] = pack_float16(r.y[i / 2][i % 2 * 2], r.y[i / 2][i % 2 * 2 + 1]);
+      }
     });
-    group.by_warp(0, 8, [&](int warp) { add_tokens<false>(shared.gains[0], warp); });
     pack_tokens();
     take_coefficients(k);
-    group.by_warp(0, 4, [&](int warp) { step_half<0>(k, warp); });
-    group.by_warp(4, 8, [&](int warp) { step_half<1>(k, warp); });
+    group.by_halves([&](int warp) { step_half<0>(k, warp); },
+                    [&](int warp) { step_half<1>(k, warp); });
     group.barrier_pairs();  // (the partner may still load the last iterate)
     group.each([&](int thread, Registers& r) {
       Quad* const to = part_of(thread / 32);
@@ -195,20 +217,23 @@ struct DirectSolve : DirectFactor<Group> {
   }
   template <int kHalf>
   KALMANET_KERNEL void step_half(int k, int warp) {
+    this->clear_y();
+    add_inverse<true, kHalf>(shared.inverse[0]);
+    add_gains<true, kHalf>(0, shared.gains[0], warp);
     group.each([&](int, Registers& r) {
       const uint32_t node = pack_float16(shared.node[k], shared.node[k]);
       KALMANET_UNROLL
       for (int block = 0; block < 4; ++block) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
+          const float (&v)[4] = r.y[2 * block + i / 2];
+          uint32_t sum = pack_float16(v[i % 2 * 2], v[i % 2 * 2 + 1]);
+          sum = multiply_add_halves(r.w[4 * kHalf + block][i], node, sum);
           r.e[2 * block + i / 2][i % 2] =
-              multiply_add_halves(r.w[4 * kHalf + block][i], node,
-                                  multiply_halves(r.q[block][i], r.coefficient[i % 2]));
+              multiply_add_halves(r.q[block][i], r.coefficient[i % 2], sum);
         }
       }
     });
-    add_inverse<false, kHalf>(shared.inverse[0]);
-    add_gains<false, kHalf>(0, shared.gains[0], warp);
   }
 
   // y <- 2 N w of half the dims.

@@ -66,7 +66,7 @@ struct DirectState : DirectInverse<Group> {
         }
       }
     });
-    group.by_warp(0, 8, [&](int warp) { put_squares(u, warp); });
+    group.by_every_warp([&](int warp) { put_squares(u, warp); });
   }
   KALMANET_KERNEL void store_state(bool u, const StateView<float>& to) {
     if (to.data == nullptr) return;

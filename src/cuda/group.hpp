@@ -187,6 +187,32 @@ class DeviceGroup {
     const int warp = thread_ / 32;
     if (warp >= first && warp < last) f(warp);
   }
+  // f(warp) by every warp; f(warp) by the first four of eight and g(warp) by the others. (What all
+  // warps assign must not look to the compiler as if some kept what they had: that would wait in
+  // registers from one such place to the next.)
+  template <class F>
+  __device__ __forceinline__ void by_every_warp(F&& f) {
+    f(thread_ / 32);
+  }
+  template <class F, class G>
+  __device__ __forceinline__ void by_halves(F&& f, G&& g) {
+    const int warp = thread_ / 32;
+    if (warp < 4) {
+      f(warp);
+    } else {
+      g(warp);
+    }
+  }
+  // The number in member(registers) is not needed any more.
+  template <class Member>
+  __device__ __forceinline__ void forget(Member&& member) {
+    auto& value = member(registers_);
+    if constexpr (std::is_same_v<std::decay_t<decltype(value)>, float>) {
+      asm volatile("" : "=f"(value));
+    } else {
+      asm volatile("" : "=r"(value));
+    }
+  }
   // What a warp's lanes wrote to shared memory is there for all of them.
   __device__ __forceinline__ void barrier_warp() { __syncwarp(); }
   // The same for warps w and w + 4 of eight.
@@ -293,6 +319,19 @@ class HostGroup {
       begin_ = begin;
       end_ = end;
     }
+  }
+  template <class F>
+  void by_every_warp(F&& f) {
+    by_warp(0, static_cast<int>(registers_.size() / 32), f);
+  }
+  template <class F, class G>
+  void by_halves(F&& f, G&& g) {
+    by_warp(0, 4, f);
+    by_warp(4, 8, g);
+  }
+  template <class Member>
+  void forget(Member&& member) {
+    for (Registers& r : registers_) std::memset(&member(r), 0xff, sizeof(member(r)));
   }
   void barrier_warp() {}
   void barrier_pairs() {}
