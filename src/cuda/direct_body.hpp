@@ -69,14 +69,23 @@ struct DirectBody : DirectSolve<Group> {
   KALMANET_KERNEL void read_out() {
     const double u2 = this->squares_of_state(true);
     const float u_power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
+    this->fetch_columns(true, 0);
     this->clear_y();
-    group.by_every_warp([&](int warp) {
-      KALMANET_LOOP
-      for (int k = 0; k < 8; k += 2) {
-        read_columns<0>(warp, k, u_power);
-        read_columns<1>(warp, k + 1, u_power);
+    KALMANET_LOOP
+    for (int k = 0; k < 8; ++k) {
+      group.each([&](int, Registers& r) {
+        this->template pack_state<true>(r.f[0], r.f[1], u_power, r.a);
+      });
+      if (k < 7) this->fetch_columns(true, k + 1);
+      KALMANET_UNROLL
+      for (int block = 0; block < 4; ++block) {
+        this->load_right_transposed(0, [&](int) { return &shared.queries[block * 8 + k]; });
+        this->load_right_transposed(1, [&](int) { return &shared.gains[1][block * 8 + k]; });
+        this->add_y(2 * block, 1, 0);
+        this->add_y(2 * block, 0, 1);
+        this->add_y(2 * block, 0, 0);
       }
-    });
+    }
     const float per_unit = 1.0f / u_power;
     group.each([&](int thread, Registers& r) {
       const float scale = divide(per_unit, r.largest);
@@ -119,22 +128,6 @@ struct DirectBody : DirectSolve<Group> {
         to.word[tile % 2 * 2][thread % 32] = r.t[0];
         to.word[tile % 2 * 2 + 1][thread % 32] = r.t[1];
       });
-    }
-  }
-
-  template <int kBuffer>
-  KALMANET_KERNEL void read_columns(int warp, int k, float u_power) {
-    group.each([&](int, Registers& r) {
-      this->template pack_state<true>(r.f[kBuffer][0], r.f[kBuffer][1], u_power, r.a);
-    });
-    if (k < 6) this->template fetch_columns<kBuffer>(true, warp, k + 2);
-    KALMANET_UNROLL
-    for (int block = 0; block < 4; ++block) {
-      this->load_right_transposed(0, [&](int) { return &shared.queries[block * 8 + k]; });
-      this->load_right_transposed(1, [&](int) { return &shared.gains[1][block * 8 + k]; });
-      this->add_y(2 * block, 1, 0);
-      this->add_y(2 * block, 0, 1);
-      this->add_y(2 * block, 0, 0);
     }
   }
 
@@ -189,15 +182,16 @@ struct DirectBody : DirectSolve<Group> {
       head = opaque(head);
       piece.row = opaque(piece.row);
       group.new_part();
-      group.by_every_warp([&](int warp) {
+      group.by_warp(0, 8, [&](int warp) {
         this->fetch_rows(job.k, head / job.k_group, warp * 8, 0);
       });
       this->load_scalars();
-      group.by_every_warp([&](int warp) {
+      group.barrier();
+      n = shared.tokens;
+      group.by_warp(0, 8, [&](int warp) {
         this->put_rows(warp * 8, 0, 1, shared.keys, shared.unit[0]);
       });
       group.barrier();
-      n = shared.tokens;
       const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
       const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
       this->measure_keys(scale);
@@ -207,41 +201,24 @@ struct DirectBody : DirectSolve<Group> {
       group.barrier();
       if (shared.ill != 0) return true;
       group.new_part();
-      const bool solved = shared.steps > 0;
-      if (solved) {
+      if (shared.steps > 0) {
         this->factor();
       } else {
-        this->plan_tokens();
-        this->advance_keys();
+        this->take_queries();
       }
       group.barrier();
       group.new_part();
-      group.by_every_warp([&](int warp) {
-        this->fetch_rows(job.q, head / job.q_group, warp * 8, 0);
-      });
-      if (solved) this->multiply_factor();
-      group.barrier();
-      if (solved) this->put_gains();
-      group.by_every_warp([&](int warp) {
-        this->put_rows(warp * 8, 0, 2, shared.queries, shared.unit[2]);
-      });
-      group.barrier();
-      group.new_part();
       this->solve();
-      group.by_every_warp([&](int warp) {
+      group.by_warp(0, 8, [&](int warp) {
         this->fetch_rows(job.v, head / job.v_group, warp * 8, 0);
       });
       group.barrier();
       group.new_part();
       this->put_low_parts();
-      group.by_every_warp([&](int warp) {
+      group.by_warp(0, 8, [&](int warp) {
         this->put_rows(warp * 8, 0, 1, values(), shared.unit[1]);
       });
       group.barrier();
-      group.by_every_warp([&](int warp) {
-        this->template fetch_columns<0>(true, warp, 0);
-        this->template fetch_columns<1>(true, warp, 1);
-      });
       weigh_values();
       group.barrier();
       group.new_part();
@@ -254,7 +231,8 @@ struct DirectBody : DirectSolve<Group> {
       }
       group.barrier();  // (before the squares of U change)
       group.new_part();
-      group.by_every_warp([&](int warp) { this->advance(true, warp); });
+      KALMANET_LOOP  // one copy of the code
+          for (int which = 1; which >= 0; --which) this->advance(which == 1);
       this->fetch_state(false);
       group.barrier();
       if (shared.ill != 0) return true;

@@ -165,29 +165,35 @@ struct DirectFactor : DirectState<Group> {
     put_gains();
     group.barrier();
     group.new_part();
-    KALMANET_UNROLL
-    for (int i = 0; i < 64; ++i) {
-      group.forget([i](Registers& r) -> float& { return r.h[i / 4][i % 4]; });
-    }
-    advance_keys();
     group.by_warp(0, 4, [&](int) { multiply_gains(); });
+    group.by_warp(4, 8, [&](int warp) { fetch_ahead(warp); });
     invert_factor();
+    group.barrier();
+    group.new_part();
+    multiply_factor();
+    group.barrier();
+    put_gains();
+    group.by_warp(4, 8, [&](int warp) { this->put_rows_of_half(warp, 2, shared.queries, 2); });
   }
-  // H of the next chunk, and what it needs towards L2: by the last four warps, which have no part in
-  // the small factor.
-  KALMANET_KERNEL void advance_keys() {
+  // Q, and all that is needed next towards L2.
+  KALMANET_KERNEL void fetch_ahead(int warp) {
+    this->fetch_rows_of_half(job.q, head / job.q_group, warp);
+    this->prefetch_rows(job.v, head / job.v_group, t0);
+    const int64_t next = t0 + n;
+    this->prefetch_rows(job.k, head / job.k_group, next);
+    this->prefetch_rows(job.q, head / job.q_group, next);
+    this->prefetch_scalars(job.gk, next);
+    if (job.g.data != job.gk.data) this->prefetch_scalars(job.g, next);
+    this->prefetch_scalars(job.alpha, next);
+    this->prefetch_scalars(job.beta, next);
+    this->prefetch_scalars(job.ridge, next);
+  }
+  // Q alone, where there is nothing to solve.
+  KALMANET_KERNEL void take_queries() {
+    plan_tokens();
     group.by_warp(4, 8, [&](int warp) {
-      const int64_t next = t0 + n;
-      this->prefetch_rows(job.q, head / job.q_group, t0);
-      this->prefetch_rows(job.v, head / job.v_group, t0);
-      this->prefetch_rows(job.k, head / job.k_group, next);
-      this->prefetch_scalars(job.gk, next);
-      if (job.g.data != job.gk.data) this->prefetch_scalars(job.g, next);
-      this->prefetch_scalars(job.alpha, next);
-      this->prefetch_scalars(job.beta, next);
-      this->prefetch_scalars(job.ridge, next);
-      KALMANET_LOOP
-      for (int i = 0; i < 2; ++i) this->advance(false, (warp - 4) * 2 + i);
+      this->fetch_rows_of_half(job.q, head / job.q_group, warp);
+      this->put_rows_of_half(warp, 2, shared.queries, 2);
     });
   }
 

@@ -99,13 +99,12 @@ struct DirectRegisters {
   float y[8][4];            // sums
   uint32_t w[8][4];         // the iterate: 16 tokens x 128 dims as left factor
   uint32_t q[4][4];         // half of Q's dims
-  uint32_t e[8][2];         // float16 sums: S, then half of the next iterate
-  uint32_t low[4][4];       // m's low parts
+  uint32_t next[4][4];      // half of the next iterate
   uint32_t s[2][4][4];      // mask(Z^T w): high, low
   uint32_t z[2][4][4];      // weighted keys or values
-  float f[2][2][4];         // of a state, on their way
+  float f[2][4];            // of a state, on their way
   uint32_t raw[8][4];       // rows on their way
-  uint32_t a[2][4], b[4][2][2];
+  uint32_t a[2][4], b[2][2][2];
   uint32_t t[4], most, coefficient[2];
   float g[2][4];
   float column[8], own[2], pivots[4], rows[8][2], diagonal;  // of a pivot

@@ -30,9 +30,9 @@ struct DirectState : DirectInverse<Group> {
   int64_t t0 = 0;
   int n = 0;  // tokens
 
-  // Rows 16 `block` .. , tile `tile` of 8 columns.
-  KALMANET_KERNEL float* state_at(bool u, int block, int thread, int tile) {
-    return states + ((u ? 128 * 128 : 0) + ((block * 16 + tile) * 32 + thread % 32) * 4);
+  KALMANET_KERNEL float* state_at(bool u, int thread, int tile) {
+    return states + (u ? 128 * 128 : 0) +
+           (static_cast<int64_t>(thread / 32 * 16 + tile) * 32 + thread % 32) * 4;
   }
   KALMANET_KERNEL static int state_row(int thread, int i) {
     return thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8;
@@ -48,32 +48,26 @@ struct DirectState : DirectInverse<Group> {
                                       : slot_view<float>(job, piece.slot, head, u);
     group.each([&](int thread, Registers& r) {
       r.sum = 0;
-      KALMANET_LOOP
-      for (int first = 0; first < 16; first += 4) {
-        float v[4][4];
+      for (int tile = 0; tile < 16; ++tile) {
+        float v[4];
         KALMANET_UNROLL
-        for (int i = 0; i < 16; ++i) {  // (all of them under way at once)
-          const int row = state_row(thread, i % 4);
-          const int column = state_column(thread, first + i / 4, i % 4);
-          v[i / 4][i % 4] = from.data == nullptr
-                                ? 0.0f
-                                : from.data[u ? from.at(column, row) : from.at(row, column)];
+        for (int i = 0; i < 4; ++i) {
+          const int row = state_row(thread, i), column = state_column(thread, tile, i);
+          v[i] = from.data == nullptr ? 0.0f
+                                      : from.data[u ? from.at(column, row) : from.at(row, column)];
         }
-        KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          store4(state_at(u, thread / 32, thread, first + j), v[j]);
-          r.sum += (v[j][0] * v[j][0] + v[j][1] * v[j][1]) + (v[j][2] * v[j][2] + v[j][3] * v[j][3]);
-        }
+        store4(state_at(u, thread, tile), v);
+        r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
       }
     });
-    group.by_every_warp([&](int warp) { put_squares(u, warp); });
+    put_squares(u);
   }
   KALMANET_KERNEL void store_state(bool u, const StateView<float>& to) {
     if (to.data == nullptr) return;
     group.each([&](int thread, Registers&) {
       for (int tile = 0; tile < 16; ++tile) {
         float v[4];
-        load4(state_at(u, thread / 32, thread, tile), v);
+        load4(state_at(u, thread, tile), v);
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = state_row(thread, i), column = state_column(thread, tile, i);
@@ -85,17 +79,17 @@ struct DirectState : DirectInverse<Group> {
   // H or U^T into h.
   KALMANET_KERNEL void fetch_state(bool u) {
     group.each([&](int thread, Registers& r) {
-      const float* const from = state_at(u, thread / 32, thread, 0);
+      const float* const from = state_at(u, thread, 0);
       KALMANET_UNROLL
       for (int tile = 0; tile < 16; ++tile) load4(from + tile * 128, r.h[tile]);
     });
   }
 
-  // shared.warp[u][block] <- a warp's sum of its threads' sums (of squares).
-  KALMANET_KERNEL void put_squares(bool u, int block) {
+  // shared.warp[u] <- each warp's sum of the threads' sums (of squares).
+  KALMANET_KERNEL void put_squares(bool u) {
     group.template sum_lanes<32>([](Registers& r) -> double& { return r.sum; });
     group.each([&](int thread, Registers& r) {
-      if (thread % 32 == 0) shared.warp[u ? 1 : 0][block] = r.sum;
+      if (thread % 32 == 0) shared.warp[u ? 1 : 0][thread / 32] = r.sum;
     });
   }
   KALMANET_KERNEL double squares_of_state(bool u) const {
@@ -123,8 +117,8 @@ struct DirectState : DirectInverse<Group> {
       }
     });
   }
-  // They, scaled to float16 by a power of two a token, into a tile; unit <- what a number there
-  // stands for. (Rows that are not the chunk's are there too: their weights are 0.)
+  // They, scaled to float16 by a power of two a token, into a tile; tokens from n on are zero. unit
+  // <- what a number there stands for.
   KALMANET_KERNEL void put_rows(int first, int at, int log2, Quad* to, float* unit) {
     group.each([&](int, Registers& r) {
       uint32_t most = 0;
@@ -140,15 +134,15 @@ struct DirectState : DirectInverse<Group> {
     group.template max_apart<8>([](Registers& r) -> uint32_t& { return r.most; });
     group.each([&](int thread, Registers& r) {
       const int token = first + thread % 8;
-      const float power = power_for(r.most, log2);
-      if (r.most >= 0x7f80) shared.ill = 1;
-      if (thread % 32 < 8) unit[token] = r.most > 0 ? divide(1.0f, power) : 0.0f;
+      const float power = token < n ? power_for(r.most, log2) : 0.0f;
+      if (token < n && r.most >= 0x7f80) shared.ill = 1;
+      if (thread % 32 < 8) unit[token] = token < n && r.most > 0 ? 1.0f / power : 0.0f;
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         uint32_t v[4];
         KALMANET_UNROLL
         for (int e = 0; e < 4; ++e) {
-          const uint32_t both = r.raw[at + i][e];
+          const uint32_t both = token < n ? r.raw[at + i][e] : 0;
           v[e] = pack_float16(low_bfloat16(both) * power, high_bfloat16(both) * power);
         }
         const int column = thread % 32 / 8 + i * 4;  // of 16 of 8 dims
@@ -156,6 +150,18 @@ struct DirectState : DirectInverse<Group> {
                 v);
       }
     });
+  }
+
+  // By the last four warps: 16 tokens each, the others have work.
+  KALMANET_KERNEL void fetch_rows_of_half(const Array& a, int64_t a_head, int warp) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 2; ++i) fetch_rows(a, a_head, (warp - 4) * 16 + i * 8, 4 * i);
+  }
+  KALMANET_KERNEL void put_rows_of_half(int warp, int log2, Quad* to, int which) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      put_rows((warp - 4) * 16 + i * 8, 4 * i, log2, to, shared.unit[which]);
+    }
   }
 
   // Everything that is a token's own, what follows from the gates, and how many tokens the chunk
@@ -167,49 +173,32 @@ struct DirectState : DirectInverse<Group> {
         return t < left ? scalar_at<float>(a, piece.row, t0 + t, head, absent)
                         : static_cast<float>(absent);
       };
-      const bool same = job.g.data == job.gk.data && job.g.stride[0] == job.gk.stride[0] &&
-                        job.g.stride[1] == job.gk.stride[1] && job.g.stride[2] == job.gk.stride[2];
-      group.each([&](int thread, Registers& r) {
-        float beta[2], alpha[2], ridge[2];  // (all of them under way at once)
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int t = 2 * thread + i;
-          r.since[0][i] = static_cast<double>(at(job.gk, t, 0.0));
-          r.since[1][i] = same ? 0.0 : static_cast<double>(at(job.g, t, 0.0));
-          alpha[i] = at(job.alpha, t, 1.0);
-          ridge[i] = at(job.ridge, t, job.ridge_ratio);
-          beta[i] = at(job.beta, t, 1.0);
-        }
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int t = 2 * thread + i;
-          shared.alpha[t] = alpha[i];
-          shared.ridge[t] = ridge[i] > 0.0f ? ridge[i] : NAN;
-          shared.beta2[t] = t < left ? beta[i] * beta[i] : 0.0f;
-        }
-      });
-      KALMANET_LOOP
-      for (int which = 0; which < (same ? 1 : 2); ++which) {
-        group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int which = 0; which < 2; ++which) {
+        group.each([&](int thread, Registers& r) {
           KALMANET_UNROLL
-          for (int i = 0; i < 2; ++i) r.pair[i] = which == 0 ? r.since[0][i] : r.since[1][i];
+          for (int i = 0; i < 2; ++i) {
+            r.pair[i] = static_cast<double>(at(which == 0 ? job.gk : job.g, 2 * thread + i, 0.0));
+          }
         });
         scan();
         group.each([&](int, Registers& r) {
-          KALMANET_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            if (which == 0) r.since[0][i] = r.pair[i];
-            if (which == 1 || same) r.since[1][i] = r.pair[i];
-          }
+          r.since[which][0] = r.pair[0], r.since[which][1] = r.pair[1];
         });
       }
       group.each([&](int thread, Registers& r) {
         r.extreme[0] = -64.0f;
         KALMANET_UNROLL
         for (int i = 1; i >= 0; --i) {
+          const int t = 2 * thread + i;
+          shared.alpha[t] = at(job.alpha, t, 1.0);
+          const float ridge = at(job.ridge, t, job.ridge_ratio);
+          shared.ridge[t] = ridge > 0.0f ? ridge : NAN;
+          const float beta = at(job.beta, t, 1.0);
+          shared.beta2[t] = t < left ? beta * beta : 0.0f;
           const bool faded =
               r.since[0][i] < -kLongestForgetting || r.since[1][i] < -kMostForgottenValues;
-          if (faded) r.extreme[0] = -static_cast<float>(2 * thread + i);
+          if (faded) r.extreme[0] = -static_cast<float>(t);
         }
         if (thread == 0 && !(r.since[0][0] > -kMostForgotten && r.since[1][0] > -kMostForgotten)) {
           shared.ill = 1;
@@ -388,19 +377,18 @@ struct DirectState : DirectInverse<Group> {
     group.each([](int, Registers& r) { r.largest = r.largest > 0.0f ? r.largest : 1.0f; });
   }
 
-  // One warp: rows 16 `row` .. of state <- total state + left diag(weights) K, left K^T or V^T (`u`),
-  // in scratch, and the squares of its elements. (Loops over columns: code that runs once a chunk must be small, for all of it
+  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in scratch, and the squares
+  // of its elements. (Loops over columns: code that runs once a chunk must be small, for all of it
   // together goes through the instruction cache.)
-  KALMANET_KERNEL void advance(bool u, int row) {
+  KALMANET_KERNEL void advance(bool u) {
     find_largest(u);
     const Quad* const left = u ? shared.inverse[0] : shared.keys;
     const float* const weight = shared.since_end[u ? 1 : 0];
     const float* const unit = shared.unit[u ? 1 : 0];
-    fetch_columns<0>(u, row, 0);
-    fetch_columns<1>(u, row, 1);
+    fetch_columns(u, 0);
     KALMANET_UNROLL
     for (int k = 0; k < 4; ++k) {
-      this->load_left_transposed(0, [&](int) { return left + k * 8 + row; });
+      this->load_left_transposed(0, [&](int w) { return left + k * 8 + w; });
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; i += 2) {
@@ -418,49 +406,43 @@ struct DirectState : DirectInverse<Group> {
     }
     group.each([](int, Registers& r) { r.sum = 0; });
     KALMANET_LOOP
-    for (int block = 0; block < 8; block += 2) {
-      advance_columns<0>(u, row, block);
-      advance_columns<1>(u, row, block + 1);
-    }
-    put_squares(u, row);
-  }
-  template <int kBuffer>
-  KALMANET_KERNEL void advance_columns(bool u, int row, int block) {
-    group.each([&](int, Registers& r) {
-      const float keep = divide(shared.total[u ? 1 : 0], r.largest);
-      KALMANET_UNROLL
-      for (int i = 0; i < 8; ++i) r.g[i / 4][i % 4] = r.f[kBuffer][i / 4][i % 4] * keep;
-    });
-    if (block < 6) fetch_columns<kBuffer>(u, row, block + 2);
-    KALMANET_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      this->load_right(0, [&](int) { return &shared.keys[k * 8 + block]; });
-      KALMANET_UNROLL
-      for (int part = 1; part >= 0; --part) {
-        this->add([](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
-                  [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; }, 0);
-      }
-    }
-    group.each([&](int thread, Registers& r) {
-      float squares = 0;
-      KALMANET_UNROLL
-      for (int j = 0; j < 2; ++j) {
+    for (int block = 0; block < 8; ++block) {
+      group.each([&](int, Registers& r) {
+        const float keep = divide(shared.total[u ? 1 : 0], r.largest);
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          r.g[j][i] *= r.largest;
-          squares += r.g[j][i] * r.g[j][i];
+        for (int i = 0; i < 8; ++i) r.g[i / 4][i % 4] = r.f[i / 4][i % 4] * keep;
+      });
+      if (block < 7) fetch_columns(u, block + 1);
+      KALMANET_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        this->load_right(0, [&](int) { return &shared.keys[k * 8 + block]; });
+        KALMANET_UNROLL
+        for (int part = 1; part >= 0; --part) {
+          this->add([](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
+                    [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; }, 0);
         }
-        store4(state_at(u, row, thread, 2 * block + j), r.g[j]);
       }
-      r.sum += static_cast<double>(squares);
-    });
+      group.each([&](int thread, Registers& r) {
+        float squares = 0;
+        KALMANET_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            r.g[j][i] *= r.largest;
+            squares += r.g[j][i] * r.g[j][i];
+          }
+          store4(state_at(u, thread, 2 * block + j), r.g[j]);
+        }
+        r.sum += static_cast<double>(squares);
+      });
+    }
+    put_squares(u);
   }
-  // 16 columns of a state into f, two such steps ahead of their use.
-  template <int kBuffer>
-  KALMANET_KERNEL void fetch_columns(bool u, int row, int block) {
+  // 16 columns of a state into f.
+  KALMANET_KERNEL void fetch_columns(bool u, int block) {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int j = 0; j < 2; ++j) load4(state_at(u, row, thread, 2 * block + j), r.f[kBuffer][j]);
+      for (int j = 0; j < 2; ++j) load4(state_at(u, thread, 2 * block + j), r.f[j]);
     });
   }
 

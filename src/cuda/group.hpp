@@ -163,17 +163,6 @@ class DeviceGroup {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
           "f"(c[2]), "f"(c[3]));
   }
-  // The same with float16 sums, c[2]: rounded after every product.
-  template <class C, class A, class B>
-  __device__ __forceinline__ void multiply_add_to_float16(C&& c_of, A&& a_of, B&& b_of) {
-    auto& c = c_of(registers_);
-    const auto& a = a_of(registers_);
-    const auto& b = b_of(registers_);
-    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
-        "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
-        : "+r"(c[0]), "+r"(c[1])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
   // f() by the threads of one warp alone.
   template <class F>
   __device__ __forceinline__ void with_warp(int warp, F&& f) {
@@ -186,32 +175,6 @@ class DeviceGroup {
     __builtin_assume(thread_ >= 0 && thread_ < 1024);
     const int warp = thread_ / 32;
     if (warp >= first && warp < last) f(warp);
-  }
-  // f(warp) by every warp; f(warp) by the first four of eight and g(warp) by the others. (What all
-  // warps assign must not look to the compiler as if some kept what they had: that would wait in
-  // registers from one such place to the next.)
-  template <class F>
-  __device__ __forceinline__ void by_every_warp(F&& f) {
-    f(thread_ / 32);
-  }
-  template <class F, class G>
-  __device__ __forceinline__ void by_halves(F&& f, G&& g) {
-    const int warp = thread_ / 32;
-    if (warp < 4) {
-      f(warp);
-    } else {
-      g(warp);
-    }
-  }
-  // The number in member(registers) is not needed any more.
-  template <class Member>
-  __device__ __forceinline__ void forget(Member&& member) {
-    auto& value = member(registers_);
-    if constexpr (std::is_same_v<std::decay_t<decltype(value)>, float>) {
-      asm volatile("" : "=f"(value));
-    } else {
-      asm volatile("" : "=r"(value));
-    }
   }
   // What a warp's lanes wrote to shared memory is there for all of them.
   __device__ __forceinline__ void barrier_warp() { __syncwarp(); }
@@ -320,19 +283,6 @@ class HostGroup {
       end_ = end;
     }
   }
-  template <class F>
-  void by_every_warp(F&& f) {
-    by_warp(0, static_cast<int>(registers_.size() / 32), f);
-  }
-  template <class F, class G>
-  void by_halves(F&& f, G&& g) {
-    by_warp(0, 4, f);
-    by_warp(4, 8, g);
-  }
-  template <class Member>
-  void forget(Member&& member) {
-    for (Registers& r : registers_) std::memset(&member(r), 0xff, sizeof(member(r)));
-  }
   void barrier_warp() {}
   void barrier_pairs() {}
   template <bool kTranspose, bool kSwap, class To, class From>
@@ -409,25 +359,6 @@ class HostGroup {
   void multiply_add_float16(D&& d_of, C&& c_of, A&& a_of, B&& b_of) {
     multiply_tiles(d_of, c_of, a_of, b_of, low_float16, high_float16);
   }
-  template <class C, class A, class B>
-  void multiply_add_to_float16(C&& c_of, A&& a_of, B&& b_of) {
-    for (size_t i = begin_; i < end_; ++i) {
-      Registers& r = registers_[i];
-      for (size_t h = 0; h < 2; ++h) {
-        sums_of(i)[2 * h] = low_float16(c_of(r)[h]);
-        sums_of(i)[2 * h + 1] = high_float16(c_of(r)[h]);
-      }
-    }
-    const auto sums = [this](Registers& r) -> float (&)[4] {
-      return sums_of(static_cast<size_t>(&r - registers_.data()));
-    };
-    multiply_add_float16(sums, sums, a_of, b_of);
-    for (size_t i = begin_; i < end_; ++i) {
-      for (size_t h = 0; h < 2; ++h) {
-        c_of(registers_[i])[h] = pack_float16(sums_of(i)[2 * h], sums_of(i)[2 * h + 1]);
-      }
-    }
-  }
   template <class D, class C, class A, class B, class Half>
   void multiply_tiles(D&& d_of, C&& c_of, A&& a_of, B&& b_of, Half low, Half high) {
     for (size_t warp = begin_; warp < end_; warp += 32) {
@@ -485,16 +416,7 @@ class HostGroup {
   }
 
  private:
-  struct Sums {
-    float of[4];
-  };
-  float (&sums_of(size_t thread))[4] {
-    sums_.resize(registers_.size());
-    return sums_[thread].of;
-  }
-
   std::vector<Registers> registers_;
-  std::vector<Sums> sums_;
   bool backwards_;
   size_t begin_ = 0, end_;  // the threads at work
 };
