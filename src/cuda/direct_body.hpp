@@ -57,8 +57,7 @@ struct DirectBody : DirectSolve<Group> {
         for (int m = 0; m < 4; ++m) {
           const float (&v)[4] = r.y[2 * block + m % 2];
           uint32_t low;
-          middle(0)[at].word[m][thread % 32] =
-              split_float16(v[m / 2 * 2], v[m / 2 * 2 + 1], low);
+          middle(0)[at].word[m][thread % 32] = split_float16(v[m / 2 * 2], v[m / 2 * 2 + 1], low);
           middle(1)[at].word[m][thread % 32] = low;
         }
       }
@@ -182,15 +181,13 @@ struct DirectBody : DirectSolve<Group> {
       head = opaque(head);
       piece.row = opaque(piece.row);
       group.new_part();
-      group.by_warp(0, 8, [&](int warp) {
-        this->fetch_rows(job.k, head / job.k_group, warp * 8, 0);
-      });
+      group.by_warp(0, 8,
+                    [&](int warp) { this->fetch_rows(job.k, head / job.k_group, warp * 8, 0); });
       this->load_scalars();
       group.barrier();
       n = shared.tokens;
-      group.by_warp(0, 8, [&](int warp) {
-        this->put_rows(warp * 8, 0, 1, shared.keys, shared.unit[0]);
-      });
+      group.by_warp(0, 8,
+                    [&](int warp) { this->put_rows(warp * 8, 0, 1, shared.keys, shared.unit[0]); });
       group.barrier();
       const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
       const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
@@ -209,15 +206,13 @@ struct DirectBody : DirectSolve<Group> {
       group.barrier();
       group.new_part();
       this->solve();
-      group.by_warp(0, 8, [&](int warp) {
-        this->fetch_rows(job.v, head / job.v_group, warp * 8, 0);
-      });
+      group.by_warp(0, 8,
+                    [&](int warp) { this->fetch_rows(job.v, head / job.v_group, warp * 8, 0); });
       group.barrier();
       group.new_part();
       this->put_low_parts();
-      group.by_warp(0, 8, [&](int warp) {
-        this->put_rows(warp * 8, 0, 1, values(), shared.unit[1]);
-      });
+      group.by_warp(0, 8,
+                    [&](int warp) { this->put_rows(warp * 8, 0, 1, values(), shared.unit[1]); });
       group.barrier();
       weigh_values();
       group.barrier();
@@ -254,7 +249,7 @@ KALMANET_KERNEL void run_direct(Group& group, DirectShared& shared, const GkaJob
 #ifdef __CUDACC__
   __builtin_assume(__isGlobal(states));
 #endif
-  DirectBody<Group> body{{{{{{{group, shared}}}, job, piece, head, states}}}};
+  DirectBody<Group> body{{{{{{{{group, shared}}}, job, piece, head, states}}}}};
   const bool left_over = body.run();
   group.each([&](int thread, DirectRegisters&) {
     if (thread == 0) job.left_over[block] = left_over ? 1 : 0;

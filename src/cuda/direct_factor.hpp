@@ -20,9 +20,9 @@ KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
 }
 
 // The order in which n nodes are taken, [n][k], so that no product of the first (nu - nu_k) is ever
-// large: 0 .. 31 with their bits reversed, those below n. The first, by which Horner multiplies last,
-// is that nearest to nu = 0: there, where H is large and U does magnify, it wipes out what rounding
-// had left (beside the other end first: half the error at a memory of 20, a third at 3).
+// large: 0 .. 31 with their bits reversed, those below n. The first, by which Horner multiplies
+// last, is that nearest to nu = 0: there, where H is large and U does magnify, it wipes out what
+// rounding had left (beside the other end first: half the error at a memory of 20, a third at 3).
 struct NodeOrder {
   uint8_t at[DirectLayout::kMostSteps + 1][DirectLayout::kMostSteps];
   constexpr NodeOrder() : at() {
@@ -50,8 +50,8 @@ struct DirectFactor : DirectState<Group> {
     return piece.first && job.h0.data == nullptr && t0 + t < piece.begin + kExactTokens;
   }
 
-  // The first warp, two tokens a lane: f_t, the shifts, mu and all that follows a token. scale: what
-  // measure_keys multiplied H_0 by.
+  // The first warp, two tokens a lane: f_t, the shifts, mu and all that follows a token. scale:
+  // what measure_keys multiplied H_0 by.
   KALMANET_KERNEL void plan_chunk(float scale) {
     group.with_warp(0, [&] {
       const double start_norm2 = this->squares_of_state(false);
@@ -384,7 +384,8 @@ struct DirectFactor : DirectState<Group> {
       this->load_right(1, [&](int) { return factor_rows(1) + block + 1; });
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
-        for (int i = 0; i < 8; ++i) r.h[2 * block + i / 4][i % 4] = r.h[2 * block + 2 + i / 4][i % 4];
+        for (int i = 0; i < 8; ++i)
+          r.h[2 * block + i / 4][i % 4] = r.h[2 * block + 2 + i / 4][i % 4];
       });
       const auto to = [block](Registers& r, int j) -> float (&)[4] { return r.h[2 * block + j]; };
       this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, 0);

@@ -171,8 +171,8 @@ struct DirectInverse : DirectPivot<Group> {
         for (int m = 0; m < 4; ++m) {
           const float (&v)[4] = r.h[2 * column + m % 2];
           uint32_t low;
-          to->word[m][thread % 32] = split_scaled(-kInverseScale * v[m / 2 * 2],
-                                                  -kInverseScale * v[m / 2 * 2 + 1], low);
+          to->word[m][thread % 32] =
+              split_scaled(-kInverseScale * v[m / 2 * 2], -kInverseScale * v[m / 2 * 2 + 1], low);
           to[L::kSymmetric].word[m][thread % 32] = low;
         }
       }

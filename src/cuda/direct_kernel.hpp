@@ -13,8 +13,9 @@
 //
 // because R^{-1} is lower triangular: one mask does. P and Z are formed once a chunk; d_t is taken
 // in by a polynomial of N_t:  x = N_t p(N_t) q,  p(nu) near 1 / (1 + d_t nu) for 0 <= nu <= 1. The
-// best one for n products leaves the residual 1 - (1 + d nu) p(nu) = T_n(2 nu - 1) / T_n(-1 - 2 / d),
-// at most 2 R^n: it interpolates at Chebyshev's nodes nu_k. In Newton's form its coefficients are
+// best one for n products leaves the residual 1 - (1 + d nu) p(nu) = T_n(2 nu - 1) / T_n(-1 - 2 /
+// d), at most 2 R^n: it interpolates at Chebyshev's nodes nu_k. In Newton's form its coefficients
+// are
 //
 //   a_0 = 1 / (1 + d nu_0),   a_k = -(d / 2) / (1 + d nu_k) a_{k-1},
 //
@@ -43,7 +44,7 @@ struct DirectLayout {
   static constexpr int kDim = 128;
   static constexpr int kTokens = 64;
   static constexpr int kThreads = 256;
-  static constexpr int kTile = 4 * 8;       // quads of 64 x 128, [row block * 8 + column block]
+  static constexpr int kTile = 4 * 8;           // quads of 64 x 128, [row block * 8 + column block]
   static constexpr int kSymmetric = 8 * 9 / 2;  // of a symmetric 128 x 128: the lower half
   static constexpr int kMostSteps = 20;
 };
@@ -71,9 +72,9 @@ struct DirectShared {
   // While reading out: the middle factor, and m's low parts; then o
   Quad gains[2][DirectLayout::kTile];
   Quad inverse[2][DirectLayout::kSymmetric];  // P: high, low. While reading out: V
-  Quad pivot[2][2];                    // D^{-1} of this pivot and the next: high, low
-  alignas(16) float square[16][20];    // the pivot on its way to another order
-  alignas(16) float line[2][16][2];    // two of its rows
+  Quad pivot[2][2];                           // D^{-1} of this pivot and the next: high, low
+  alignas(16) float square[16][20];           // the pivot on its way to another order
+  alignas(16) float line[2][16][2];           // two of its rows
   uint16_t coefficient[DirectLayout::kMostSteps][DirectLayout::kTokens];  // a_k, then output norms
   float node[DirectLayout::kMostSteps];                                   // -2 nu_k
   float ridge[DirectLayout::kTokens], alpha[DirectLayout::kTokens], beta2[DirectLayout::kTokens];
@@ -84,9 +85,9 @@ struct DirectShared {
   float solution_scale[DirectLayout::kTokens];  // of x beside q
   float query_scale[DirectLayout::kTokens];     // a power of two for m
   float output_scale[DirectLayout::kTokens];    // for what comes of it
-  float unit[3][DirectLayout::kTokens];         // what a token's k, v, q are multiplied by: 1 / unit
-  float x2[2][DirectLayout::kTokens];           // |x|^2, of either half of the dims
-  float total[2];                               // e^{G_C}
+  float unit[3][DirectLayout::kTokens];  // what a token's k, v, q are multiplied by: 1 / unit
+  float x2[2][DirectLayout::kTokens];    // |x|^2, of either half of the dims
+  float total[2];                        // e^{G_C}
   double warp[2][8];
   float mu;
   int tokens, steps, ill;
@@ -95,15 +96,15 @@ static_assert(sizeof(DirectMeasured) <= 2 * DirectLayout::kTile * sizeof(Quad));
 static_assert(8 * DirectLayout::kTokens * sizeof(float) <= sizeof(DirectShared::coefficient));
 
 struct DirectRegisters {
-  float h[16][4];           // 16 rows of H, of what is being inverted, of U^T
-  float y[8][4];            // sums
-  uint32_t w[8][4];         // the iterate: 16 tokens x 128 dims as left factor
-  uint32_t q[4][4];         // half of Q's dims
-  uint32_t next[4][4];      // half of the next iterate
-  uint32_t s[2][4][4];      // mask(Z^T w): high, low
-  uint32_t z[2][4][4];      // weighted keys or values
-  float f[2][4];            // of a state, on their way
-  uint32_t raw[8][4];       // rows on their way
+  float h[16][4];       // 16 rows of H, of what is being inverted, of U^T
+  float y[8][4];        // sums
+  uint32_t w[8][4];     // the iterate: 16 tokens x 128 dims as left factor
+  uint32_t q[4][4];     // half of Q's dims
+  uint32_t next[4][4];  // half of the next iterate
+  uint32_t s[2][4][4];  // mask(Z^T w): high, low
+  uint32_t z[2][4][4];  // weighted keys or values
+  float f[2][4];        // of a state, on their way
+  uint32_t raw[8][4];   // rows on their way
   uint32_t a[2][4], b[2][2][2];
   uint32_t t[4], most, coefficient[2];
   float g[2][4];

@@ -1,5 +1,5 @@
-// What one warp does to 16 x 16 numbers in float32: the inverse of a pivot, and the inverse Cholesky
-// factor of one.
+// What one warp does to 16 x 16 numbers in float32: the inverse of a pivot, and the inverse
+// Cholesky factor of one.
 //
 // Lane l has column l % 16 of the matrix, rows 8 (l / 16) .. of it. It is symmetric, so a row that
 // is eliminated lies across the lanes and says at once what every lane needs of it: the multiples

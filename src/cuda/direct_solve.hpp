@@ -1,5 +1,5 @@
-// The direct chunk kernel's solve: x = N p(N) q of 16 tokens a pair of warps, and m = q + alpha (x -
-// q).
+// The direct chunk kernel's solve: x = N p(N) q of 16 tokens a pair of warps, and m = q + alpha (x
+// - q).
 #pragma once
 
 #include "cuda/direct_factor.hpp"
