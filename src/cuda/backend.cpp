@@ -145,10 +145,15 @@ class CudaBackend final : public core::GkaBackend {
   }
 
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return with_solver(problem, [&](const auto& p) { return run(p, outputs, false); });
+    core::GkaProblem direct = problem;
+    direct.options.solver = Solver::direct;
+    const int most_steps =
+        fits_chunks(direct, outputs) ? kStepsOfADirectChunk : kStepsOfADirectSolve;
+    return with_solver(problem, most_steps, [&](const auto& p) { return run(p, outputs, false); });
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    return with_solver(problem, [&](const auto& p) { return run(p, outputs, true); });
+    return with_solver(problem, kStepsOfADirectSolve,
+                       [&](const auto& p) { return run(p, outputs, true); });
   }
   // x is solved for again, saved or not: what it was rounded to would show in the gradients.
   GkaReport backward(const core::GkaProblem& problem, const GkaSaved&,
@@ -165,7 +170,7 @@ class CudaBackend final : public core::GkaBackend {
           "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
           "= V = 128, dense in their last dimension; pass arithmetic standard");
     }
-    return with_solver(problem, [&](const auto& p) {
+    return with_solver(problem, kStepsOfADirectSolve, [&](const auto& p) {
       GkaReport report = report_of(p);
       if (run_backward(p, output_grads, grads, device)) {
         report.chunk_size = ChunkLayout::kTokens;

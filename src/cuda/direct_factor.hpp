@@ -19,8 +19,10 @@ KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
   return steps < 1.0f ? 1 : (steps < 1e6f ? static_cast<int>(steps) : 1000000);
 }
 
-// The order in which n nodes are taken, [n][k], so that neither the first factors' product nor the
-// last ones' is ever large: 0 .. 31 with their bits reversed, those below n.
+// The order in which n nodes are taken, [n][k], so that no product of the first (nu - nu_k) is ever
+// large: 0 .. 31 with their bits reversed, those below n. The first, by which Horner multiplies
+// last, is that nearest to nu = 0: there, where H is large and U does magnify, it wipes out what
+// rounding had left (beside the other end first: half the error at a memory of 20, a third at 3).
 struct NodeOrder {
   uint8_t at[DirectLayout::kMostSteps + 1][DirectLayout::kMostSteps];
   constexpr NodeOrder() : at() {
@@ -28,7 +30,7 @@ struct NodeOrder {
       int k = 0;
       for (int c = 0; c < 32; ++c) {
         const int node = (c & 1) << 4 | (c & 2) << 2 | (c & 4) | (c & 8) >> 2 | (c & 16) >> 4;
-        if (node < n) at[n][k++] = static_cast<uint8_t>(node);
+        if (node < n) at[n][k++] = static_cast<uint8_t>(n - 1 - node);
       }
     }
   }
@@ -39,7 +41,7 @@ template <class Group>
 struct DirectFactor : DirectState<Group> {
   using Base = DirectState<Group>;
   using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
-      Base::n, Base::k_power, Base::v_power, Base::q_power;
+      Base::n;
   using L = DirectLayout;
   using Registers = DirectRegisters;
 
@@ -48,67 +50,102 @@ struct DirectFactor : DirectState<Group> {
     return piece.first && job.h0.data == nullptr && t0 + t < piece.begin + kExactTokens;
   }
 
-  // The first warp: f_t, the shifts, mu and all that follows a token. scale: what measure_keys
-  // multiplied H_0 by.
+  // The first warp, two tokens a lane: f_t, the shifts, mu and all that follows a token. scale:
+  // what measure_keys multiplied H_0 by.
   KALMANET_KERNEL void plan_chunk(float scale) {
     group.with_warp(0, [&] {
       const double start_norm2 = this->squares_of_state(false);
-      const float k2 = 1.0f / (k_power * k_power);
-      group.each([&](int t, Registers& r) {
-        const float u = shared.weight[t] * k2;
-        float gram = 0, product = 0;
+      group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) gram += shared.gram[i][t];
+        for (int i = 0; i < 2; ++i) {
+          const int t = 2 * thread + i;
+          const DirectMeasured& measured = this->measured();
+          const float u = shared.weight[t] * shared.unit[0][t] * shared.unit[0][t];
+          float product = 0;
+          KALMANET_UNROLL
+          for (int w = 0; w < 8; ++w) product += measured.dots[w][t];
+          const float own = u * measured.norm2[t];
+          const float gram = measured.gram[0][t] + measured.gram[1][t];
+          r.pair[i] = static_cast<double>(2.0f * u * (product / scale + gram) - own * own);
+        }
+      });
+      this->scan();
+      group.each([&](int thread, Registers& r) {
+        r.extreme[0] = r.extreme[1] = -INFINITY;
+        r.extreme[2] = 0;
         KALMANET_UNROLL
-        for (int w = 0; w < 8; ++w) product += shared.dots[0][w][t];
-        const float own = u * shared.norm2[t];
-        r.scan[0] = static_cast<double>(2.0f * u * (product / scale + gram * k2) - own * own);
+        for (int i = 0; i < 2; ++i) {  // f_t e^{-G_t}
+          const int t = 2 * thread + i;
+          const float root = sqrtf(static_cast<float>(start_norm2 + r.pair[i]));
+          const bool zero =
+              t >= n || root * shared.start[0][t] <= static_cast<float>(kVanishedNorm);
+          const float shift = zero ? 0.0f : shared.ridge[t] * root;
+          if (!(shift >= 0.0f)) shared.ill = 1;
+          r.dot[i] = shift;
+          const bool counts = shift > 0.0f && !exact(t);
+          if (counts) r.extreme[0] = fmaxf(r.extreme[0], shift);
+          if (counts) r.extreme[1] = fmaxf(r.extreme[1], -shift);
+          if (!zero) r.extreme[2] = fmaxf(r.extreme[2], root);
+        }
       });
-      this->scan(0);
-      group.each([&](int t, Registers& r) {
-        // f_t e^{-G_t}
-        const float root = sqrtf(static_cast<float>(start_norm2 + r.scan[0]));
-        const bool zero = t >= n || root * shared.start[0][t] <= static_cast<float>(kVanishedNorm);
-        const float shift = zero ? 0.0f : shared.ridge[t] * root;
-        if (!(shift >= 0.0f)) shared.ill = 1;
-        r.dot[1] = shift;
-        const bool counts = shift > 0.0f && !exact(t);
-        r.extreme[0] = counts ? shift : -INFINITY;
-        r.extreme[1] = counts ? -shift : -INFINITY;
-        r.dot[0] = zero ? 0.0f : root;
-      });
-      group.max_warp([](Registers& r) -> float& { return r.extreme[0]; });
-      group.max_warp([](Registers& r) -> float& { return r.extreme[1]; });
-      group.max_warp([](Registers& r) -> float& { return r.dot[0]; });
-      group.each([&](int t, Registers& r) {
+      KALMANET_UNROLL
+      for (int e = 0; e < 3; ++e) {
+        group.max_warp([e](Registers& r) -> float& { return r.extreme[e]; });
+      }
+      group.each([&](int thread, Registers& r) {
         const float high = r.extreme[0], low = -r.extreme[1];
         const bool none = !(high > 0.0f);
         const float mu = none ? 1.0f : sqrtf(high) * sqrtf(low);
         const float tolerance =
             static_cast<float>(job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
         const int steps = none ? 0 : direct_products(sqrtf(high / low), tolerance);
-        const float shift = r.dot[1];
-        const float x_scale = shift == 0.0f ? 0.0f : 1.0f / (mu * shared.start[0][t]);
-        shared.delta[t] = shift == 0.0f ? 0.0f : shift / mu - 1.0f;
-        shared.solution_scale[t] = x_scale;
-        shared.key_scale[t] = sqrtf(shared.weight[t] / mu) / k_power;
-        const float alpha = shared.alpha[t];
-        const float most = fmaxf(fabsf(1.0f - alpha), fabsf(alpha) * x_scale);
-        int exponent = 0;
-        if (most > 0.0f && most < INFINITY) frexpf(most, &exponent);
-        exponent = exponent < -100 ? -100 : (exponent > 100 ? 100 : exponent);
-        shared.query_scale[t] = ldexpf(1.0f, -exponent);
-        shared.output_scale[t] = ldexpf(static_cast<float>(job.scale) / q_power, exponent);
-        if (t != 0) return;
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const int t = 2 * thread + i;
+          shared.shift[t] = r.dot[i];
+          shared.key_scale[t] = sqrtf(divide(shared.weight[t], mu)) * shared.unit[0][t];
+        }
+        if (thread != 0) return;
         shared.mu = mu;
         shared.steps = steps;
         if (steps > L::kMostSteps) shared.ill = 1;
-        if (!none && !(r.dot[0] <= kLargestEntry * mu)) shared.ill = 1;
+        if (!none && !(r.extreme[2] <= kLargestEntry * mu)) shared.ill = 1;
       });
     });
   }
 
-  // P, Y, R and the gains Z.
+  // What else follows a token, the polynomial's coefficients and nodes: by the last two warps, a
+  // token a thread, while the others' pivots are under way.
+  KALMANET_KERNEL void plan_tokens() {
+    group.by_warp(6, 8, [&](int) {
+      group.each([&](int thread, Registers&) {
+        const int t = thread % 64;
+        const float shift = shared.shift[t], mu = shared.mu, alpha = shared.alpha[t];
+        const float x_scale = shift == 0.0f ? 0.0f : divide(1.0f, mu * shared.start[0][t]);
+        const float most = fmaxf(fabsf(1.0f - alpha), fabsf(alpha) * x_scale);
+        int exponent = static_cast<int>(bits_of(most) >> 23) - 126;
+        if (!(most > 0.0f && most < INFINITY)) exponent = 0;
+        exponent = exponent < -100 ? -100 : (exponent > 100 ? 100 : exponent);
+        shared.solution_scale[t] = x_scale;
+        shared.query_scale[t] = power_of_two(-exponent);
+        shared.output_scale[t] = static_cast<float>(job.scale) * power_of_two(exponent);
+        // (Of a token computed elsewhere the shift may be far from mu.)
+        const float half = shift == 0.0f || exact(t) ? 0.0f : 0.5f * (divide(shift, mu) - 1.0f);
+        const float angle = divide(3.14159265f, static_cast<float>(shared.steps));
+        float a = 1.0f;
+        KALMANET_LOOP
+        for (int k = 0; k < shared.steps; ++k) {
+          const float at = static_cast<float>(kNodeOrder.at[shared.steps][k]) + 0.5f;
+          const float node = 1.0f + cosine(angle * at);  // 2 nu_k
+          a *= divide(k == 0 ? 1.0f : -half, 1.0f + half * node);
+          shared.coefficient[k][t] = static_cast<uint16_t>(pack_float16(a, a));
+          if (t == 0) shared.node[k] = -node;
+        }
+      });
+    });
+  }
+
+  // P, Y, R and the gains Z. H is in h.
   KALMANET_KERNEL void factor() {
     const float inverse_mu = 1.0f / shared.mu;
     group.each([&](int thread, Registers& r) {
@@ -120,113 +157,288 @@ struct DirectFactor : DirectState<Group> {
           r.h[tile][i] = r.h[tile][i] * inverse_mu + (diagonal ? 1.0f : 0.0f);
         }
       }
-      for (int k = thread / 32; k < shared.steps; k += 8) {
-        const int t = thread % 32;
-        const float centre = 1.0f + 0.5f * shared.delta[t], half = 0.5f * fabsf(shared.delta[t]);
-        const int node = kNodeOrder.at[shared.steps][k];
-        const float angle =
-            3.14159265f * (static_cast<float>(node) + 0.5f) / static_cast<float>(shared.steps);
-        shared.gain[k][t] = divide(1.0f, centre + half * cosine(angle));
-      }
     });
+    plan_tokens();
     this->invert();
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        Left low;
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float (&v)[4] = r.h[2 * k + i / 2];
-          r.p[k][i] = split_float16(-kInverseScale * v[i % 2 * 2],
-                                    -kInverseScale * v[i % 2 * 2 + 1], low.part[i]);
-        }
-        shared.low[(thread / 32 * 8 + k) * 32 + thread % 32] = low;
-      }
-    });
-    this->template multiply_inverse<true>(shared.keys);
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 4; ++tile) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          r.y[tile][i] *=
-              shared.key_scale[this->token_of(thread, tile, i)] * (1.0f / kInverseScale);
-        }
-      }
-    });
+    this->put_inverse();
+    multiply_keys();
     put_gains();
     group.barrier();
-    this->template multiply_tokens<false, true>(shared.keys, nullptr, shared.gains[0],
-                                                shared.gains[1]);
+    group.new_part();
+    group.by_warp(0, 4, [&](int) { multiply_gains(); });
+    group.by_warp(4, 8, [&](int warp) { fetch_ahead(warp); });
+    invert_factor();
+    group.barrier();
+    group.new_part();
+    multiply_factor();
+    group.barrier();
+    put_gains();
+    group.by_warp(4, 8, [&](int warp) { this->put_rows_of_half(warp, 2, shared.queries, 2); });
+  }
+  // Q, and all that is needed next towards L2.
+  KALMANET_KERNEL void fetch_ahead(int warp) {
+    this->fetch_rows_of_half(job.q, head / job.q_group, warp);
+    this->prefetch_rows(job.v, head / job.v_group, t0);
+    const int64_t next = t0 + n;
+    this->prefetch_rows(job.k, head / job.k_group, next);
+    this->prefetch_rows(job.q, head / job.q_group, next);
+    this->prefetch_scalars(job.gk, next);
+    if (job.g.data != job.gk.data) this->prefetch_scalars(job.g, next);
+    this->prefetch_scalars(job.alpha, next);
+    this->prefetch_scalars(job.beta, next);
+    this->prefetch_scalars(job.ridge, next);
+  }
+  // Q alone, where there is nothing to solve.
+  KALMANET_KERNEL void take_queries() {
+    plan_tokens();
+    group.by_warp(4, 8, [&](int warp) {
+      this->fetch_rows_of_half(job.q, head / job.q_group, warp);
+      this->put_rows_of_half(warp, 2, shared.queries, 2);
+    });
+  }
+
+  // y <- Y = P K^T: the warp's 16 dims, of P as invert() left it, and all tokens.
+  KALMANET_KERNEL void multiply_keys() {
+    constexpr float kScale = 256.0f;  // so that what is 1e-3 of 1 has normal low parts
+    this->clear_y();
+    KALMANET_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      group.each([&](int, Registers& r) {
+        this->template pack_state<true>(r.h[2 * k], r.h[2 * k + 1], -kScale, r.a);
+      });
+      KALMANET_UNROLL
+      for (int block = 0; block < 4; ++block) {
+        this->load_right_transposed(0, [&](int) { return &shared.keys[block * 8 + k]; });
+        this->add_y(2 * block, 1, 0);
+        this->add_y(2 * block, 0, 0);
+      }
+    }
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int tile = 0; tile < 8; ++tile) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          r.y[tile][i] *= shared.key_scale[this->column_of(thread, tile, i)] * (1.0f / kScale);
+        }
+      }
+    });
+  }
+
+  // y, Y or Z, into shared memory.
+  KALMANET_KERNEL void put_gains() {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int block = 0; block < 4; ++block) {
+        const int at = thread / 32 * 4 + block;
+        KALMANET_UNROLL
+        for (int m = 0; m < 4; ++m) {
+          const float (&v)[4] = r.y[2 * block + m % 2];
+          uint32_t low;
+          shared.gains[0][at].word[m][thread % 32] =
+              split_scaled(v[m / 2 * 2], v[m / 2 * 2 + 1], low);
+          shared.gains[1][at].word[m][thread % 32] = low;
+        }
+      }
+    });
+  }
+
+  // h's first 8 tiles <- the warp's 16 rows of I + K Y.
+  KALMANET_KERNEL void multiply_gains() {
+    this->clear_y();
+    KALMANET_UNROLL
+    for (int part = 1; part >= 0; --part) {
+      KALMANET_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        this->load_left(0, [&](int w) { return &shared.keys[w * 8 + k]; });
+        KALMANET_UNROLL
+        for (int block = 0; block < 4; ++block) {
+          this->load_right(0, [&](int) { return &shared.gains[part][k * 4 + block]; });
+          this->add_y(2 * block, 0, 0);
+        }
+      }
+      if (part == 1) this->scale_y(1.0f / kLowScale);
+    }
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int row = this->tile_row(thread, i);
-        r.g[0][i] *= shared.key_scale[row];
-        if (row == this->tile_column(thread, i)) r.g[0][i] += 1.0f;
-      }
-      store4(shared.tile[thread], r.g[0]);
-    });
-    group.barrier();
-    group.with_warp(0, [&] {
-      park();
-      this->invert_factor();
-      unpark();
-    });
-    group.barrier();
-    this->clear_y();
-    this->template add_middle<true>(TakeZ());
-    group.each([&](int, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 4; ++tile) {
+        const int row = thread / 32 * 16 + this->row_of(thread, i);
+        const float by = shared.key_scale[row];
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) r.y[tile][i] *= kGainScale;
-      }
-    });
-    put_gains();
-  }
-
-  // What the first warp holds of P and Y, aside: the factor's elimination needs the registers.
-  KALMANET_KERNEL void park() {
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int k = 0; k < 8; ++k) store16(shared.right[k * 32 + thread].part, r.p[k]);
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i)
-        store16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
-    });
-  }
-  KALMANET_KERNEL void unpark() {
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int k = 0; k < 8; ++k) load16(shared.right[k * 32 + thread].part, r.p[k]);
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i)
-        load16(shared.right[(8 + i) * 32 + thread].part, r.z[i / 2][i % 2]);
-    });
-  }
-
-  // y, which is Y or Z, as left factor in registers and transposed in shared memory.
-  KALMANET_KERNEL void put_gains() {
-    group.each([&](int, Registers& r) {
-      KALMANET_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const float (&v)[4] = r.y[2 * k + i / 2];
-          r.z[0][k][i] = split_float16(v[i % 2 * 2], v[i % 2 * 2 + 1], r.z[1][k][i]);
+        for (int tile = 0; tile < 8; ++tile) {
+          r.h[tile][i] =
+              r.y[tile][i] * by + (row == this->column_of(thread, tile, i) ? 1.0f : 0.0f);
         }
       }
     });
-    this->put_right(shared.gains[0], shared.gains[1],
-                    [](Registers& r) -> float (&)[4][4] { return r.y; });
   }
-  struct TakeZ {
-    KALMANET_KERNEL void operator()(Registers& r, int, int k) const {
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) r.a[0][i] = r.z[0][k][i], r.a[1][i] = r.z[1][k][i];
+
+  // Rows 16 w .. of I + K Y, in the first four warps' h, become R^{-1}, high and low in queries.
+  // Elimination of 16 rows at a time: D = L L^T the pivot, rows_below -= B D^{-1} rows, B their
+  // columns of the pivot; where that leaves zeros the inverse grows, as if the pivot's columns
+  // had been I. The pivot's own rows become L^{-1} rows. Columns turn as in invert().
+  KALMANET_KERNEL void invert_factor() {
+    KALMANET_LOOP
+    for (int b = 0; b < 4; ++b) {
+      group.by_warp(b, b + 1, [&](int) {
+        put_factor_rows();
+        this->take_pivot([](Registers& r, int tile) -> float (&)[4] { return r.h[tile]; });
+        this->eliminate_pivot();
+        this->put_pivot(shared.pivot[0][0], shared.pivot[0][1], 1.0f);
+      });
+      group.barrier();
+      group.by_warp(0, 4, [&](int warp) { eliminate_rows(b, warp); });
+      group.barrier();
     }
-  };
+    group.by_warp(0, 4, [&](int warp) {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int block = 0; block < 4; ++block) {
+          KALMANET_UNROLL
+          for (int m = 0; m < 4; ++m) {
+            float v[2];
+            KALMANET_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              const int e = m / 2 * 2 + i;
+              const int row = warp * 16 + this->row_of(thread, e);
+              const int column = this->column_of(thread, 2 * block + m % 2, e);
+              v[i] = column <= row ? r.h[2 * block + m % 2][e] : 0.0f;
+            }
+            uint32_t low;
+            shared.queries[warp * 4 + block].word[m][thread % 32] = split_float16(v[0], v[1], low);
+            shared.queries[16 + warp * 4 + block].word[m][thread % 32] = low;
+          }
+        }
+      });
+    });
+  }
+
+  // The pivot's rows as they are, but for the pivot, which is not read: four blocks, high and low.
+  KALMANET_KERNEL Quad* factor_rows(int part) { return shared.queries + 16 * part; }
+  KALMANET_KERNEL void put_factor_rows() {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int block = 1; block < 4; ++block) {
+        KALMANET_UNROLL
+        for (int m = 0; m < 4; ++m) {
+          const float (&v)[4] = r.h[2 * block + m % 2];
+          uint32_t low;
+          factor_rows(0)[block].word[m][thread % 32] =
+              split_float16(v[m / 2 * 2], v[m / 2 * 2 + 1], low);
+          factor_rows(1)[block].word[m][thread % 32] = low;
+        }
+      }
+    });
+  }
+
+  // One warp's rows, after the elimination of block b.
+  KALMANET_KERNEL void eliminate_rows(int b, int warp) {
+    const Quad* const pivot = shared.pivot[0];  // L^{-T}
+    group.each([](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) r.g[0][i] = r.g[1][i] = 0;
+    });
+    if (warp > b) {
+      // B L^{-T}, then that times L^{-1}.
+      pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] {
+        return reinterpret_cast<const float (&)[2][4]>(r.h);
+      });
+      this->load_right(0, [&](int) { return pivot; });
+      this->load_right(1, [&](int) { return pivot + 1; });
+      multiply_split();
+      pack_factor(-1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
+      group.each([](int, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) r.g[0][i] = r.g[1][i] = 0;
+      });
+      this->load_right_transposed(0, [&](int) { return pivot; });
+      this->load_right_transposed(1, [&](int) { return pivot + 1; });
+      multiply_split();  // -B D^{-1}
+      pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
+    } else if (warp == b) {
+      this->load_left_transposed(0, [&](int) { return pivot; });
+      this->load_left_transposed(1, [&](int) { return pivot + 1; });
+      group.each([](int, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {  // L^{-1} itself
+          float (&g)[4] = r.g[i / 2];
+          g[i % 2 * 2] = low_float16(r.a[0][i]) + low_float16(r.a[1][i]);
+          g[i % 2 * 2 + 1] = high_float16(r.a[0][i]) + high_float16(r.a[1][i]);
+        }
+        KALMANET_UNROLL
+        for (int tile = 2; tile < 8; ++tile) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) r.h[tile][i] = 0;
+        }
+      });
+    } else {
+      group.each([](int, Registers& r) {  // its columns go round, unchanged
+        KALMANET_UNROLL
+        for (int i = 0; i < 8; ++i) r.g[i / 4][i % 4] = r.h[i / 4][i % 4];
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) r.a[0][i] = r.a[1][i] = 0;
+      });
+    }
+    KALMANET_UNROLL
+    for (int block = 0; block < 3; ++block) {
+      this->load_right(0, [&](int) { return factor_rows(0) + block + 1; });
+      this->load_right(1, [&](int) { return factor_rows(1) + block + 1; });
+      group.each([&](int, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 8; ++i)
+          r.h[2 * block + i / 4][i % 4] = r.h[2 * block + 2 + i / 4][i % 4];
+      });
+      const auto to = [block](Registers& r, int j) -> float (&)[4] { return r.h[2 * block + j]; };
+      this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, 0);
+      this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 1);
+      this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 0);
+    }
+    group.each([](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 8; ++i) r.h[6 + i / 4][i % 4] = r.g[i / 4][i % 4];
+    });
+  }
+
+  // a <- sign of(registers), 16 x 16, as left factor, high and low.
+  template <class Of>
+  KALMANET_KERNEL void pack_factor(float sign, Of&& of) {
+    group.each([&](int, Registers& r) {
+      const float (&v)[2][4] = of(r);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        r.a[0][i] =
+            split_float16(sign * v[i / 2][i % 2 * 2], sign * v[i / 2][i % 2 * 2 + 1], r.a[1][i]);
+      }
+    });
+  }
+  // g += a b, both high and low.
+  KALMANET_KERNEL void multiply_split() {
+    const auto to = [](Registers& r, int j) -> float (&)[4] { return r.g[j]; };
+    this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, 0);
+    this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 1);
+    this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 0);
+  }
+
+  // y <- sqrt(2) Z = sqrt(2) Y R^{-T}: the warp's 16 dims.
+  KALMANET_KERNEL void multiply_factor() {
+    this->clear_y();
+    add_factor(1, 0);
+    this->scale_y(1.0f / kLowScale);
+    add_factor(0, 1);
+    add_factor(0, 0);
+    this->scale_y(kGainScale);
+  }
+  KALMANET_KERNEL void add_factor(int part, int factor_part) {
+    KALMANET_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      this->load_left(0, [&](int w) { return &shared.gains[part][w * 4 + k]; });
+      KALMANET_UNROLL
+      for (int block = k; block < 4; ++block) {  // (R^{-1} is lower triangular)
+        this->load_right_transposed(
+            0, [&](int) { return &shared.queries[16 * factor_part + block * 4 + k]; });
+        this->add_y(2 * block, 0, 0);
+      }
+    }
+  }
 };
 
 }  // namespace kalmanet::cuda

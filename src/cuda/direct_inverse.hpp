@@ -1,14 +1,13 @@
-// The two factorisations of the direct chunk kernel: the inverse of a 128 x 128 matrix that lies in
-// the block's registers, and the inverse Cholesky factor of a 32 x 32 one.
+// The inverse of a 128 x 128 matrix that lies in the block's registers.
 #pragma once
 
-#include "cuda/direct_kernel.hpp"
+#include "cuda/direct_pivot.hpp"
 
 namespace kalmanet::cuda {
 
 template <class Group>
-struct DirectInverse : DirectProducts<Group> {
-  using Base = DirectProducts<Group>;
+struct DirectInverse : DirectPivot<Group> {
+  using Base = DirectPivot<Group>;
   using Base::group, Base::shared;
   using L = DirectLayout;
   using Registers = DirectRegisters;
@@ -20,7 +19,7 @@ struct DirectInverse : DirectProducts<Group> {
   // register is indexed at run time. The owner of the next pivot inverts it as soon as it has it.
   KALMANET_KERNEL void invert() {
     group.with_warp(0, [&] { invert_pivot(0); });
-    put_panel(0, 0);
+    put_panel(0);
     group.barrier();
     KALMANET_LOOP  // eight copies would not fit the instruction cache
         for (int b = 0; b < 8; ++b) {
@@ -28,7 +27,7 @@ struct DirectInverse : DirectProducts<Group> {
       sweep_tiles(b, 0, 2);
       if (b < 7) {
         group.with_warp(b + 1, [&] { invert_pivot((b + 1) % 2); });
-        put_panel(b + 1, (b + 1) % 2);
+        put_panel((b + 1) % 2);
       }
       sweep_tiles(b, 2, 14);
       group.each([&](int, Registers& r) {
@@ -42,8 +41,13 @@ struct DirectInverse : DirectProducts<Group> {
     }
   }
 
-  // The warp's 16 x 16 of the pivot's columns (tiles 0 and 1) as fragments in the order of a right
-  // factor; parts 1 and 2 change places for a left one.
+  // Rows 16 w .. of panel `buffer`, as right factors [high or low][w][lane].
+  KALMANET_KERNEL Left* panel(int buffer, int part) {
+    return reinterpret_cast<Left*>(shared.gains[buffer]) + part * 256;
+  }
+
+  // The warp's 16 x 16 of the pivot's columns (tiles 0 and 1) in the order of a quad's words; parts
+  // 1 and 2 change places for a left factor.
   KALMANET_KERNEL static void pack_block(const float (&v)[2][4], Left& high, Left& low) {
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -51,31 +55,29 @@ struct DirectInverse : DirectProducts<Group> {
     }
   }
 
-  KALMANET_KERNEL void put_panel(int, int buffer) {
+  KALMANET_KERNEL void put_panel(int buffer) {
     group.each([&](int thread, Registers& r) {
       const float (&v)[2][4] = reinterpret_cast<const float (&)[2][4]>(r.h);
       Left high, low;
       pack_block(v, high, low);
-      shared.gains[buffer][thread] = high;
-      shared.gains[buffer][256 + thread] = low;
+      panel(buffer, 0)[thread] = high;
+      panel(buffer, 1)[thread] = low;
     });
   }
 
   // g <- B D^{-1} (the pivot's owner: -D^{-1}); a <- what multiplies the panel: -g.
   KALMANET_KERNEL void load_pivot(int b) {
-    group.each([&](int thread, Registers& r) {
+    this->load_right_transposed(0, [&](int) { return &shared.pivot[b % 2][0]; });
+    this->load_right_transposed(1, [&](int) { return &shared.pivot[b % 2][1]; });
+    group.each([&](int, Registers& r) {
       const float (&v)[2][4] = reinterpret_cast<const float (&)[2][4]>(r.h);
       Left high, low;
       pack_block(v, high, low);
-      const Left e = shared.pivot[b % 2][0][thread % 32],
-                 rest = shared.pivot[b % 2][1][thread % 32];
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int at = i == 1 ? 2 : (i == 2 ? 1 : i);
         r.a[0][i] = high.part[at];
         r.a[1][i] = low.part[at];
-        r.b[0][i / 2][i % 2] = e.part[i];
-        r.b[1][i / 2][i % 2] = rest.part[i];
         r.g[0][i] = r.g[1][i] = 0;
       }
     });
@@ -127,8 +129,8 @@ struct DirectInverse : DirectProducts<Group> {
       if (n < from || n >= to) continue;
       group.each([&](int thread, Registers& r) {
         const int block = (b + 1 + n / 2) % 8;
-        const Left high = shared.gains[b % 2][block * 32 + thread % 32];
-        const Left low = shared.gains[b % 2][256 + block * 32 + thread % 32];
+        const Left high = panel(b % 2, 0)[block * 32 + thread % 32];
+        const Left low = panel(b % 2, 1)[block * 32 + thread % 32];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           r.b[0][i / 2][i % 2] = high.part[i];
@@ -150,197 +152,28 @@ struct DirectInverse : DirectProducts<Group> {
     }
   }
 
-  // One warp: the inverse of the 16 x 16 in its tiles 0 and 1, by the same sweeps of two rows and
-  // columns at a time, into shared.pivot[buffer].
+  // One warp: the inverse of the 16 x 16 in its tiles 0 and 1 into shared.pivot[buffer].
   KALMANET_KERNEL void invert_pivot(int buffer) {
-    group.each([&](int, Registers& r) {
-      KALMANET_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) r.f[0][n][i] = r.h[n][i];
-      }
-    });
-    KALMANET_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      // Rows 8 half + 2 pair and the next. (Rolled: lanes may differ at run time, registers not.)
-      KALMANET_LOOP
-      for (int pair = 0; pair < 4; ++pair) sweep_pair(half, pair);
-    }
-    group.each([&](int thread, Registers& r) {
-      float inverse[2][4];
-      KALMANET_UNROLL
-      for (int n = 0; n < 2; ++n) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) inverse[n][i] = -r.f[0][n][i];
-      }
-      Left high, low;
-      pack_block(inverse, high, low);
-      shared.pivot[buffer][0][thread % 32] = high;
-      shared.pivot[buffer][1][thread % 32] = low;
-    });
+    this->take_pivot([](Registers& r, int tile) -> float (&)[4] { return r.h[tile]; });
+    this->sweep_pivot();
+    this->put_pivot(shared.pivot[buffer][0], shared.pivot[buffer][1], -1.0f);
   }
 
-  KALMANET_KERNEL void sweep_pair(int half, int pair) {
-    const int row = 2 * pair;
-    KALMANET_UNROLL
-    for (int i = 0; i < 8; ++i) {  // their columns of this lane
-      const int which = i / 4, n = i / 2 % 2, c = i % 2;
-      group.shuffle([=](Registers& r) -> float& { return r.rows[which][n * 2 + c]; },
-                    [=](Registers& r) { return r.f[0][n][half * 2 + c]; },
-                    [=](int thread) { return (row + which) * 4 + thread % 4; });
-    }
-    KALMANET_UNROLL
-    for (int i = 0; i < 4; ++i) {  // their elements in this lane's rows
-      const int h = i / 2, c = i % 2;
-      group.shuffle([=](Registers& r) -> float& { return r.cols[h][c]; },
-                    [=](Registers& r) { return r.f[0][half][h * 2 + c]; },
-                    [=](int thread) { return thread % 32 / 4 * 4 + pair; });
-    }
-    KALMANET_UNROLL
-    for (int i = 0; i < 3; ++i) {  // the pivots themselves
-      group.shuffle([=](Registers& r) -> float& { return r.pivots[i]; },
-                    [=](Registers& r) { return r.f[0][half][half * 2 + (i > 0 ? 1 : 0)]; },
-                    [=](int) { return (row + i / 2) * 4 + pair; });
-    }
+  // What invert() left, the lower half of it, into shared.inverse.
+  KALMANET_KERNEL void put_inverse() {
     group.each([&](int thread, Registers& r) {
-      const float a = r.pivots[0], b = r.pivots[1], c = r.pivots[2];
-      const float inverse = divide(1.0f, a * c - b * b);
-      const float e00 = c * inverse, e01 = -b * inverse, e11 = a * inverse;
-      const int lane = thread % 32;
+      const int row = thread / 32;
       KALMANET_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        float g0 = r.cols[h][0] * e00 + r.cols[h][1] * e01;
-        float g1 = r.cols[h][0] * e01 + r.cols[h][1] * e11;
-        float keep = 1.0f;
-        if (h == half && lane / 4 == row) g0 = -e00, g1 = -e01, keep = 0.0f;
-        if (h == half && lane / 4 == row + 1) g0 = -e01, g1 = -e11, keep = 0.0f;
+      for (int column = 0; column < 8; ++column) {
+        if (column > row) continue;
+        Quad* const to = &shared.inverse[0][lower_block(row, column)];
         KALMANET_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          KALMANET_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            float& e = r.f[0][n][h * 2 + i];
-            e = keep * e - g0 * r.rows[0][n * 2 + i] - g1 * r.rows[1][n * 2 + i];
-            if (n == half && lane % 4 == pair) e = i == 0 ? g0 : g1;
-          }
-        }
-      }
-    });
-  }
-
-  // One warp: R^{-1} of R R^T = the matrix in shared.tile, as the right factor R^{-T} in
-  // shared.middle. Elimination of two rows at a time; what is below the diagonal becomes L^{-1}.
-  KALMANET_KERNEL void invert_factor() {
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        KALMANET_UNROLL
-        for (int n = 0; n < 4; ++n) {
-          load4(shared.tile[(m * 4 + n) * 32 + thread % 32], r.f[m][n]);
-        }
-        r.extreme[m] = 1.0f;
-      }
-      r.dot[0] = r.dot[1] = 1.0f;
-    });
-    KALMANET_UNROLL
-    for (int column = 0; column < 4; ++column) {
-      KALMANET_LOOP
-      for (int pair = 0; pair < 4; ++pair) eliminate_pair(column, pair);
-    }
-    // Rows divided by sqrt(d), the unit diagonal, nothing above it.
-    group.each([&](int thread, Registers& r) {
-      const int lane = thread % 32;
-      KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        KALMANET_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int row = m * 16 + h * 8 + lane / 4;
-          const float scale = divide(1.0f, sqrtf(m == 0 ? r.dot[h] : r.extreme[h]));
-          KALMANET_UNROLL
-          for (int n = 0; n < 4; ++n) {
-            KALMANET_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              const int at = n * 8 + lane % 4 * 2 + i;
-              float& e = r.f[m][n][h * 2 + i];
-              e = at > row ? 0.0f : scale * (at == row ? 1.0f : e);
-            }
-          }
-          KALMANET_UNROLL
-          for (int k = 0; k < 2; ++k) {
-            Right high, low;
-            KALMANET_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              const float (&v)[4] = r.f[m][2 * k + i];
-              high.part[i] = split_float16(v[h * 2], v[h * 2 + 1], low.part[i]);
-            }
-            shared.middle[0][(k * 4 + m * 2 + h) * 32 + lane] = high;
-            shared.middle[1][(k * 4 + m * 2 + h) * 32 + lane] = low;
-          }
-        }
-      }
-    });
-  }
-
-  // Rows 8 column + 2 pair and the next out of what is below them.
-  KALMANET_KERNEL void eliminate_pair(int column, int pair) {
-    const int tile = column / 2, half = column % 2, row = 2 * pair;
-    KALMANET_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      const int which = i / 8, n = i / 2 % 4, c = i % 2;
-      group.shuffle([=](Registers& r) -> float& { return r.rows[which][n * 2 + c]; },
-                    [=](Registers& r) { return r.f[tile][n][half * 2 + c]; },
-                    [=](int thread) { return (row + which) * 4 + thread % 4; });
-    }
-    KALMANET_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const int m = i / 4, h = i / 2 % 2, c = i % 2;
-      if (m < tile) continue;
-      group.shuffle([=](Registers& r) -> float& { return r.cols[m * 2 + h][c]; },
-                    [=](Registers& r) { return r.f[m][column][h * 2 + c]; },
-                    [=](int thread) { return thread % 32 / 4 * 4 + pair; });
-    }
-    KALMANET_UNROLL
-    for (int i = 0; i < 3; ++i) {
-      group.shuffle([=](Registers& r) -> float& { return r.pivots[i]; },
-                    [=](Registers& r) { return r.f[tile][column][half * 2 + (i > 0 ? 1 : 0)]; },
-                    [=](int) { return (row + i / 2) * 4 + pair; });
-    }
-    group.each([&](int thread, Registers& r) {
-      const int lane = thread % 32;
-      const float a = r.pivots[0], b = r.pivots[1], c = r.pivots[2];
-      const float inverse = divide(1.0f, a * c - b * b);
-      const float e00 = c * inverse, e01 = -b * inverse, e11 = a * inverse;
-      const float l = divide(b, a);  // the second row's multiple of the first
-      KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        KALMANET_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          if (m < tile || (m == tile && h < half)) continue;
-          float g0 = r.cols[m * 2 + h][0] * e00 + r.cols[m * 2 + h][1] * e01;
-          float g1 = r.cols[m * 2 + h][0] * e01 + r.cols[m * 2 + h][1] * e11;
-          const bool here = m == tile && h == half;
-          const bool first = here && lane / 4 == row, second = here && lane / 4 == row + 1;
-          if (here && lane / 4 < row) g0 = g1 = 0;  // done already
-          if (first) {
-            g0 = g1 = 0;
-            (m == 0 ? r.dot[h] : r.extreme[h]) = a;
-          }
-          if (second) {
-            g0 = l, g1 = 0;
-            (m == 0 ? r.dot[h] : r.extreme[h]) = c - l * b;
-          }
-          const bool below = !(here && lane / 4 <= row + 1);
-          KALMANET_UNROLL
-          for (int n = 0; n < 4; ++n) {
-            KALMANET_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              float& e = r.f[m][n][h * 2 + i];
-              e -= g0 * r.rows[0][n * 2 + i] + g1 * r.rows[1][n * 2 + i];
-              if (n == column && lane % 4 == pair) {
-                if (below) e = i == 0 ? -g0 : -g1;
-                if (second && i == 0) e = -l;
-              }
-            }
-          }
+        for (int m = 0; m < 4; ++m) {
+          const float (&v)[4] = r.h[2 * column + m % 2];
+          uint32_t low;
+          to->word[m][thread % 32] =
+              split_scaled(-kInverseScale * v[m / 2 * 2], -kInverseScale * v[m / 2 * 2 + 1], low);
+          to[L::kSymmetric].word[m][thread % 32] = low;
         }
       }
     });

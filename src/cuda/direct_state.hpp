@@ -1,35 +1,19 @@
-// What the direct chunk kernel does around its solves: tensors into fragments, what is a token's
-// own, |H_t|, and the states, which lie in scratch memory in the order of a warp's sums: warp w has
-// rows 16 w .. of H and of U^T.
+// The direct chunk kernel's states, which lie in scratch memory in the order of a warp's sums: warp
+// w has rows 16 w .. of H and of U^T; and |H_t|.
 #pragma once
 
-#include <cstring>
-
-#include "cuda/direct_inverse.hpp"
-#include "cuda/token_body.hpp"
+#include "cuda/direct_tokens.hpp"
 
 namespace kalmanet::cuda {
 
-// A chunk ends where its keys have faded by e^{-8}: more would take more steps than a new chunk
-// costs. A single token that forgets more than e^{-30} (its states' sums are float32) is left over.
-inline constexpr double kLongestForgetting = 4.0, kMostForgotten = 30.0;
-inline constexpr double kMostForgottenValues = 40.0;
-
 template <class Group>
-struct DirectState : DirectInverse<Group> {
-  using Base = DirectInverse<Group>;
-  using Base::group, Base::shared;
+struct DirectState : DirectTokens<Group> {
+  using Base = DirectTokens<Group>;
+  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
+      Base::n;
   using L = DirectLayout;
   using Registers = DirectRegisters;
   static constexpr int64_t kStateFloats = 2 * 128 * 128;  // a block's scratch
-
-  const GkaJob& job;
-  Piece piece;
-  int64_t head;
-  float* states;  // H, then U^T: [warp][tile of 8 columns][lane][4]
-  int64_t t0 = 0;
-  int n = 0;                                    // tokens
-  float k_power = 1, v_power = 1, q_power = 1;  // what the tensors are scaled by
 
   KALMANET_KERNEL float* state_at(bool u, int thread, int tile) {
     return states + (u ? 128 * 128 : 0) +
@@ -99,147 +83,7 @@ struct DirectState : DirectInverse<Group> {
     return sum;
   }
 
-  // Tokens t0.. of a [B,T,heads,128] tensor into shared memory, where P's low parts will be, and
-  // the largest magnitude's bits.
-  KALMANET_KERNEL StagedRows* stage() {
-    static_assert(3 * sizeof(StagedRows) <= sizeof(shared.low));
-    return reinterpret_cast<StagedRows*>(shared.low);
-  }
-  KALMANET_KERNEL void fetch_tile(const Array& a, int64_t a_head, int which) {
-    const uint16_t* const base =
-        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
-    const int64_t left = piece.end - t0;
-    group.each([&](int thread, Registers& r) {
-      fetch_rows(base, a.stride[1], left, thread, r.raw[which]);
-    });
-  }
-  KALMANET_KERNEL void stage_tile(int which) {
-    group.each([&](int thread, Registers& r) {
-      uint32_t most = 0;
-      KALMANET_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t v = r.raw[which][i / 4][i % 4];
-        const uint32_t low = v & 0x7fff, high = v >> 16 & 0x7fff;
-        most = low > most ? low : most;
-        most = high > most ? high : most;
-      }
-      r.most[which] = most;
-      stage_rows(r.raw[which], thread, stage()[which]);
-    });
-    group.max_warp([which](Registers& r) -> uint32_t& { return r.most[which]; });
-    group.each([&](int thread, Registers& r) {
-      if (thread % 32 == 0) shared.largest[which][thread / 32] = r.most[which];
-    });
-  }
-
-  // A staged tensor scaled to float16, by rows (if not null) and by columns (likewise). Returns the
-  // power of two, NaN where the tensor is not finite.
-  KALMANET_KERNEL float put_tile(int which, int log2, Left* rows, Left* columns) {
-    uint32_t largest = 0;
-    for (int w = 0; w < 8; ++w) {
-      largest = shared.largest[which][w] > largest ? shared.largest[which][w] : largest;
-    }
-    const float power = power_for(largest, log2);
-    KALMANET_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int part = 0; part < 4; ++part) {
-          const uint32_t v = staged(stage()[which], m, thread / 32, thread % 32, part);
-          const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
-          r.t[part] =
-              token < n ? pack_float16(low_bfloat16(v) * power, high_bfloat16(v) * power) : 0;
-        }
-        if (rows != nullptr) {
-          rows[(m * 8 + thread / 32) * 32 + thread % 32] = {{r.t[0], r.t[1], r.t[2], r.t[3]}};
-        }
-      });
-      if (columns == nullptr) continue;
-      this->transpose_all();
-      group.each([&](int thread, Registers& r) {
-        columns[(thread / 32 * 2 + m) * 32 + thread % 32] = {{r.t[0], r.t[2], r.t[1], r.t[3]}};
-      });
-    }
-    return largest < 0x7f80 ? power : NAN;
-  }
-
-  // Everything that is a token's own, what follows from the gates, and how many tokens the chunk
-  // has: by the first warp.
-  KALMANET_KERNEL void load_scalars() {
-    group.with_warp(0, [&] {
-      const int64_t left = piece.end - t0;
-      group.each([&](int t, Registers& r) {
-        const bool real = t < left;
-        const auto at = [&](const Array& a, double absent) {
-          return real ? scalar_at<float>(a, piece.row, t0 + t, head, absent)
-                      : static_cast<float>(absent);
-        };
-        r.scan[0] = static_cast<double>(at(job.gk, 0.0));
-        r.scan[1] = static_cast<double>(at(job.g, 0.0));
-        shared.alpha[t] = at(job.alpha, 1.0);
-        const float ridge = at(job.ridge, job.ridge_ratio);
-        shared.ridge[t] = ridge > 0.0f ? ridge : NAN;
-        const float beta = at(job.beta, 1.0);
-        shared.beta2[t] = real ? beta * beta : 0.0f;
-      });
-      scan(0), scan(1);
-      group.each([&](int t, Registers& r) {
-        const bool faded = r.scan[0] < -kLongestForgetting || r.scan[1] < -kMostForgottenValues;
-        r.extreme[0] = faded ? -static_cast<float>(t) : -32.0f;
-      });
-      group.max_warp([](Registers& r) -> float& { return r.extreme[0]; });
-      group.each([&](int t, Registers& r) {
-        int count = static_cast<int>(-r.extreme[0]);
-        if (count > left) count = static_cast<int>(left);
-        if (count < 1) count = 1;
-        r.pivots[0] = static_cast<float>(count);
-        r.extreme[1] = t < count ? shared.beta2[t] : 0.0f;
-        if (t == 0) {
-          shared.tokens = count;
-          if (!(r.scan[0] > -kMostForgotten && r.scan[1] > -kMostForgotten)) shared.ill = 1;
-        }
-      });
-      group.max_warp([](Registers& r) -> float& { return r.extreme[1]; });
-      KALMANET_UNROLL
-      for (int which = 0; which < 2; ++which) {
-        group.each([&](int t, Registers& r) {  // of the last token, to all
-          r.other = t == static_cast<int>(r.pivots[0]) - 1 ? r.scan[which] : 0.0;
-        });
-        group.template sum_lanes<32>([](Registers& r) -> double& { return r.other; });
-        group.each([&](int t, Registers& r) {
-          const bool real = t < static_cast<int>(r.pivots[0]);
-          const float since = real ? static_cast<float>(r.scan[which]) : 0.0f;
-          const float most = r.extreme[1] > 0.0f ? r.extreme[1] : 1.0f;
-          const float beta2 = real ? shared.beta2[t] : 0.0f;
-          shared.start[which][t] = expf(since);
-          shared.since_end[which][t] = beta2 / most * expf(static_cast<float>(r.other) - since);
-          if (which == 0) {
-            shared.weight[t] = beta2 * expf(-since);
-          } else {
-            shared.value_weight[t] = beta2 / most * expf(-since);
-          }
-          if (t != 0) return;
-          shared.total[which] = expf(static_cast<float>(r.other));
-          shared.largest_beta2 = most;
-        });
-      }
-    });
-  }
-
-  // scan[which] <- the sum over the warp's lanes up to this one.
-  KALMANET_KERNEL void scan(int which) {
-    KALMANET_UNROLL
-    for (int step = 1; step < 32; step *= 2) {
-      group.shuffle([](Registers& r) -> double& { return r.other; },
-                    [which](Registers& r) { return r.scan[which]; },
-                    [step](int thread) { return thread - step; });
-      group.each([&](int thread, Registers& r) {
-        if (thread % 32 >= step) r.scan[which] += r.other;
-      });
-    }
-  }
-
-  // Two neighbouring tiles of a state as left fragments: a[0] high, a[1] low.
+  // Two neighbouring tiles of a state as left factor: a[0] high, a[1] low.
   template <bool kSplit>
   KALMANET_KERNEL static void pack_state(const float (&left)[4], const float (&right)[4],
                                          float scale, uint32_t (&a)[2][4]) {
@@ -255,31 +99,25 @@ struct DirectState : DirectInverse<Group> {
     }
   }
 
-  // shared.dots[which][warp][token] <- the sum of term(registers, thread, n, i) over the warp's
-  // dims.
+  // dots[warp][token] <- the sum of term(registers, tile, i) over the warp's dims, for sums of dims
+  // x tokens.
   template <class F>
-  KALMANET_KERNEL void dot_columns(int which, F&& term) {
-    KALMANET_UNROLL
-    for (int tile = 0; tile < 4; ++tile) {
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          r.dot[c] = term(r, thread, tile, c) + term(r, thread, tile, c + 2);
-        }
-      });
-      group.sum_rows([](Registers& r) -> float& { return r.dot[0]; });
-      group.sum_rows([](Registers& r) -> float& { return r.dot[1]; });
-      group.each([&](int thread, Registers& r) {
-        if (thread % 32 >= 4) return;
-        shared.dots[which][thread / 32][this->token_of(thread, tile, 0)] = r.dot[0];
-        shared.dots[which][thread / 32][this->token_of(thread, tile, 1)] = r.dot[1];
-      });
-    }
+  KALMANET_KERNEL void dot_columns(float (*dots)[L::kTokens], int tile, F&& term) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int c = 0; c < 2; ++c) r.dot[c] = term(thread, r, c) + term(thread, r, c + 2);
+    });
+    group.sum_rows([](Registers& r) -> float& { return r.dot[0]; });
+    group.sum_rows([](Registers& r) -> float& { return r.dot[1]; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 >= 4) return;
+      KALMANET_UNROLL
+      for (int c = 0; c < 2; ++c) dots[thread / 32][this->column_of(thread, tile, c)] = r.dot[c];
+    });
   }
-  KALMANET_KERNEL double dot(int which, int token) const {
-    double sum = 0.0;
-    for (int w = 0; w < 8; ++w) sum += static_cast<double>(shared.dots[which][w][token]);
-    return sum;
+
+  KALMANET_KERNEL DirectMeasured& measured() {
+    return *reinterpret_cast<DirectMeasured*>(&shared.gains);
   }
 
   // k_t^T H_0 k_t and the keys' own products, from which |H_t| follows. `scale`: what h is
@@ -288,84 +126,125 @@ struct DirectState : DirectInverse<Group> {
     this->clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
-      group.each([&](int thread, Registers& r) {
-        pack_state<false>(r.h[2 * k], r.h[2 * k + 1], scale, r.a);
-        this->load_right(shared.keys, thread, k, r.b[0]);
-      });
-      this->add_tiles(0, 0);
+      group.each(
+          [&](int, Registers& r) { pack_state<false>(r.h[2 * k], r.h[2 * k + 1], scale, r.a); });
+      KALMANET_UNROLL
+      for (int block = 0; block < 4; ++block) {
+        this->load_right_transposed(0, [&](int) { return &shared.keys[block * 8 + k]; });
+        this->add_y(2 * block, 0, 0);
+      }
     }
-    dot_columns(0, [&](Registers& r, int thread, int tile, int i) {
-      const Left left = shared.columns[(thread / 32 * 2 + tile / 2) * 32 + thread % 32];
-      const uint32_t both = tile % 2 == 0 ? (i < 2 ? left.part[0] : left.part[1])
-                                          : (i < 2 ? left.part[2] : left.part[3]);
-      return (i % 2 == 0 ? low_float16(both) : high_float16(both)) * r.y[tile][i];
-    });
-    this->template multiply_tokens<false, false>(shared.keys, nullptr, shared.keys, nullptr);
     KALMANET_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      group.each([&](int thread, Registers& r) {
+    for (int tile = 0; tile < 8; ++tile) {
+      if (tile % 2 == 0) {
+        this->load_left_transposed(0, [&](int w) { return &shared.keys[tile / 2 * 8 + w]; });
+      }
+      dot_columns(measured().dots, tile, [=](int, Registers& r, int i) {
+        const uint32_t both = r.a[0][tile % 2 * 2 + i / 2];
+        return (i % 2 == 0 ? low_float16(both) : high_float16(both)) * r.y[tile][i];
+      });
+    }
+    measure_products();
+  }
+  // Warp w: of tokens 16 (w % 4) .. with 32 (w / 4) .. .
+  KALMANET_KERNEL void measure_products() {
+    this->template clear_y<4>();
+    KALMANET_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      this->load_left(0, [&](int w) { return &shared.keys[w % 4 * 8 + k]; });
+      KALMANET_UNROLL
+      for (int block = 0; block < 2; ++block) {
+        this->load_right_transposed(
+            0, [&](int w) { return &shared.keys[(w / 4 * 2 + block) * 8 + k]; });
+        this->add_y(2 * block, 0, 0);
+      }
+    }
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int t = thread / 32 % 4 * 16 + this->row_of(thread, 2 * half);
         r.dot[half] = 0;
         KALMANET_UNROLL
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int t = this->tile_row(thread, i), j = this->tile_column(thread, i);
-          const float g = r.g[0][i];
-          if (j <= t) r.dot[half] += shared.weight[j] * g * g;
-          if (j == t) shared.norm2[t] = g;
+        for (int e = 0; e < 8; ++e) {
+          const int j = thread / 128 * 32 + this->column_of(thread, e / 2, e);
+          const float g = r.y[e / 2][2 * half + e % 2];
+          const float u = shared.weight[j] * shared.unit[0][j] * shared.unit[0][j];
+          if (j <= t) r.dot[half] += u * g * g;
+          if (j == t) measured().norm2[t] = g;
         }
-      });
-    }
+      }
+    });
     group.template sum_lanes<4>([](Registers& r) -> float& { return r.dot[0]; });
     group.template sum_lanes<4>([](Registers& r) -> float& { return r.dot[1]; });
     group.each([&](int thread, Registers& r) {
       if (thread % 4 != 0) return;
-      shared.gram[thread / 32 % 4][this->tile_row(thread, 0)] = r.dot[0];
-      shared.gram[thread / 32 % 4][this->tile_row(thread, 2)] = r.dot[1];
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        measured().gram[thread / 128][thread / 32 % 4 * 16 + this->row_of(thread, 2 * half)] =
+            r.dot[half];
+      }
     });
   }
 
-  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in scratch, and the squares
-  // of its elements.
-  KALMANET_KERNEL void advance(bool u) {
-    const Left* const left = u ? shared.values : shared.columns;
-    const float* const weight = shared.since_end[u ? 1 : 0];
-    const float unit = shared.largest_beta2 / k_power / (u ? v_power : k_power);
-    const float keep = shared.total[u ? 1 : 0] / unit;
-    fetch_state(u);  // (all of it under way at once)
+  // r.largest <- the largest beta_j^2 and unit of k_j k_j^T or k_j v_j^T (`u`): what the chunk's
+  // sums are counted in, so that no factor overflows.
+  KALMANET_KERNEL void find_largest(bool u) {
     group.each([&](int thread, Registers& r) {
-      r.sum = 0;
+      r.largest = 0;
       KALMANET_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        const Left raw = left[(thread / 32 * 2 + k) * 32 + thread % 32];
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int j = k * 16 + thread % 4 * 2 + i / 2 * 8;
-          r.z[0][k][i] = split_float16(low_float16(raw.part[i]) * weight[j],
-                                       high_float16(raw.part[i]) * weight[j + 1], r.z[1][k][i]);
-        }
+      for (int t = thread % 32; t < L::kTokens; t += 32) {
+        const float e =
+            t < n ? shared.beta2[t] * shared.unit[0][t] * shared.unit[u ? 1 : 0][t] : 0.0f;
+        r.largest = e > r.largest ? e : r.largest;
       }
     });
+    group.max_warp([](Registers& r) -> float& { return r.largest; });
+    group.each([](int, Registers& r) { r.largest = r.largest > 0.0f ? r.largest : 1.0f; });
+  }
+
+  // state <- total state + left diag(weights) K, left K^T or V^T (`u`), in scratch, and the squares
+  // of its elements. (Loops over columns: code that runs once a chunk must be small, for all of it
+  // together goes through the instruction cache.)
+  KALMANET_KERNEL void advance(bool u) {
+    find_largest(u);
+    const Quad* const left = u ? shared.inverse[0] : shared.keys;
+    const float* const weight = shared.since_end[u ? 1 : 0];
+    const float* const unit = shared.unit[u ? 1 : 0];
+    fetch_columns(u, 0);
     KALMANET_UNROLL
-    for (int tile = 0; tile < 16; tile += 2) {
+    for (int k = 0; k < 4; ++k) {
+      this->load_left_transposed(0, [&](int w) { return left + k * 8 + w; });
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
-        for (int j = 0; j < 2; ++j) {
+        for (int i = 0; i < 4; i += 2) {
+          const int j = k * 16 + thread % 4 * 2 + i / 2 * 8;
+          const float w0 = divide(weight[j] * unit[j] * shared.unit[0][j], r.largest);
+          const float w1 = divide(weight[j + 1] * unit[j + 1] * shared.unit[0][j + 1], r.largest);
           KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) r.g[j][i] = keep * r.h[tile + j][i];
-        }
-        KALMANET_UNROLL
-        for (int k = 0; k < 2; ++k) {
-          const Left right = shared.columns[(tile + k) * 32 + thread % 32];
-          KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) r.b[k][i % 2][i / 2] = right.part[i];
+          for (int e = i; e < i + 2; ++e) {
+            r.z[0][k][e] = split_float16(low_float16(r.a[0][e]) * w0, high_float16(r.a[0][e]) * w1,
+                                         r.z[1][k][e]);
+          }
         }
       });
+    }
+    group.each([](int, Registers& r) { r.sum = 0; });
+    KALMANET_LOOP
+    for (int block = 0; block < 8; ++block) {
+      group.each([&](int, Registers& r) {
+        const float keep = divide(shared.total[u ? 1 : 0], r.largest);
+        KALMANET_UNROLL
+        for (int i = 0; i < 8; ++i) r.g[i / 4][i % 4] = r.f[i / 4][i % 4] * keep;
+      });
+      if (block < 7) fetch_columns(u, block + 1);
       KALMANET_UNROLL
-      for (int at = 0; at < 8; ++at) {
-        const int k = at / 4, part = 1 - at / 2 % 2, j = at % 2;
-        const auto g = [j](Registers& r) -> float (&)[4] { return r.g[j]; };
-        group.multiply_add_float16(
-            g, g, [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; },
-            [k, j](Registers& r) -> uint32_t (&)[2] { return r.b[k][j]; });
+      for (int k = 0; k < 4; ++k) {
+        this->load_right(0, [&](int) { return &shared.keys[k * 8 + block]; });
+        KALMANET_UNROLL
+        for (int part = 1; part >= 0; --part) {
+          this->add([](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
+                    [part, k](Registers& r) -> uint32_t (&)[4] { return r.z[part][k]; }, 0);
+        }
       }
       group.each([&](int thread, Registers& r) {
         float squares = 0;
@@ -373,15 +252,22 @@ struct DirectState : DirectInverse<Group> {
         for (int j = 0; j < 2; ++j) {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {
-            r.g[j][i] *= unit;
+            r.g[j][i] *= r.largest;
             squares += r.g[j][i] * r.g[j][i];
           }
-          store4(state_at(u, thread, tile + j), r.g[j]);
+          store4(state_at(u, thread, 2 * block + j), r.g[j]);
         }
-        r.sum += squares;
+        r.sum += static_cast<double>(squares);
       });
     }
     put_squares(u);
+  }
+  // 16 columns of a state into f.
+  KALMANET_KERNEL void fetch_columns(bool u, int block) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int j = 0; j < 2; ++j) load4(state_at(u, thread, 2 * block + j), r.f[j]);
+    });
   }
 };
 

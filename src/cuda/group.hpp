@@ -14,72 +14,17 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define KALMANET_KERNEL __device__ __forceinline__
-#define KALMANET_BOTH __host__ __device__
-#define KALMANET_CONSTANT static __constant__ const
-#define KALMANET_UNROLL _Pragma("unroll")
-#define KALMANET_LOOP _Pragma("unroll 1")
-#else
-#include "core/half.hpp"
-#define KALMANET_KERNEL inline
-#define KALMANET_BOTH
-#define KALMANET_CONSTANT static constexpr
-#define KALMANET_UNROLL
-#define KALMANET_LOOP
-#endif
+#include "cuda/words.hpp"
 
 namespace kalmanet::cuda {
 
-// Two bfloat16 in one register, `low` in the lower half; rounded to the nearest, ties to even.
-KALMANET_KERNEL uint32_t pack_bfloat16(float low, float high) {
-#ifdef __CUDACC__
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-#else
-  return core::to_bfloat16(low) | static_cast<uint32_t>(core::to_bfloat16(high)) << 16;
-#endif
-}
-KALMANET_KERNEL float low_bfloat16(uint32_t both) {
-#ifdef __CUDACC__
-  return __uint_as_float(both << 16);
-#else
-  return core::from_bfloat16(static_cast<uint16_t>(both));
-#endif
-}
-KALMANET_KERNEL float high_bfloat16(uint32_t both) {
-#ifdef __CUDACC__
-  return __uint_as_float(both & 0xffff0000u);
-#else
-  return core::from_bfloat16(static_cast<uint16_t>(both >> 16));
-#endif
-}
-
-// Two float16 likewise.
-KALMANET_KERNEL uint32_t pack_float16(float low, float high) {
-#ifdef __CUDACC__
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-#else
-  return core::to_float16(low) | static_cast<uint32_t>(core::to_float16(high)) << 16;
-#endif
-}
-KALMANET_KERNEL float low_float16(uint32_t both) {
-#ifdef __CUDACC__
-  return __half2float(__ushort_as_half(static_cast<uint16_t>(both)));
-#else
-  return core::from_float16(static_cast<uint16_t>(both));
-#endif
-}
-KALMANET_KERNEL float high_float16(uint32_t both) {
-#ifdef __CUDACC__
-  return __half2float(__ushort_as_half(static_cast<uint16_t>(both >> 16)));
-#else
-  return core::from_float16(static_cast<uint16_t>(both >> 16));
-#endif
-}
+// 16 x 16 numbers of 16 bits in shared memory as four matrices of 8 x 8 (row-major among
+// themselves), each 128 bytes by rows: what a warp loads in one instruction, as it lies or each
+// matrix transposed, without two lanes meeting in a bank. Word [m][lane] of matrix m holds row lane
+// / 4 and columns 2 (lane % 4) and the next: where a warp's sums have them.
+struct alignas(16) Quad {
+  uint32_t word[4][32];
+};
 
 #ifdef __CUDACC__
 template <class Registers>
@@ -173,6 +118,55 @@ class DeviceGroup {
   __device__ __forceinline__ void transpose(Member&& member) {
     uint32_t& value = member(registers_);
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(value));
+  }
+  // f(warp) by each of the warps [first, last), apart from one another.
+  template <class F>
+  __device__ __forceinline__ void by_warp(int first, int last, F&& f) {
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    const int warp = thread_ / 32;
+    if (warp >= first && warp < last) f(warp);
+  }
+  // What a warp's lanes wrote to shared memory is there for all of them.
+  __device__ __forceinline__ void barrier_warp() { __syncwarp(); }
+  // The same for warps w and w + 4 of eight.
+  __device__ __forceinline__ void barrier_pairs() {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + thread_ / 32 % 4) : "memory");
+  }
+  // to(registers)[0 .. 3] <- the four matrices of the warp's from(thread), each transposed or not,
+  // the middle two in each other's place (kSwap) or not.
+  template <bool kTranspose, bool kSwap, class To, class From>
+  __device__ __forceinline__ void load_quad(To&& to, From&& from) {
+    __builtin_assume(thread_ >= 0 && thread_ < 1024);
+    uint32_t* const t = to(registers_);
+    const int lane = thread_ % 32;
+    const int row = kSwap ? ((lane & 7) | (lane & 8) << 1 | (lane & 16) >> 1) : lane;
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(from(thread_))) +
+                        static_cast<uint32_t>(row) * 16;
+    if (kTranspose) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(t[0]), "=r"(t[1]), "=r"(t[2]), "=r"(t[3])
+                   : "r"(at));
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(t[0]), "=r"(t[1]), "=r"(t[2]), "=r"(t[3])
+                   : "r"(at));
+    }
+  }
+  // The sum, and the largest, over the lanes with the same lane % kApart.
+  template <int kApart, class Member>
+  __device__ __forceinline__ void sum_apart(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = kApart; mask < 32; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
+  template <int kApart, class Member>
+  __device__ __forceinline__ void max_apart(Member&& member) {
+    auto& value = member(registers_);
+    KALMANET_UNROLL
+    for (int mask = kApart; mask < 32; mask *= 2) {
+      const auto other = __shfl_xor_sync(~0u, value, mask);
+      value = other > value ? other : value;
+    }
   }
 
  private:
@@ -306,97 +300,63 @@ class HostGroup {
       }
     }
   }
+  template <class F>
+  void by_warp(int first, int last, F&& f) {
+    const size_t begin = begin_, end = end_;
+    for (int i = first; i < last; ++i) {
+      const int warp = backwards_ ? first + last - 1 - i : i;
+      const size_t at = static_cast<size_t>(warp) * 32;
+      if (at < begin || at >= end) continue;  // (within another by_warp)
+      begin_ = at;
+      end_ = at + 32;
+      f(warp);
+      begin_ = begin;
+      end_ = end;
+    }
+  }
+  void barrier_warp() {}
+  void barrier_pairs() {}
+  template <bool kTranspose, bool kSwap, class To, class From>
+  void load_quad(To&& to, From&& from) {
+    for (size_t i = begin_; i < end_; ++i) {
+      const Quad& quad = *from(static_cast<int>(i));
+      uint32_t* const t = to(registers_[i]);
+      const size_t row = i % 32 / 4, column = i % 4 * 2;
+      for (size_t m = 0; m < 4; ++m) {
+        const size_t which = kSwap && (m == 1 || m == 2) ? 3 - m : m;
+        const auto half = [&](size_t r, size_t c) {
+          return quad.word[which][r * 4 + c / 2] >> (c % 2 * 16) & 0xffff;
+        };
+        t[m] =
+            kTranspose ? half(column, row) | half(column + 1, row) << 16 : quad.word[which][i % 32];
+      }
+    }
+  }
+  template <int kApart, class Member>
+  void sum_apart(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t mask = kApart; mask < 32; mask *= 2) {
+      for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
+      for (size_t i = begin_; i < end_; ++i) member(registers_[i]) = old[i] + old[i ^ mask];
+    }
+  }
+  template <int kApart, class Member>
+  void max_apart(Member&& member) {
+    using Value = std::decay_t<decltype(member(registers_[0]))>;
+    std::vector<Value> old(registers_.size());
+    for (size_t mask = kApart; mask < 32; mask *= 2) {
+      for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
+      for (size_t i = begin_; i < end_; ++i) {
+        if (old[i ^ mask] > old[i]) member(registers_[i]) = old[i ^ mask];
+      }
+    }
+  }
 
  private:
   std::vector<Registers> registers_;
   bool backwards_;
   size_t begin_ = 0, end_;  // the threads at work
 };
-
-// a / b; float32 to two units in the last place, without the branches of an exact division.
-KALMANET_KERNEL float divide(float a, float b) {
-#ifdef __CUDACC__
-  return __fdividef(a, b);
-#else
-  return a / b;
-#endif
-}
-// cos(a), 0 <= a <= pi, to 1e-6.
-KALMANET_KERNEL float cosine(float a) {
-#ifdef __CUDACC__
-  return __cosf(a);
-#else
-  return std::cos(a);
-#endif
-}
-KALMANET_KERNEL double divide(double a, double b) {
-  return a / b;
-}
-
-// x, of which the compiler must not think that it knew it before: what follows from it is then
-// computed here, and not kept in registers from the loop's start.
-KALMANET_KERNEL int64_t opaque(int64_t x) {
-#ifdef __CUDACC__
-  asm volatile("" : "+l"(x));
-#endif
-  return x;
-}
-
-// 16 bytes, aligned.
-KALMANET_KERNEL void load16(const void* p, uint32_t (&out)[4]) {
-#ifdef __CUDACC__
-  const uint4 v = *static_cast<const uint4*>(p);
-  out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-#else
-  std::memcpy(out, p, 16);
-#endif
-}
-KALMANET_KERNEL void store16(void* p, const uint32_t (&in)[4]) {
-#ifdef __CUDACC__
-  *static_cast<uint4*>(p) = make_uint4(in[0], in[1], in[2], in[3]);
-#else
-  std::memcpy(p, in, 16);
-#endif
-}
-
-KALMANET_KERNEL void prefetch([[maybe_unused]] const void* p) {
-#ifdef __CUDACC__
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-
-// Four neighbours in 16-byte aligned memory (32 of float64).
-KALMANET_KERNEL void load4(const float* p, float (&out)[4]) {
-#ifdef __CUDACC__
-  const float4 v = *reinterpret_cast<const float4*>(p);
-  out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-#else
-  for (int i = 0; i < 4; ++i) out[i] = p[i];
-#endif
-}
-KALMANET_KERNEL void load4(const double* p, double (&out)[4]) {
-#ifdef __CUDACC__
-  const double2 a = reinterpret_cast<const double2*>(p)[0],
-                b = reinterpret_cast<const double2*>(p)[1];
-  out[0] = a.x, out[1] = a.y, out[2] = b.x, out[3] = b.y;
-#else
-  for (int i = 0; i < 4; ++i) out[i] = p[i];
-#endif
-}
-KALMANET_KERNEL void store4(float* p, const float (&in)[4]) {
-#ifdef __CUDACC__
-  *reinterpret_cast<float4*>(p) = make_float4(in[0], in[1], in[2], in[3]);
-#else
-  for (int i = 0; i < 4; ++i) p[i] = in[i];
-#endif
-}
-KALMANET_KERNEL void store4(double* p, const double (&in)[4]) {
-#ifdef __CUDACC__
-  reinterpret_cast<double2*>(p)[0] = make_double2(in[0], in[1]);
-  reinterpret_cast<double2*>(p)[1] = make_double2(in[2], in[3]);
-#else
-  for (int i = 0; i < 4; ++i) p[i] = in[i];
-#endif
-}
 
 }  // namespace kalmanet::cuda

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/choose_solver.hpp"
 #include "cuda/gka_cases.hpp"
 #include "support/expect.hpp"
 
@@ -174,6 +175,22 @@ TEST(CudaEmulation, ChunksOfCutAndPackedSequences) {
   spec.lengths = {70, 130};
   spec.memory = 0.3;  // forgets more in a chunk than float32 can hold: the token kernel's
   check_chunks<float>(spec, {}, 2e-3, 1.0);
+}
+
+// Solver auto: chebyshev up to as many steps as a direct solve costs, then direct.
+TEST(CudaEmulation, ChoosesTheSolverByItsSteps) {
+  Case<float> c(small_case(0));
+  GkaOptions options;
+  options.backend = Backend::cuda;
+  options.solver = Solver::automatic;
+  options.tolerance = 1e-5;
+  const core::GkaProblem problem = core::validate_forward(c.inputs(), c.outputs(), options);
+  const auto chosen = [&](int most_steps) {
+    return cuda::with_solver(problem, most_steps, [](const auto& p) { return p.options.solver; });
+  };
+  const int steps = chebyshev_num_iter(options.ridge_ratio, options.tolerance);
+  EXPECT_EQ(chosen(steps), Solver::chebyshev);
+  EXPECT_EQ(chosen(steps - 1), Solver::direct);
 }
 
 TEST(CudaEmulation, CountsStepsAsTheHostDoes) {

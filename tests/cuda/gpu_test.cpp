@@ -126,7 +126,7 @@ void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
     DeviceCase<BFloat16, G> on_gpu(*to);
     GkaOutputs outputs = on_gpu.outputs();
     outputs.x = outputs.residual = View();
-    const int64_t chunk = options.solver == Solver::direct ? 32 : 64;
+    const int64_t chunk = 64;
     EXPECT_EQ(gka_forward(on_gpu.inputs(), outputs, options).chunk_size, chunk) << describe(spec);
     on_gpu.download();
   }
