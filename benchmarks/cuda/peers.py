@@ -7,9 +7,10 @@ The peer is flash-linear-attention's Triton kernel, measured where that package 
 (flash-linear-attention and fla-core 0.6.0, einops); its first call compiles for a minute or two.
 Inputs: K = V = 128, bfloat16, unit keys and queries, log decays of -exp(U(-6, -2)), a memory of
 about 30 tokens (`memory 256`: a constant -1/256). Each of ours is held to the float64 definition on
-the CPU first, at 300 tokens; what fails is not timed. Medians of CUDA events, turn by turn, in ms;
-the ratio is that of ours over the peer's in the same shape. Peak: MiB that forward and backward
-take beside the inputs.
+the CPU first, at 300 tokens; what fails is not timed. Medians of CUDA events around ten calls in a
+row, turn by turn, in ms a call (a peer of many kernels waits for its launches otherwise); the ratio
+is that of ours over the peer's in the same shape. Peak: MiB that forward and backward take beside
+the inputs.
 """
 
 import argparse
@@ -110,16 +111,19 @@ def peer(torch):
 
 
 class Timer:
+    CALLS = 10  # between two events
+
     def __init__(self, torch, rounds):
         self.torch, self.rounds = torch, rounds
 
     def once(self, f):
         begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        f()
+        for _ in range(self.CALLS):
+            f()
         end.record()
         self.torch.cuda.synchronize()
-        return begin.elapsed_time(end)
+        return begin.elapsed_time(end) / self.CALLS
 
     def medians(self, calls):
         """Each call's median, round by round in turn."""
@@ -172,7 +176,7 @@ def main():
 
     if not (torch.cuda.is_available() and kalmanet.backends()["cuda"].available):
         sys.exit(f"NOT MEASURED: {kalmanet.backends()['cuda'].detail}")
-    timer = Timer(torch, 5 if args.quick else 30)
+    timer = Timer(torch, 5 if args.quick else 9)
     copy = copy_rate(torch, timer)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {copy:.0f} GB/s")
 

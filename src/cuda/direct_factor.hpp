@@ -59,7 +59,7 @@ struct DirectFactor : DirectState<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int t = 2 * thread + i;
-          const DirectMeasured& measured = this->measured();
+          const DirectMeasured& measured = shared.measured;
           const float u = shared.weight[t] * shared.unit[0][t] * shared.unit[0][t];
           float product = 0;
           KALMANET_UNROLL

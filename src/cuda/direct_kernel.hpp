@@ -70,7 +70,10 @@ struct DirectShared {
   Quad queries[DirectLayout::kTile];
   // Y, then Z: dims x tokens [row block * 4 + column block], high and low. While inverting: panels.
   // While reading out: the middle factor, and m's low parts; then o
-  Quad gains[2][DirectLayout::kTile];
+  union {
+    Quad gains[2][DirectLayout::kTile];
+    DirectMeasured measured;
+  };
   Quad inverse[2][DirectLayout::kSymmetric];  // P: high, low. While reading out: V
   Quad pivot[2][2];                           // D^{-1} of this pivot and the next: high, low
   alignas(16) float square[16][20];           // the pivot on its way to another order

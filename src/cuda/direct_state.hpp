@@ -116,10 +116,6 @@ struct DirectState : DirectTokens<Group> {
     });
   }
 
-  KALMANET_KERNEL DirectMeasured& measured() {
-    return *reinterpret_cast<DirectMeasured*>(&shared.gains);
-  }
-
   // k_t^T H_0 k_t and the keys' own products, from which |H_t| follows. `scale`: what h is
   // multiplied by. A barrier before them is read.
   KALMANET_KERNEL void measure_keys(float scale) {
@@ -139,7 +135,7 @@ struct DirectState : DirectTokens<Group> {
       if (tile % 2 == 0) {
         this->load_left_transposed(0, [&](int w) { return &shared.keys[tile / 2 * 8 + w]; });
       }
-      dot_columns(measured().dots, tile, [=](int, Registers& r, int i) {
+      dot_columns(shared.measured.dots, tile, [=](int, Registers& r, int i) {
         const uint32_t both = r.a[0][tile % 2 * 2 + i / 2];
         return (i % 2 == 0 ? low_float16(both) : high_float16(both)) * r.y[tile][i];
       });
@@ -170,7 +166,7 @@ struct DirectState : DirectTokens<Group> {
           const float g = r.y[e / 2][2 * half + e % 2];
           const float u = shared.weight[j] * shared.unit[0][j] * shared.unit[0][j];
           if (j <= t) r.dot[half] += u * g * g;
-          if (j == t) measured().norm2[t] = g;
+          if (j == t) shared.measured.norm2[t] = g;
         }
       }
     });
@@ -180,7 +176,7 @@ struct DirectState : DirectTokens<Group> {
       if (thread % 4 != 0) return;
       KALMANET_UNROLL
       for (int half = 0; half < 2; ++half) {
-        measured().gram[thread / 128][thread / 32 % 4 * 16 + this->row_of(thread, 2 * half)] =
+        shared.measured.gram[thread / 128][thread / 32 % 4 * 16 + this->row_of(thread, 2 * half)] =
             r.dot[half];
       }
     });
