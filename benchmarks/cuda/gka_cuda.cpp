@@ -2,8 +2,8 @@
 // median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
 // case.
 //
-//   gka_cuda [step] [forward] [backward] [few] [quick] [quick-backward] [steps_once]
-//   (default: the first three)
+//   gka_cuda [step] [forward] [backward] (default: these) [few] [quick] [quick-backward]
+//   [steps_once]
 //
 // few: of the backward the first two sizes. quick, quick-backward, steps_once: one size or a few
 // steps, for a profiler.
