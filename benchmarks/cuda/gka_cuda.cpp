@@ -3,10 +3,7 @@
 // case.
 //
 //   gka_cuda [step] [forward] [backward] (default: these) [few] [quick] [quick-backward]
-//   [steps_once]
-//
-// few: of the backward the first two sizes. quick, quick-backward, steps_once: one size or a few
-// steps, for a profiler.
+//   [steps_once]   (few: the backward's first two sizes; quick.., steps_once: for a profiler)
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
