@@ -82,8 +82,11 @@ TEST(GatedKalmaNet, FusedStepIsTheOperators) {
       }
     }
   };
-  check(at::kFloat, 100, 1e-6);
-  check(at::kFloat, 0, 1e-5);
+  // PyTorch's products of one row and of several may add in another order: the last bit of a
+  // projection (6e-8) differs then, and o magnifies it, most of all a sequence's first tokens at a
+  // small learned ridge. (Measured on Intel's AVX-512, where they do: 1.1e-6 and 4.1e-5.)
+  check(at::kFloat, 100, 5e-6);
+  check(at::kFloat, 0, 2e-4);
   check(at::kDouble, 100, 1e-13);
   check(at::kDouble, 0, 1e-11);
   // What the separate operators are handed in float32 is rounded to bfloat16 by both at the same
