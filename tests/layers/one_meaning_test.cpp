@@ -62,16 +62,30 @@ TEST(GatedKalmaNet, FusedStepIsTheOperators) {
       separate_options.fused_step = false;
       GatedKalmaNet fused = make_layer(options, type),
                     separate = make_layer(separate_options, type);
-      GkaLayerState a, b;
+      GatedKalmaNet exact = make_layer(separate_options, at::kDouble);  // the same weights
+      GkaLayerState a, b, c;
       if (prefill > 0) {
         fused->forward(make_input(options, 2, prefill, type), {}, &a);
         b = a.clone();
+        c = a.clone();
+        for (Tensor* t : {&c.h, &c.u, &c.conv_q, &c.conv_k, &c.conv_v}) {
+          if (t->defined()) *t = t->to(at::kDouble);
+        }
       }
       for (const int64_t T : {1, 6, 1, 3, 1}) {
         const Tensor x = make_input(options, 2, T, type);
         const Tensor got = fused->forward(x, {}, &a), want = separate->forward(x, {}, &b);
         EXPECT_EQ(got.scalar_type(), type);
-        EXPECT_NEAR_RELATIVE(got, want, bound, name + ", output");
+        // Where a lone token's query hardly meets its key (1e-3 here), o magnifies the last bits of
+        // q and k, which differ from processor to processor: the fused step may then be as far from
+        // float64 as twice what the operators are.
+        const Tensor truth = exact->forward(x.to(at::kDouble), {}, &c);
+        const double own = type == at::kFloat ? relative_error(want, truth) : 0.0;
+        if (own > bound / 2) {
+          EXPECT_NEAR_RELATIVE(got, truth, 2 * own, name + ", output, of float64's");
+        } else {
+          EXPECT_NEAR_RELATIVE(got, want, bound, name + ", output");
+        }
         EXPECT_NEAR_RELATIVE(a.h, b.h, bound, name + ", h");
         EXPECT_NEAR_RELATIVE(a.u, b.u, bound, name + ", u");
         EXPECT_NEAR_RELATIVE(a.conv_q, b.conv_q, bound, name + ", conv_q");
@@ -82,11 +96,8 @@ TEST(GatedKalmaNet, FusedStepIsTheOperators) {
       }
     }
   };
-  // PyTorch's products of one row and of several may add in another order: the last bit of a
-  // projection (6e-8) differs then, and o magnifies it, most of all a sequence's first tokens at a
-  // small learned ridge. (Measured on Intel's AVX-512, where they do: 1.1e-6 and 4.1e-5.)
-  check(at::kFloat, 100, 5e-6);
-  check(at::kFloat, 0, 2e-4);
+  check(at::kFloat, 100, 1e-6);
+  check(at::kFloat, 0, 1e-5);
   check(at::kDouble, 100, 1e-13);
   check(at::kDouble, 0, 1e-11);
   // What the separate operators are handed in float32 is rounded to bfloat16 by both at the same
