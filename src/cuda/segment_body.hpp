@@ -131,8 +131,7 @@ KALMANET_KERNEL void run_segment(Group& group, SegmentShared<S>& shared, const G
 }
 
 // Elements e .. e + kWide of [K (K + V)], of one row, of one sequence's states, from its first
-// piece
-// (`i`) to its last.
+// piece (`i`) to its last.
 template <class S, int kWide = 1>
 KALMANET_KERNEL void run_segment_sums(const GkaJob& job, int64_t i, int64_t head, int64_t e) {
   Piece piece = piece_of(job, i);
