@@ -14,7 +14,8 @@
 //   o       = o_norm * o / sqrt(mean(o^2) + norm_eps) * silu(gate)   norm.hpp, a head
 //
 // It is what causal_conv_step, gka_step and gated_rms_norm_forward give one after the other, but
-// no tensor is made between them, and a head's numbers stay with the thread that computes them.
+// no tensor is made between them, and a head's numbers stay with the thread that computes them. On
+// a GPU it is three launches: what comes before the recurrence, gka_step's kernel, the gated norm.
 #pragma once
 
 #include <optional>
@@ -37,7 +38,8 @@ struct LayerStepInputs {
   ConstView alpha;  // [B,T,H] optional; absent: LayerStepOptions::fixed_alpha
   ConstView a;      // [B,T,H] optional; absent: no decay
   ConstView ridge;  // [B,T,H] optional; absent: options.gka.ridge_ratio. NaN is an
-                    // error, an infinite one is clamped as any other
+                    // error (on a GPU its token answers NaN), an infinite one is
+                    // clamped as any other
 
   ConstView conv_q_weight;  // [Hq*K,W], W in 1..kMaxConvWidth
   ConstView conv_k_weight;  // [Hk*K,W]
@@ -57,7 +59,8 @@ struct LayerStepStates {
 };
 
 struct LayerStepOptions {
-  GkaOptions gka;       // scale, ridge_ratio, solver, num_iter, tolerance, executor; backend cpu
+  GkaOptions gka;  // scale, ridge_ratio, solver, num_iter, tolerance, executor; backend cpu or
+                   // cuda, stream
   bool decay_h = true;  // H decays as U does; false: not at all
   double fixed_alpha = 1.0;  // 0..1, where `alpha` is absent
   QkNorm qk_norm = QkNorm::official;

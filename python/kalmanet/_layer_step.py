@@ -15,7 +15,7 @@ _ops = torch.ops.kalmanet
 
 def can_fuse(o: LayerOptions, x: Tensor) -> bool:
     """Otherwise the step goes operator by operator, to the same answer."""
-    return not o.expands and o.backend != "reference" and x.device.type == "cpu"
+    return not o.expands and o.backend in ("auto", x.device.type)
 
 
 def fused_step(layer: Any, x: Tensor, state: LayerState) -> Tensor:

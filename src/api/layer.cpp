@@ -118,6 +118,12 @@ void unit_norm_backward(const UnitNormInputs& inputs, ConstView dy, View dx,
 GkaReport layer_step(const LayerStepInputs& inputs, const LayerStepStates& states, View o,
                      View residual, const LayerStepOptions& options) {
   const core::GkaProblem problem = core::validate_layer_step(inputs, states, o, residual, options);
+  if (problem.options.backend == Backend::cuda) {
+    api::choose_backend(problem);  // throws where it cannot
+#ifdef KALMANET_WITH_CUDA
+    return cuda::layer_step(problem, inputs, states, o, residual, options);
+#endif
+  }
   return cpu::layer_step(problem, inputs, states, o, residual, options);
 }
 

@@ -6,6 +6,7 @@
 
 #include "core/problem.hpp"
 #include "kalmanet/conv.hpp"
+#include "kalmanet/layer_step.hpp"
 #include "kalmanet/norm.hpp"
 
 namespace kalmanet::cuda {
@@ -26,5 +27,10 @@ void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, cons
 void unit_norm_forward(const UnitNormInputs& inputs, const View& y, void* stream);
 void unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy, const View& dx,
                         void* stream);
+
+// The arguments of include/kalmanet/layer_step.hpp, validated; the stream is that of options.gka.
+GkaReport layer_step(const core::GkaProblem& problem, const LayerStepInputs& inputs,
+                     const LayerStepStates& states, const View& o, const View& residual,
+                     const LayerStepOptions& options);
 
 }  // namespace kalmanet::cuda

@@ -361,8 +361,9 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   // Everything between here and the operator works on rows [B*T, ...]: fewer views per product.
   const Tensor rows = x.reshape({B * T, o.hidden_size});
   const GkaOpOptions op = op_options();
-  if (step && o.fused_step && !cu_seqlens && !o.expands() && o.backend != "reference" &&
-      x.is_cpu()) {
+  // (A backend that is not the device's own is an error, which the operators one by one give.)
+  const bool own = o.backend == "auto" || o.backend == (x.is_cuda() ? "cuda" : "cpu");
+  if (step && o.fused_step && !cu_seqlens && !o.expands() && own) {
     const Tensor out = fused_step(rows, B, T, *state, op).view({B * T, H * V});
     return linear(*o_proj_, out).view({B, T, o.hidden_size});
   }

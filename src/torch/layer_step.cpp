@@ -1,5 +1,4 @@
-// The layer's fused decode step: tensors to views, result allocated, kalmanet called. It has no
-// CUDA kernel; the error for CUDA tensors says what has.
+// The layer's fused decode step: tensors to views, result allocated, kalmanet called.
 #include <algorithm>
 #include <string>
 #include <tuple>
@@ -73,6 +72,7 @@ std::tuple<Tensor, Tensor> layer_step_op(
   options.gka.tolerance = tolerance;
   options.gka.executor = &torch_executor();
   options.gka.backend = place.backend("auto");
+  options.gka.stream = place.stream();
   options.decay_h = decay_h;
   options.fixed_alpha = fixed_alpha;
   options.qk_norm = qk_norm_of(qk_norm, "qk_norm");
