@@ -8,9 +8,9 @@ namespace kalmanet::cuda {
 
 KALMANET_KERNEL ConvSpan span_of(const ConvJob& job, int64_t i) {
   if (job.spans != nullptr) return job.spans[i];
-  // An empty row has one empty span, which passes its state on.
-  const int64_t a_row = job.T == 0 ? 1 : (job.T + job.tokens - 1) / job.tokens;
-  const int64_t row = i / a_row, begin = i % a_row * job.tokens;
+  // (Spans are a grid's first dimension, and so less than 2^31: 64-bit divisions are long.)
+  const uint32_t n = static_cast<uint32_t>(i), a_row = static_cast<uint32_t>(job.spans_a_row);
+  const int64_t row = n / a_row, begin = n % a_row * job.tokens;
   const int64_t end = begin + job.tokens;
   return {row, begin, end < job.T ? end : job.T, 0, job.T, row};
 }
@@ -26,6 +26,15 @@ template <class S>
 KALMANET_KERNEL S sigmoid(S x) {
   return S(1) / (S(1) + exponential(-x));
 }
+// For float32 sums that are rounded to kType: to 4 units of float32 in the last place, or, where 16
+// bits are all that is kept, (2 + |x|) 2^-22.
+template <DType kType>
+KALMANET_KERNEL float quick_sigmoid(float x) {
+#ifdef __CUDACC__
+  if constexpr (kType != DType::float32) return divide(1.0f, 1.0f + __expf(-x));
+#endif
+  return divide(1.0f, 1.0f + exponential(-x));
+}
 
 // A window of kW taps holds the job's W <= kW: those in front of them are never read.
 template <class S, int kW>
@@ -35,8 +44,8 @@ struct ConvThread {
   int64_t channel;
   S weight[kW];
 
-  KALMANET_KERNEL ConvThread(const ConvJob& j, int64_t i, int64_t c)
-      : job(j), span(span_of(j, i)), channel(c) {
+  KALMANET_KERNEL ConvThread(const ConvJob& j, const ConvSpan& s, int64_t c)
+      : job(j), span(s), channel(c) {
     KALMANET_UNROLL
     for (int t = 0; t < kW; ++t) {
       const int64_t tap = t - (kW - job.W);
@@ -119,11 +128,7 @@ struct ConvThread {
       if (t >= span.begin && t < span.last) {
         if (t > span.begin) push(window, S(0));
         window[kW - 1] = at(job.x, t);
-        gradient = at(job.dy, t);
-        if (job.silu) {
-          const S sum = dot(window), s = sigmoid(sum);
-          gradient *= s * (S(1) + sum * (S(1) - s));
-        }
+        gradient = at(job.dy, t) * slope(window);
         if (t < span.end) {
           KALMANET_UNROLL
           for (int i = 0; i < kW; ++i) part[i] += static_cast<double>(gradient * window[i]);
@@ -138,6 +143,33 @@ struct ConvThread {
       const int64_t tap = i - (kW - job.W);
       if (tap >= 0) job.parts[(index * job.D + channel) * job.W + tap] = part[i];
     }
+  }
+
+  // The gradients of a sequence's state alone, by its first span: p of the first kW - 1 tokens.
+  KALMANET_KERNEL void backward_of_state() const {
+    S window[kW], p[kW];
+    fill(window, span.begin);
+    window[kW - 1] = S(0);
+    KALMANET_UNROLL
+    for (int i = 0; i < kW; ++i) p[i] = S(0);
+    KALMANET_LOOP
+    for (int64_t t = span.begin - 1; t - (kW - 1) < span.begin; ++t) {
+      S gradient = S(0);
+      if (t >= span.begin && t < span.last) {
+        if (t > span.begin) push(window, S(0));
+        window[kW - 1] = at(job.x, t);
+        gradient = at(job.dy, t) * slope(window);
+      }
+      push(p, gradient);
+      store_input_gradient(t - (kW - 1), p);
+    }
+  }
+
+  // d y / d sum of a window.
+  KALMANET_KERNEL S slope(const S (&window)[kW]) const {
+    if (!job.silu) return S(1);
+    const S sum = dot(window), s = sigmoid(sum);
+    return s * (S(1) + sum * (S(1) - s));
   }
 
   // p: of the kW tokens from s on.
@@ -173,9 +205,9 @@ KALMANET_KERNEL void run_conv(const ConvJob& job, int64_t span, int64_t channel,
     }
   };
   if (job.W <= 4) {
-    run(ConvThread<S, 4>(job, span, channel));
+    run(ConvThread<S, 4>(job, span_of(job, span), channel));
   } else {
-    run(ConvThread<S, 16>(job, span, channel));
+    run(ConvThread<S, 16>(job, span_of(job, span), channel));
   }
 }
 

@@ -48,6 +48,12 @@ class DeviceGroup {
     KALMANET_UNROLL
     for (int mask = 1; mask < kLanes; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
   }
+  // The same over so many neighbours as the kernel is told.
+  template <class Member>
+  __device__ __forceinline__ void sum_neighbours(int lanes, Member&& member) {
+    auto& value = member(registers_);
+    for (int mask = 1; mask < lanes; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
+  }
   // The same over the eight lanes with the same lane % 4.
   template <class Member>
   __device__ __forceinline__ void sum_rows(Member&& member) {
@@ -291,9 +297,13 @@ class HostGroup {
   }
   template <int kLanes, class Member>
   void sum_lanes(Member&& member) {
+    sum_neighbours(kLanes, member);
+  }
+  template <class Member>
+  void sum_neighbours(int lanes, Member&& member) {
     using Value = std::decay_t<decltype(member(registers_[0]))>;
     std::vector<Value> old(registers_.size());
-    for (int mask = 1; mask < kLanes; mask *= 2) {
+    for (int mask = 1; mask < lanes; mask *= 2) {
       for (size_t i = begin_; i < end_; ++i) old[i] = member(registers_[i]);
       for (size_t i = begin_; i < end_; ++i) {
         member(registers_[i]) = old[i] + old[i ^ static_cast<size_t>(mask)];

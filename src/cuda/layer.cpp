@@ -50,7 +50,10 @@ void causal_conv_forward(const ConvInputs& inputs, const std::vector<core::Seque
                          const View& y, const View& final_state, bool silu, void* stream) {
   require_gpu();
   std::vector<ConvSpan> spans;
-  ConvJob job = conv_job(inputs, sequences, kConvForwardTokens, silu, spans);
+  const bool vectors = fits_conv_vectors(inputs, {y});
+  ConvJob job = conv_job(inputs, sequences, vectors ? kConvVectorTokens : kConvForwardTokens, silu,
+                         spans);
+  job.vectors = vectors;
   job.y = array_of(y);
   job.final_state = array_of(final_state);
   const int64_t bytes = static_cast<int64_t>(spans.size() * sizeof(ConvSpan));
@@ -67,7 +70,10 @@ void causal_conv_backward(const ConvInputs& inputs, const std::vector<core::Sequ
                           const View& dweight, const View& dstate, bool silu, void* stream) {
   require_gpu();
   std::vector<ConvSpan> spans;
-  ConvJob job = conv_job(inputs, sequences, kConvBackwardTokens, silu, spans);
+  const bool vectors = fits_conv_vectors(inputs, {dy, dx});
+  ConvJob job = conv_job(inputs, sequences, vectors ? kConvVectorTokens : kConvBackwardTokens, silu,
+                         spans);
+  job.vectors = vectors;
   job.dy = array_of(dy);
   job.d_final = array_of(d_final_state);
   job.dx = array_of(dx);
@@ -79,10 +85,11 @@ void causal_conv_backward(const ConvInputs& inputs, const std::vector<core::Sequ
     job.spans = static_cast<const ConvSpan*>(list.data());
   }
   const int64_t width = job.D * job.W;
-  const Workspace parts(dweight.defined() ? job.num_spans * width * kDouble : 0, stream);
+  const int64_t count = vectors ? groups_of(job.num_spans, kConvSpans) : job.num_spans;
+  const Workspace parts(dweight.defined() ? count * width * kDouble : 0, stream);
   job.parts = static_cast<double*>(parts.data());
   launch_conv(job, true, inputs.x.dtype == DType::float64, stream);
-  if (dweight.defined()) sum_into(dweight, job.W, job.parts, job.num_spans, width, stream);
+  if (dweight.defined()) sum_into(dweight, job.W, job.parts, count, width, stream);
 }
 
 void causal_conv_step(const ConstView& x, const ConstView& weight, const View& state, const View& y,
@@ -105,6 +112,7 @@ void gated_rms_norm_forward(const NormInputs& inputs, const View& y, void* strea
   require_gpu();
   NormJob job = norm_job(inputs);
   job.y = array_of(y);
+  choose_norm_vectors(job, {inputs.o, inputs.gate, y}, inputs.weight);
   launch_norm(job, false, inputs.o.dtype == DType::float64, stream);
 }
 
@@ -116,14 +124,17 @@ void gated_rms_norm_backward(const NormInputs& inputs, const ConstView& dy, cons
   job.dy = array_of(dy);
   job.d_o = array_of(d_o);
   job.d_gate = array_of(d_gate);
-  const int64_t count = d_weight.defined() ? groups_of(job.R, kNormRowsAPart) : 0;
-  const Workspace inverse(d_weight.defined() ? job.R * kDouble : 0, stream);
+  choose_norm_vectors(job, {inputs.o, inputs.gate, dy, d_o, d_gate}, inputs.weight);
+  const bool plain = job.lanes == 0;
+  const int64_t rows = plain ? kNormRowsAPart : kNormVectorRows;
+  const int64_t count = d_weight.defined() ? groups_of(job.R, rows) : 0;
+  const Workspace inverse(d_weight.defined() && plain ? job.R * kDouble : 0, stream);
   const Workspace parts(count * job.V * kDouble, stream);
   job.inverse = static_cast<double*>(inverse.data());
   job.parts = static_cast<double*>(parts.data());
   launch_norm(job, true, float64, stream);
   if (!d_weight.defined()) return;
-  launch_norm_weight(job, float64, stream);
+  if (plain) launch_norm_weight(job, float64, stream);
   sum_into(d_weight, 1, job.parts, count, job.V, stream);
 }
 
@@ -131,6 +142,7 @@ void unit_norm_forward(const UnitNormInputs& inputs, const View& y, void* stream
   require_gpu();
   NormJob job = norm_job(inputs);
   job.y = array_of(y);
+  choose_norm_vectors(job, {inputs.x, y}, {});
   launch_norm(job, false, inputs.x.dtype == DType::float64, stream);
 }
 
@@ -140,6 +152,7 @@ void unit_norm_backward(const UnitNormInputs& inputs, const ConstView& dy, const
   NormJob job = norm_job(inputs);
   job.dy = array_of(dy);
   job.d_o = array_of(dx);
+  choose_norm_vectors(job, {inputs.x, dy, dx}, {});
   launch_norm(job, true, inputs.x.dtype == DType::float64, stream);
 }
 

@@ -13,6 +13,10 @@ inline constexpr int64_t kConvForwardTokens = 16;
 // More of them backward, where each span also recomputes the window that follows it and leaves a
 // part of the weight gradient.
 inline constexpr int64_t kConvBackwardTokens = 32;
+// Of conv_vectors.hpp: a block is 32 threads side by side and kConvSpans spans. What a thread reads
+// beside its own (weights, three tokens) counts less in longer ones, which fill fewer threads.
+inline constexpr int kConvThreads = 128, kConvSpans = kConvThreads / 32;
+inline constexpr int64_t kConvVectorTokens = 32;
 
 // Tokens [begin, end) of the sequence [first, last) in batch row `row`, counted in the row.
 struct ConvSpan {
@@ -24,10 +28,13 @@ struct ConvJob {
   Array x, weight, state;           // [B,T,D], [D,W], [N,D,W]
   Array y, final_state;             // forward
   Array dy, d_final, dx, dstate;    // backward
-  double* parts = nullptr;          // backward: of the weight gradient, [span][D][W]; or null
+  double* parts = nullptr;          // backward: of the weight gradient, [span][D][W] (vectors: a
+                                    // block's spans are one); or null
   const ConvSpan* spans = nullptr;  // null: each row is one sequence, cut at `tokens`
-  int64_t num_spans = 0, tokens = 0;
+  int64_t num_spans = 0, tokens = 0, spans_a_row = 1;
   bool silu = true;
+  bool vectors = false;       // by conv_vectors.hpp
+  bool weight_fours = false;  // a channel's taps are four dense numbers, aligned
 };
 
 // Of unit_norm: o is its x, d_o its dx; there is neither gate nor weight.
@@ -42,11 +49,15 @@ struct NormJob {
   double* parts = nullptr;    // backward: of the weight gradient, [group of rows][V]; or null
   double eps = 1e-6;
   UnitNorm unit = UnitNorm::none;
+  int lanes = 0, lane_bits = 0;  // a row, 2^lane_bits (norm_vectors.hpp); 0: by norm_body.hpp
+  int loads = 1;                 // of 16 bytes, a lane
 };
 
 // Parts of a sum that are added into one by one thread, in their order.
 inline constexpr int64_t kPartsAThread = 32;
 inline constexpr int64_t kNormRowsAPart = 64;
+// Of norm_vectors.hpp: rows that a block takes backward, so many at once as it has threads for.
+inline constexpr int64_t kNormVectorRows = 256;
 
 // out[i] = sum of kPartsAThread rows of `parts` [count][width] from row i * kPartsAThread on; or,
 // where `result` is there, its element.

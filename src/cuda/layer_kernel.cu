@@ -1,13 +1,16 @@
 // The kernels of the causal convolution and the gated RMS norm, compiled and launched.
+#include <type_traits>
+
 #include "cuda/check.hpp"
-#include "cuda/conv_body.hpp"
+#include "cuda/conv_vectors.hpp"
 #include "cuda/layer_launch.hpp"
-#include "cuda/norm_body.hpp"
+#include "cuda/norm_vectors.hpp"
 
 namespace kalmanet::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+enum class NormKind { gated, gated_backward, unit, unit_backward };
 
 // A grid's x counts to 2^31 - 1, its other dimensions to 65535: the long one is x.
 dim3 grid_of(int64_t x, int64_t width) {
@@ -21,6 +24,34 @@ __device__ int64_t column() {
 template <class S, bool kBackward>
 __global__ void __launch_bounds__(kThreads) conv(const __grid_constant__ ConvJob job) {
   if (column() < job.D) run_conv<S>(job, blockIdx.x, column(), kBackward);
+}
+
+template <DType kType>
+__global__ void __launch_bounds__(kConvThreads)
+    conv_vectors(const __grid_constant__ ConvJob job) {
+  run_conv_vectors<kType>(job, blockIdx.x, blockIdx.y, static_cast<int>(threadIdx.x));
+}
+
+template <DType kType>
+__global__ void __launch_bounds__(kConvThreads)
+    conv_vectors_backward(const __grid_constant__ ConvJob job) {
+  __shared__ ConvShared<kConvChannels<kType, true>> shared;
+  DeviceGroup<ConvRegisters<kConvChannels<kType, true>>> group;
+  run_conv_vectors_backward<kType>(group, shared, job, blockIdx.x, blockIdx.y);
+}
+
+template <DType kType, int kLoads, NormKind kKind>
+__global__ void __launch_bounds__(kNormThreads)
+    norm_vectors(const __grid_constant__ NormJob job) {
+  DeviceGroup<NormVectorRegisters<kType, kLoads>> group;
+  NormVectors<kType, kLoads, decltype(group)> rows{group, job};
+  if constexpr (kKind == NormKind::gated) rows.forward(blockIdx.x);
+  if constexpr (kKind == NormKind::unit) rows.template unit<false>(blockIdx.x);
+  if constexpr (kKind == NormKind::unit_backward) rows.template unit<true>(blockIdx.x);
+  if constexpr (kKind == NormKind::gated_backward) {
+    __shared__ NormVectorShared shared;
+    rows.backward(shared, blockIdx.x);
+  }
 }
 
 template <class S, bool kBackward>
@@ -51,11 +82,52 @@ void with_dtype(bool float64, F&& f) {
   return f(float());
 }
 
+// f(Constant<dtype>()) of the dtypes that are computed with in float32.
+template <DType kType>
+using Constant = std::integral_constant<DType, kType>;
+template <class F>
+void with_type(DType dtype, F&& f) {
+  if (dtype == DType::float32) return f(Constant<DType::float32>());
+  if (dtype == DType::bfloat16) return f(Constant<DType::bfloat16>());
+  f(Constant<DType::float16>());
+}
+
+void launch_conv_vectors(const ConvJob& job, bool backward, cudaStream_t stream) {
+  with_type(job.x.dtype, [&]<DType kType>(Constant<kType>) {
+    const int64_t width = 32 * (backward ? kConvChannels<kType, true> : kConvChannels<kType, false>);
+    const dim3 grid = {static_cast<unsigned>((job.num_spans + kConvSpans - 1) / kConvSpans),
+                       static_cast<unsigned>((job.D + width - 1) / width), 1};
+    if (backward) {
+      conv_vectors_backward<kType><<<grid, kConvThreads, 0, stream>>>(job);
+    } else {
+      conv_vectors<kType><<<grid, kConvThreads, 0, stream>>>(job);
+    }
+  });
+  check(cudaGetLastError(), "launch of conv_vectors");
+}
+
+template <DType kType, int kLoads>
+void launch_norm_vectors(const NormJob& job, bool backward, cudaStream_t stream) {
+  const bool unit = job.unit != UnitNorm::none;
+  const int64_t at_once = !unit && backward ? kNormVectorRows : kNormThreads / job.lanes;
+  const auto blocks = static_cast<unsigned>((job.R + at_once - 1) / at_once);
+  auto kernel = norm_vectors<kType, kLoads, NormKind::gated>;
+  if (unit) {
+    kernel = backward ? norm_vectors<kType, kLoads, NormKind::unit_backward>
+                      : norm_vectors<kType, kLoads, NormKind::unit>;
+  } else if (backward) {
+    kernel = norm_vectors<kType, kLoads, NormKind::gated_backward>;
+  }
+  kernel<<<blocks, kNormThreads, 0, stream>>>(job);
+  check(cudaGetLastError(), "launch of norm_vectors");
+}
+
 }  // namespace
 
 void launch_conv(const ConvJob& job, bool backward, bool float64, Stream stream) {
   if (job.num_spans == 0 || job.D == 0) return;
   const auto s = static_cast<cudaStream_t>(stream);
+  if (job.vectors) return launch_conv_vectors(job, backward, s);
   const dim3 grid = grid_of(job.num_spans, job.D);
   with_dtype(float64, [&]<class S>(S) {
     if (backward) {
@@ -70,6 +142,12 @@ void launch_conv(const ConvJob& job, bool backward, bool float64, Stream stream)
 void launch_norm(const NormJob& job, bool backward, bool float64, Stream stream) {
   if (job.R == 0 || job.V == 0) return;
   const auto s = static_cast<cudaStream_t>(stream);
+  if (job.lanes != 0) {
+    if (job.loads == 2) return launch_norm_vectors<DType::float32, 2>(job, backward, s);
+    return with_type(job.o.dtype, [&]<DType kType>(Constant<kType>) {
+      launch_norm_vectors<kType, 1>(job, backward, s);
+    });
+  }
   const auto blocks = static_cast<unsigned>((job.R + kNormRows - 1) / kNormRows);
   with_dtype(float64, [&]<class S>(S) {
     if (backward) {

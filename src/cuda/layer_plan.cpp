@@ -4,6 +4,50 @@
 #include <algorithm>
 
 namespace kalmanet::cuda {
+namespace {
+
+// Rows of a last dimension that can be read and written 16 bytes at a time.
+bool in_sixteens(const ConstView& view) {
+  if (!view.defined()) return true;
+  const int last = view.rank - 1;
+  const int64_t count = 16 / size_of(view.dtype);
+  for (int d = 0; d < last; ++d) {
+    if (view.stride[d] % count != 0) return false;
+  }
+  return view.stride[last] == 1 && view.size[last] % count == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+}
+
+}  // namespace
+
+bool in_fours(const ConstView& taps) {
+  const int last = taps.rank - 1;
+  if (!taps.defined() || taps.size[last] != 4 || taps.stride[last] != 1) return false;
+  for (int d = 0; d < last; ++d) {
+    if (taps.stride[d] % 4 != 0) return false;
+  }
+  const uintptr_t bytes = size_of(taps.dtype) == 2 ? 8 : 16;  // (float64: two loads)
+  return reinterpret_cast<uintptr_t>(taps.data) % bytes == 0;
+}
+
+bool fits_conv_vectors(const ConvInputs& inputs, std::initializer_list<ConstView> tensors) {
+  if (inputs.x.dtype == DType::float64 || inputs.weight.size[1] != 4) return false;
+  return in_sixteens(inputs.x) && std::all_of(tensors.begin(), tensors.end(), in_sixteens);
+}
+
+void choose_norm_vectors(NormJob& job, std::initializer_list<ConstView> rows,
+                         const ConstView& weight) {
+  if (job.o.dtype == DType::float64 || job.V == 0) return;
+  if (!std::all_of(rows.begin(), rows.end(), in_sixteens) || !in_sixteens(weight)) return;
+  const int64_t count = 16 / size_of(job.o.dtype), vectors = job.V / count;
+  const int loads = vectors > 32 ? 2 : 1;
+  if (loads == 2 && (job.o.dtype != DType::float32 || vectors != 64)) return;
+  const int64_t lanes = vectors / loads;
+  if ((lanes & (lanes - 1)) != 0) return;
+  job.loads = loads;
+  job.lanes = static_cast<int>(lanes);
+  for (job.lane_bits = 0; 1 << job.lane_bits < job.lanes;) ++job.lane_bits;
+}
 
 std::vector<ConvSpan> spans_of(const std::vector<core::Sequence>& sequences, int64_t tokens) {
   std::vector<ConvSpan> spans;
@@ -29,9 +73,10 @@ ConvJob conv_job(const ConvInputs& inputs, const std::vector<core::Sequence>& se
   job.state = array_of(inputs.state);
   job.silu = silu;
   job.tokens = tokens;
+  job.weight_fours = in_fours(inputs.weight);
+  job.spans_a_row = std::max<int64_t>((job.T + tokens - 1) / tokens, 1);
   if (inputs.cu_seqlens.empty()) {
-    const int64_t a_row = std::max<int64_t>((job.T + tokens - 1) / tokens, 1);
-    job.num_spans = static_cast<int64_t>(sequences.size()) * a_row;
+    job.num_spans = static_cast<int64_t>(sequences.size()) * job.spans_a_row;
   } else {
     spans = spans_of(sequences, tokens);
     job.num_spans = static_cast<int64_t>(spans.size());

@@ -1,6 +1,7 @@
 // From validated arguments to the jobs of the layer's kernels.
 #pragma once
 
+#include <initializer_list>
 #include <vector>
 
 #include "core/problem.hpp"
@@ -18,7 +19,15 @@ std::vector<ConvSpan> spans_of(const std::vector<core::Sequence>& sequences, int
 // `spans` in the GPU's memory; else it is empty.
 ConvJob conv_job(const ConvInputs& inputs, const std::vector<core::Sequence>& sequences,
                  int64_t tokens, bool silu, std::vector<ConvSpan>& spans);
+// Whether conv_vectors.hpp computes it, from and to such tensors (absent ones fit).
+bool fits_conv_vectors(const ConvInputs& inputs, std::initializer_list<ConstView> tensors);
+// Whether the last dimension is four dense numbers, aligned for one load.
+bool in_fours(const ConstView& taps);
+
 NormJob norm_job(const NormInputs& inputs);
 NormJob norm_job(const UnitNormInputs& inputs);
+// Sets job.lanes where norm_vectors.hpp computes it: `rows` are all its [R,V], absent ones or not.
+void choose_norm_vectors(NormJob& job, std::initializer_list<ConstView> rows,
+                         const ConstView& weight);
 
 }  // namespace kalmanet::cuda

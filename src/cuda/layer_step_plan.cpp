@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "core/half.hpp"
+#include "cuda/layer_plan.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/step_kernel.hpp"
 
@@ -58,16 +59,6 @@ Tensors take_all(const core::GkaProblem& p, const LayerStepInputs& in, Memory& m
   t.o = memory.take(p.dtype, {p.B, p.T, p.H, p.V});
   for (View& gate : t.gate) gate = memory.take(fine, {p.B, p.T, p.H});
   return t;
-}
-
-bool in_fours(const ConstView& taps) {
-  const int last = taps.rank - 1;
-  if (taps.size[last] != 4 || taps.stride[last] != 1) return false;
-  const int64_t bytes = size_of(taps.dtype) == 2 ? 8 : 16;
-  for (int d = 0; d < last; ++d) {
-    if (taps.stride[d] % 4 != 0) return false;
-  }
-  return reinterpret_cast<uintptr_t>(taps.data) % static_cast<uintptr_t>(bytes) == 0;
 }
 
 LayerConv conv_of(const ConstView& x, const ConstView& weight, const View& state, const View& y,

@@ -97,6 +97,14 @@ KALMANET_KERNEL void run_norm_backward(Group& group, const NormJob& job, int64_t
   });
 }
 
+// From |x|^2 and x . dy what the unit norm's formulas below need: 1 / s and (x . dy) / (|x| s^2).
+template <class S, class Registers>
+KALMANET_KERNEL void set_unit_norm(bool fla, S eps, Registers& r) {
+  const S norm = sqrt(r.square);
+  r.inverse = S(1) / (fla ? sqrt(r.square + eps) : norm + eps);
+  r.along *= r.inverse * r.inverse * (fla ? r.inverse : norm > S(0) ? S(1) / norm : S(0));
+}
+
 // y = x / s, s = |x| + eps or sqrt(|x|^2 + eps);
 // dx = dy / s - x (x . dy) / (|x| s^2), or / s^3. A row of zeros has no direction: dx = dy / s.
 template <class S, class Group>
@@ -110,11 +118,7 @@ KALMANET_KERNEL void run_unit_norm(Group& group, const NormJob& job, int64_t blo
   });
   group.template sum_lanes<32>([](NormRegisters<S>& r) -> S& { return r.square; });
   group.template sum_lanes<32>([](NormRegisters<S>& r) -> S& { return r.along; });
-  group.each([&](int, NormRegisters<S>& r) {
-    const S norm = sqrt(r.square), eps = static_cast<S>(job.eps);
-    r.inverse = S(1) / (fla ? sqrt(r.square + eps) : norm + eps);
-    r.along *= r.inverse * r.inverse * (fla ? r.inverse : norm > S(0) ? S(1) / norm : S(0));
-  });
+  group.each([&](int, NormRegisters<S>& r) { set_unit_norm(fla, static_cast<S>(job.eps), r); });
   for_columns<S>(group, job, block, [&](int64_t row, int64_t c, NormRegisters<S>& r) {
     const S x = element<S>(job.o, row, c);
     if (backward) {

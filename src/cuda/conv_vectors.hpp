@@ -1,0 +1,294 @@
+// The causal convolution of four taps where its rows are dense and aligned: a thread takes
+// neighbouring channels, 16 bytes a load (8 backward, of 16-bit numbers: registers), and the tokens
+// of one span, four at once, so that their loads are under way together. A block is 32 such threads
+// side by side and four spans; conv_body.hpp is the plain twin, for everything else.
+#pragma once
+
+#include "cuda/conv_body.hpp"
+#include "cuda/vectors.hpp"
+
+namespace kalmanet::cuda {
+
+// Channels a thread.
+template <DType kType, bool kBackward>
+inline constexpr int kConvChannels = kType == DType::float32 || kBackward ? 4 : 8;
+
+template <DType kType, int kCount>
+struct ConvVectors {
+  static constexpr int kTaps = 4, kPast = kTaps - 1, kGroup = 4;  // tokens at once
+  using Numbers = Pack<kType, kCount>;
+
+  const ConvJob& job;
+  ConvSpan span;
+  int64_t channel;  // the first
+  float weight[kTaps][kCount];
+
+  KALMANET_KERNEL ConvVectors(const ConvJob& j, int64_t number, int64_t c)
+      : job(j), span(span_of(j, number)), channel(c) {
+    KALMANET_UNROLL
+    for (int v = 0; v < kCount; ++v) {
+      float taps[kTaps];
+      const int64_t at = (channel + v) * job.weight.stride[0];
+      if (job.weight_fours) {
+        load_neighbours(job.weight, at, taps);
+      } else {
+        KALMANET_UNROLL
+        for (int i = 0; i < kTaps; ++i) {
+          taps[i] = load_element<float>(job.weight, at + i * job.weight.stride[1]);
+        }
+      }
+      KALMANET_UNROLL
+      for (int i = 0; i < kTaps; ++i) weight[i][v] = taps[i];
+    }
+  }
+
+  KALMANET_KERNEL int64_t row(const Array& a) const { return span.row * a.stride[0] + channel; }
+  KALMANET_KERNEL int64_t in_state(const Array& a, int64_t tap, int v) const {
+    return span.sequence * a.stride[0] + (channel + v) * a.stride[1] + tap * a.stride[2];
+  }
+  // Input of token t < span.first, or of one of the sequence.
+  KALMANET_KERNEL float input(int64_t t, int v) const {
+    if (t >= span.first) return load_element<float>(job.x, row(job.x) + t * job.x.stride[1] + v);
+    const int64_t tap = t - span.first + kTaps;
+    if (job.state.data == nullptr || tap < 0) return 0;
+    return load_element<float>(job.state, in_state(job.state, tap, v));
+  }
+  // The three inputs in front of the span.
+  KALMANET_KERNEL void fill(float (&window)[kPast + kGroup][kCount]) const {
+    KALMANET_UNROLL
+    for (int i = 0; i < kPast; ++i) {
+      const int64_t t = span.begin - kPast + i;
+      Numbers x;
+      if (t >= span.first) {
+        x.load(job.x.data, row(job.x) + t * job.x.stride[1]);
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) window[i][v] = x[v];
+      } else {
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) window[i][v] = input(t, v);
+      }
+    }
+  }
+  KALMANET_KERNEL float dot(const float (&window)[kPast + kGroup][kCount], int i, int v) const {
+    float sum = 0;
+    KALMANET_UNROLL
+    for (int tap = 0; tap < kTaps; ++tap) sum += weight[tap][v] * window[i + tap][v];
+    return sum;
+  }
+  KALMANET_KERNEL static void shift(float (&window)[kPast + kGroup][kCount]) {
+    KALMANET_UNROLL
+    for (int i = 0; i < kPast; ++i) {
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) window[i][v] = window[i + kGroup][v];
+    }
+  }
+
+  KALMANET_KERNEL void forward() const {
+    float window[kPast + kGroup][kCount];
+    fill(window);
+    int64_t from = row(job.x) + span.begin * job.x.stride[1];
+    int64_t to = row(job.y) + span.begin * job.y.stride[1];
+    const int tokens = static_cast<int>(span.end - span.begin);
+    KALMANET_LOOP
+    for (int t = 0; t < tokens; t += kGroup) {
+      Numbers x[kGroup];
+      KALMANET_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        if (t + i < tokens) {
+          x[i].load(job.x.data, from + i * job.x.stride[1]);
+        } else {
+          x[i].clear();
+        }
+      }
+      KALMANET_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        float y[kCount];
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) {
+          window[kPast + i][v] = x[i][v];
+          const float sum = dot(window, i, v);
+          y[v] = job.silu ? sum * quick_sigmoid<kType>(sum) : sum;
+        }
+        if (t + i >= tokens) continue;
+        Numbers out;
+        out.set(y);
+        out.store(job.y.data, to + i * job.y.stride[1]);
+      }
+      shift(window);
+      from += kGroup * job.x.stride[1];
+      to += kGroup * job.y.stride[1];
+    }
+    // (As in conv_body.hpp: this thread alone read the channels' old state.)
+    if (span.begin != span.first || job.final_state.data == nullptr) return;
+    KALMANET_LOOP
+    for (int v = 0; v < kCount; ++v) {
+      KALMANET_LOOP
+      for (int tap = 0; tap < kTaps; ++tap) {
+        store_element<float>(job.final_state, in_state(job.final_state, tap, v),
+                             input(span.last - kTaps + tap, v));
+      }
+    }
+  }
+
+  // The formulas are those of conv_body.hpp. `part`: what the span adds to the weight's gradient.
+  KALMANET_KERNEL void backward(float (&part)[kTaps][kCount]) const {
+    float window[kPast + kGroup][kCount], p[kPast + kGroup][kCount];
+    fill(window);
+    KALMANET_UNROLL
+    for (int i = 0; i < kPast; ++i) {
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) p[i][v] = 0;
+    }
+    int64_t x_at = row(job.x) + span.begin * job.x.stride[1];
+    int64_t dy_at = row(job.dy) + span.begin * job.dy.stride[1];
+    const int tokens = static_cast<int>(span.end - span.begin);
+    // Tokens whose gradient the span needs: three more than it has, where there are.
+    const int64_t left = span.last - span.begin;
+    const int needed = left < tokens + kPast ? static_cast<int>(left) : tokens + kPast;
+    KALMANET_LOOP
+    for (int t = 0; t < tokens + kPast; t += kGroup) {
+      Numbers x[kGroup], dy[kGroup];
+      KALMANET_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        if (t + i < needed) {
+          x[i].load(job.x.data, x_at + i * job.x.stride[1]);
+          dy[i].load(job.dy.data, dy_at + i * job.dy.stride[1]);
+        } else {
+          x[i].clear(), dy[i].clear();
+        }
+      }
+      float added[kTaps][kCount];  // four tokens' first, so that a sum has few roundings
+      KALMANET_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) {
+          window[kPast + i][v] = x[i][v];
+          float gradient = dy[i][v];
+          if (job.silu) {
+            const float sum = dot(window, i, v), s = quick_sigmoid<kType>(sum);
+            gradient *= s * (1 + sum * (1 - s));
+          }
+          // (What is behind the sequence is no zero where its window has a NaN.)
+          p[kPast + i][v] = t + i < needed ? gradient : 0;
+          KALMANET_UNROLL
+          for (int tap = 0; tap < kTaps; ++tap) {
+            const float product = t + i < tokens ? gradient * window[i + tap][v] : 0;
+            added[tap][v] = i == 0 ? product : added[tap][v] + product;
+          }
+        }
+        store_input_gradient(t + i - kPast, tokens, p, i);
+      }
+      KALMANET_UNROLL
+      for (int tap = 0; tap < kTaps; ++tap) {
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) part[tap][v] += added[tap][v];
+      }
+      shift(window), shift(p);
+      x_at += kGroup * job.x.stride[1];
+      dy_at += kGroup * job.dy.stride[1];
+    }
+    if (span.begin != span.first) return;
+    if (job.dstate.data != nullptr) state_gradient();
+  }
+
+ private:
+  // Of the span's token s, from the gradients of s and the three behind it: p[i ..].
+  KALMANET_KERNEL void store_input_gradient(int s, int tokens,
+                                            const float (&p)[kPast + kGroup][kCount],
+                                            int i) const {
+    if (job.dx.data == nullptr || s < 0 || s >= tokens) return;
+    float dx[kCount];
+    KALMANET_UNROLL
+    for (int v = 0; v < kCount; ++v) {
+      float sum = 0;
+      KALMANET_UNROLL
+      for (int tap = 0; tap < kTaps; ++tap) sum += weight[tap][v] * p[i + kPast - tap][v];
+      dx[v] = sum;
+    }
+    const int64_t kept = span.begin + s - (span.last - kTaps);  // its place in the final state
+    if (job.d_final.data != nullptr && kept >= 0) {
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) {
+        dx[v] += load_element<float>(job.d_final, in_state(job.d_final, kept, v));
+      }
+    }
+    Numbers out;
+    out.set(dx);
+    out.store(job.dx.data, row(job.dx) + (span.begin + s) * job.dx.stride[1]);
+  }
+
+  // Of the four inputs in front of a sequence: once a sequence, by the plain twin's loop.
+  KALMANET_KERNEL void state_gradient() const {
+    KALMANET_LOOP
+    for (int v = 0; v < kCount; ++v) {
+      ConvThread<float, kTaps>(job, span, channel + v).backward_of_state();
+    }
+  }
+};
+
+// Thread `thread` of block (spans, channels); registers.part: of the weight's gradient.
+template <int kCount>
+struct ConvRegisters {
+  float part[4][kCount];
+};
+template <int kCount>
+struct ConvShared {
+  alignas(16) float part[kConvSpans][4 * kCount][32];
+};
+
+template <DType kType>
+KALMANET_KERNEL void run_conv_vectors(const ConvJob& job, int64_t spans, int64_t channels,
+                                      int thread) {
+  constexpr int kCount = kConvChannels<kType, false>;
+  const int64_t span = spans * kConvSpans + thread / 32;
+  const int64_t channel = (channels * 32 + thread % 32) * kCount;
+  if (span >= job.num_spans || channel >= job.D) return;
+  ConvVectors<kType, kCount>(job, span, channel).forward();
+}
+
+template <DType kType, class Group>
+KALMANET_KERNEL void run_conv_vectors_backward(Group& group,
+                                               ConvShared<kConvChannels<kType, true>>& shared,
+                                               const ConvJob& job, int64_t spans,
+                                               int64_t channels) {
+  constexpr int kCount = kConvChannels<kType, true>;
+  using Registers = ConvRegisters<kCount>;
+  group.each([&](int thread, Registers& r) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) r.part[i][v] = 0;
+    }
+    const int64_t span = spans * kConvSpans + thread / 32;
+    const int64_t channel = (channels * 32 + thread % 32) * kCount;
+    if (span >= job.num_spans || channel >= job.D) return;
+    ConvVectors<kType, kCount>(job, span, channel).backward(r.part);
+  });
+  if (job.parts == nullptr) return;
+  group.each([&](int thread, Registers& r) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) {
+        shared.part[thread / 32][v * 4 + i][thread % 32] = r.part[i][v];
+      }
+    }
+  });
+  group.barrier();
+  // A thread one channel; its four spans in their order.
+  group.each([&](int thread, Registers&) {
+    const int64_t channel = channels * 32 * kCount + thread;
+    if (channel >= job.D) return;
+    KALMANET_UNROLL
+    for (int tap = 0; tap < 4; ++tap) {
+      double sum = 0;
+      KALMANET_UNROLL
+      for (int s = 0; s < kConvSpans; ++s) {
+        sum += static_cast<double>(shared.part[s][thread % kCount * 4 + tap][thread / kCount]);
+      }
+      job.parts[(spans * job.D + channel) * 4 + tap] = sum;
+    }
+  });
+}
+
+}  // namespace kalmanet::cuda
