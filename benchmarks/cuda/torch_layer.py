@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """What the layer costs on a GPU around the recurrence: the convolution and the norms beside the
-copy rate, then whole layers, forward, backward and one token.
+copy rate, then whole layers, forward, backward and one token, fused and operator by operator.
 
-    benchmarks/cuda/torch_layer.py [--rounds 20]
+    benchmarks/cuda/torch_layer.py [--rounds 20] [--pieces | --tokens]
 
 Medians of CUDA events, B1 T8192. A kernel's rate counts the bytes that it must move, each tensor
-once. The results are compared with the CPU's first (float64, a small size).
+once. The results are compared with the CPU's first (float64, a small size). A token is timed as
+PyTorch calls it and as a graph of ten, each of another input.
 """
 
 import argparse
@@ -21,11 +22,14 @@ T, D, V = 8192, 4096, 128
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--pieces", action="store_true", help="the convolution and the norms alone")
+    parser.add_argument("--tokens", action="store_true", help="one token alone")
     return parser.parse_args()
 
 
 def main():
-    rounds = parse().rounds
+    args = parse()
+    rounds = args.rounds
     sys.path.insert(0, str(ROOT / "python"))
     library = ROOT / "build/release/src/torch/libkalmanet_torch.so"
     os.environ.setdefault("KALMANET_TORCH_LIBRARY", str(library))
@@ -84,7 +88,7 @@ def main():
     source, target = (torch.empty(2**28, device="cuda") for _ in range(2))
     copy = 2 * source.numel() * 4 / ms(lambda: target.copy_(source)) / 1e6
     print(f"copy {copy:.0f} GB/s on {torch.cuda.get_device_name()}")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in () if args.tokens else (torch.float32, torch.bfloat16):
         made = [t.cuda() for t in tensors(T, D, dtype)]
         size = made[0].numel() * made[0].element_size()
         for name, (f, passes) in calls(*made).items():
@@ -93,25 +97,54 @@ def main():
             print(f"{name:22} {str(dtype)[6:]:9} {t:7.3f} ms {rate / copy:5.2f} of the copy rate")
         del made
 
+    def tokens(layer, batch):
+        """One token: as called, in a graph; in ms."""
+        xs = torch.randn(10, batch, 1, layer.options.hidden_size, device="cuda").to(torch.bfloat16)
+        state = layer(xs[:, :, 0].transpose(0, 1), use_cache=True)[2]
+
+        def one(x):
+            return layer(x, past_key_values=state, use_cache=True)[0]
+
+        called = ms(lambda: one(xs[0]))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for x in xs:
+                one(x)
+        return called, ms(graph.replay) / len(xs)
+
+    if args.pieces:
+        return
+    mixer = sys.modules["kalmanet.layer"]
+    fuses = mixer.can_fuse
     for solver in ("chebyshev", "direct"):
         torch.cuda.reset_peak_memory_stats()
         layer = kalmanet.GatedKalmaNet(
             hidden_size=2048, head_dim=128, num_heads=16, device="cuda", dtype=torch.bfloat16,
             solver=solver,
         )  # fmt: skip
-        x = torch.randn(1, T, 2048, device="cuda", dtype=torch.bfloat16)
-        with torch.no_grad():
-            forward = ms(lambda: layer(x)[0], 5)  # noqa: B023
-            _, _, state = layer(x[:, :64], use_cache=True)
-            one = x[:, :1]
-            token = ms(lambda: layer(one, past_key_values=state, use_cache=True))  # noqa: B023
-        x.requires_grad_()
-        both = ms(lambda: layer(x)[0].backward(x.detach()), 5)  # noqa: B023
-        print(
-            f"layer of 16 heads, width 2048, bfloat16, {solver}: forward {forward:.2f} ms, with "
-            f"backward {both:.2f} ms ({torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most),"
-            f" one token {token:.3f} ms"
-        )
+        what = f"layer of 16 heads, width 2048, bfloat16, {solver}:"
+        if not args.tokens:
+            x = torch.randn(1, T, 2048, device="cuda", dtype=torch.bfloat16)
+            with torch.no_grad():
+                forward = ms(lambda: layer(x)[0], 5)  # noqa: B023
+            x.requires_grad_()
+            both = ms(lambda: layer(x)[0].backward(x.detach()), 5)  # noqa: B023
+            most = torch.cuda.max_memory_allocated() / 2**20
+            print(
+                f"{what} forward {forward:.2f} ms, with backward {both:.2f} ms ({most:.0f} MiB at "
+                "most)"
+            )
+        for batch in (1, 16, 128):
+            for fused in (True, False):
+                mixer.can_fuse = fuses if fused else lambda *_: False
+                with torch.no_grad():
+                    called, replayed = tokens(layer, batch)
+                print(
+                    f"{what} one token of {batch:3} sequences, "
+                    f"{'fused' if fused else 'operator by operator'}: "
+                    f"called {called:.3f} ms, in a graph {replayed:.4f} ms"
+                )
+    mixer.can_fuse = fuses
 
 
 if __name__ == "__main__":

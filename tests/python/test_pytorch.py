@@ -59,8 +59,6 @@ def operator_calls(dtype, gradients):
         ),
         "causal_conv_step": ([x[:, 0], weight, state.clone()], {}),
     }
-    if DEVICE != "cpu":
-        del backward["layer_step"]  # the layer takes the operators one by one there
     return forward | backward
 
 
@@ -114,7 +112,6 @@ def test_no_operator_is_left_out():
     }
     about_strings = {"backend_info", "instruction_set", "set_instruction_set"}
     states = {"save_state", "saved_state_bytes", "load_state"}
-    states |= set() if DEVICE == "cpu" else {"layer_step"}
     assert named == set(operator_calls(torch.float32, False)) | states | about_strings
 
 

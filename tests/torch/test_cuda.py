@@ -77,10 +77,26 @@ def test_causal_conv_step_updates_its_state_in_place():
 
 
 @DTYPES
-@pytest.mark.parametrize("V", [1, 33, 128, 700])
+@pytest.mark.parametrize("packed", [False, True])
+def test_causal_conv_of_aligned_rows(dtype, packed):
+    """16 bytes a load: as many channels as more than one block takes."""
+    B, T, D = (1, 203, 264) if packed else (2, 203, 264)
+    cu = torch.tensor([0, 1, 1, 40, 203]) if packed else None
+    N = 4 if packed else B
+    x, weight, state = random(B, T, D), random(D, 4, seed=1) * 0.5, random(N, D, 4, seed=2)
+    dy, d_final = random(B, T, D, seed=3), random(N, D, 4, seed=4)
+    agree("causal_conv_forward", dtype, [x, weight, state, cu], want_final_state=True)
+    agree("causal_conv_forward", dtype, [x, weight, None, cu], whole=(1,), silu=False)
+    loose = {d: 4 * b for d, b in BOUNDS.items()}
+    agree("causal_conv_backward", dtype, [dy, x, weight, state, cu, d_final], bound=loose)
+    agree("causal_conv_backward", dtype, [dy, x, weight, None, cu, None], whole=(2,), bound=loose)
+
+
+@DTYPES
+@pytest.mark.parametrize("V", [1, 8, 33, 64, 128, 256, 700])
 def test_norms(dtype, V):
     o, gate, weight, dy = (
-        random(*s, seed=i) for i, s in enumerate([(70, V)] * 2 + [(V,), (70, V)])
+        random(*s, seed=i) for i, s in enumerate([(570, V)] * 2 + [(V,), (570, V)])
     )
     o = o + 0.5  # V = 1 without a gate: d_o is nothing but eps, not what this is about
     loose = {d: 4 * b for d, b in BOUNDS.items()}
@@ -103,6 +119,13 @@ def test_any_strides():
     assert torch.equal(
         ops.causal_conv_forward(odd.cuda()[:], weight.t().contiguous().t().cuda())[0], want
     )
+    # Aligned rows inside of wider ones: 16 bytes a load, as where they are dense.
+    wide = torch.stack([x, x], 2).flatten(2)[..., 12:].cuda()
+    assert not wide.is_contiguous()
+    assert torch.equal(ops.causal_conv_forward(wide, weight.cuda())[0], want)
+    some = random(80, 3, 16).float().cuda()[:, 1]
+    assert not some.is_contiguous()
+    assert torch.equal(ops.unit_norm_forward(some), ops.unit_norm_forward(some.contiguous()))
     rows = random(9, 24).float().cuda()
     norm = ops.gated_rms_norm_forward(rows, None, rows[0])
     assert torch.equal(ops.gated_rms_norm_forward(rows.t().contiguous().t(), None, rows[0]), norm)
