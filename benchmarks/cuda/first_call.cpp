@@ -103,11 +103,13 @@ bool is_finite(const View& o) {
 
 }  // namespace
 
-int time_first_calls() {
+int time_first_calls(bool direct) {
   std::printf("{\"context_ms\": %.1f}\n", ms_of([] { check(cudaFree(nullptr), "cudaFree"); }));
   Tensors t;
   check(cudaDeviceSynchronize(), "copies");
-  for (const Solver solver : {Solver::chebyshev, Solver::direct}) {
+  const std::vector<Solver> solvers =
+      direct ? std::vector{Solver::direct} : std::vector{Solver::chebyshev, Solver::direct};
+  for (const Solver solver : solvers) {
     GkaOptions options;
     options.backend = Backend::cuda;
     options.solver = solver;

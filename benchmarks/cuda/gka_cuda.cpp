@@ -4,7 +4,7 @@
 //
 //   gka_cuda [step] [forward] [backward] (default: these) [few] [quick] [quick-backward]
 //   [steps_once]   (few: the backward's first two sizes; quick.., steps_once: for a profiler)
-//   gka_cuda first   (alone: the process's first calls, by the clock; first_call.cpp)
+//   gka_cuda first [direct]   (the process's first calls, by the clock; first_call.cpp)
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
@@ -385,7 +385,7 @@ int main(int argc, char** argv) {
     }
     return std::any_of(argv + 1, argv + argc, [&](const char* a) { return !std::strcmp(a, what); });
   };
-  if (asked("first")) return time_first_calls();
+  if (asked("first")) return time_first_calls(asked("direct"));
   for (const BackendInfo& info : backends()) {
     if (info.backend != Backend::cuda) continue;
     std::printf("{\"device\": \"%s\"}\n", info.detail.c_str());

@@ -31,9 +31,17 @@ KALMANET_KERNEL S sigmoid(S x) {
 template <DType kType>
 KALMANET_KERNEL float quick_sigmoid(float x) {
 #ifdef __CUDACC__
-  if constexpr (kType != DType::float32) return divide(1.0f, 1.0f + __expf(-x));
+  float e, s;
+  if constexpr (kType == DType::float32) {
+    e = expf(-x);
+  } else {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  }
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + e));
+  return s;
+#else
+  return sigmoid(x);
 #endif
-  return divide(1.0f, 1.0f + exponential(-x));
 }
 
 // A window of kW taps holds the job's W <= kW: those in front of them are never read.
@@ -145,23 +153,24 @@ struct ConvThread {
     }
   }
 
-  // The gradients of a sequence's state alone, by its first span: p of the first kW - 1 tokens.
-  KALMANET_KERNEL void backward_of_state() const {
+  // The gradients of the span's inputs [from, to) alone, or of its sequence's state in front of it.
+  KALMANET_KERNEL void input_gradients(int64_t from, int64_t to) const {
+    const int64_t first = from < span.first ? span.first : from;
     S window[kW], p[kW];
-    fill(window, span.begin);
+    fill(window, first);
     window[kW - 1] = S(0);
     KALMANET_UNROLL
     for (int i = 0; i < kW; ++i) p[i] = S(0);
     KALMANET_LOOP
-    for (int64_t t = span.begin - 1; t - (kW - 1) < span.begin; ++t) {
+    for (int64_t t = from; t - (kW - 1) < to; ++t) {
       S gradient = S(0);
-      if (t >= span.begin && t < span.last) {
-        if (t > span.begin) push(window, S(0));
+      if (t >= first && t < span.last) {
+        if (t > first) push(window, S(0));
         window[kW - 1] = at(job.x, t);
         gradient = at(job.dy, t) * slope(window);
       }
       push(p, gradient);
-      store_input_gradient(t - (kW - 1), p);
+      if (t - (kW - 1) >= from) store_input_gradient(t - (kW - 1), p);
     }
   }
 

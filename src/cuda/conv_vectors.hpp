@@ -106,8 +106,11 @@ struct ConvVectors {
         KALMANET_UNROLL
         for (int v = 0; v < kCount; ++v) {
           window[kPast + i][v] = x[i][v];
-          const float sum = dot(window, i, v);
-          y[v] = job.silu ? sum * quick_sigmoid<kType>(sum) : sum;
+          y[v] = dot(window, i, v);
+        }
+        if (job.silu) {
+          KALMANET_UNROLL
+          for (int v = 0; v < kCount; ++v) y[v] *= quick_sigmoid<kType>(y[v]);
         }
         if (t + i >= tokens) continue;
         Numbers out;
@@ -132,101 +135,120 @@ struct ConvVectors {
 
   // The formulas are those of conv_body.hpp. `part`: what the span adds to the weight's gradient.
   KALMANET_KERNEL void backward(float (&part)[kTaps][kCount]) const {
-    float window[kPast + kGroup][kCount], p[kPast + kGroup][kCount];
-    fill(window);
-    KALMANET_UNROLL
-    for (int i = 0; i < kPast; ++i) {
-      KALMANET_UNROLL
-      for (int v = 0; v < kCount; ++v) p[i][v] = 0;
-    }
-    int64_t x_at = row(job.x) + span.begin * job.x.stride[1];
-    int64_t dy_at = row(job.dy) + span.begin * job.dy.stride[1];
-    const int tokens = static_cast<int>(span.end - span.begin);
+    Backward b = {};
+    fill(b.window);
+    b.tokens = static_cast<int>(span.end - span.begin);
     // Tokens whose gradient the span needs: three more than it has, where there are.
     const int64_t left = span.last - span.begin;
-    const int needed = left < tokens + kPast ? static_cast<int>(left) : tokens + kPast;
+    b.needed = left < b.tokens + kPast ? static_cast<int>(left) : b.tokens + kPast;
+    b.x = row(job.x) + span.begin * job.x.stride[1];
+    b.dy = row(job.dy) + span.begin * job.dy.stride[1];
+    b.dx = row(job.dx) + (span.begin - kPast) * job.dx.stride[1];
+    int t = 0;
     KALMANET_LOOP
-    for (int t = 0; t < tokens + kPast; t += kGroup) {
-      Numbers x[kGroup], dy[kGroup];
-      KALMANET_UNROLL
-      for (int i = 0; i < kGroup; ++i) {
-        if (t + i < needed) {
-          x[i].load(job.x.data, x_at + i * job.x.stride[1]);
-          dy[i].load(job.dy.data, dy_at + i * job.dy.stride[1]);
-        } else {
-          x[i].clear(), dy[i].clear();
-        }
-      }
-      float added[kTaps][kCount];  // four tokens' first, so that a sum has few roundings
-      KALMANET_UNROLL
-      for (int i = 0; i < kGroup; ++i) {
-        KALMANET_UNROLL
-        for (int v = 0; v < kCount; ++v) {
-          window[kPast + i][v] = x[i][v];
-          float gradient = dy[i][v];
-          if (job.silu) {
-            const float sum = dot(window, i, v), s = quick_sigmoid<kType>(sum);
-            gradient *= s * (1 + sum * (1 - s));
-          }
-          // (What is behind the sequence is no zero where its window has a NaN.)
-          p[kPast + i][v] = t + i < needed ? gradient : 0;
-          KALMANET_UNROLL
-          for (int tap = 0; tap < kTaps; ++tap) {
-            const float product = t + i < tokens ? gradient * window[i + tap][v] : 0;
-            added[tap][v] = i == 0 ? product : added[tap][v] + product;
-          }
-        }
-        store_input_gradient(t + i - kPast, tokens, p, i);
-      }
-      KALMANET_UNROLL
-      for (int tap = 0; tap < kTaps; ++tap) {
-        KALMANET_UNROLL
-        for (int v = 0; v < kCount; ++v) part[tap][v] += added[tap][v];
-      }
-      shift(window), shift(p);
-      x_at += kGroup * job.x.stride[1];
-      dy_at += kGroup * job.dy.stride[1];
+    for (; t + kGroup <= b.tokens; t += kGroup) group<true>(b, t, part);
+    KALMANET_LOOP
+    for (; t < b.tokens + kPast; t += kGroup) group<false>(b, t, part);
+    // What is seldom is left to the plain twin: the inputs that the final state holds as well, and
+    // those of the state before.
+    const int64_t kept = span.last - kTaps > span.begin ? span.last - kTaps : span.begin;
+    const bool final = job.d_final.data != nullptr && job.dx.data != nullptr && kept < span.end;
+    const bool state = job.dstate.data != nullptr && span.begin == span.first;
+    if (!final && !state) return;
+    KALMANET_LOOP
+    for (int v = 0; v < kCount; ++v) {
+      const ConvThread<float, kTaps> plain(job, span, channel + v);
+      if (state) plain.input_gradients(span.first - kTaps, span.first);
+      if (final) plain.input_gradients(kept, span.end);
     }
-    if (span.begin != span.first) return;
-    if (job.dstate.data != nullptr) state_gradient();
   }
 
  private:
-  // Of the span's token s, from the gradients of s and the three behind it: p[i ..].
-  KALMANET_KERNEL void store_input_gradient(int s, int tokens,
-                                            const float (&p)[kPast + kGroup][kCount],
-                                            int i) const {
-    if (job.dx.data == nullptr || s < 0 || s >= tokens) return;
-    float dx[kCount];
+  struct Backward {
+    float window[kPast + kGroup][kCount], p[kPast + kGroup][kCount];
+    int tokens, needed;
+    int64_t x, dy, dx;  // where the next token's lie, and those of three tokens before it
+  };
+
+  // Tokens t .. t + 3 of the span. kFull: they are all its own.
+  template <bool kFull>
+  KALMANET_KERNEL void group(Backward& b, int t, float (&part)[kTaps][kCount]) const {
+    Numbers x[kGroup], dy[kGroup];
     KALMANET_UNROLL
-    for (int v = 0; v < kCount; ++v) {
-      float sum = 0;
-      KALMANET_UNROLL
-      for (int tap = 0; tap < kTaps; ++tap) sum += weight[tap][v] * p[i + kPast - tap][v];
-      dx[v] = sum;
+    for (int i = 0; i < kGroup; ++i) {
+      if (kFull || t + i < b.needed) {
+        x[i].load(job.x.data, b.x);
+        dy[i].load(job.dy.data, b.dy);
+      } else {
+        x[i].clear(), dy[i].clear();
+      }
+      b.x += job.x.stride[1];
+      b.dy += job.dy.stride[1];
     }
-    const int64_t kept = span.begin + s - (span.last - kTaps);  // its place in the final state
-    if (job.d_final.data != nullptr && kept >= 0) {
+    float added[kTaps][kCount];  // four tokens' first, so that a sum has few roundings
+    KALMANET_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      float slope[kCount];
       KALMANET_UNROLL
       for (int v = 0; v < kCount; ++v) {
-        dx[v] += load_element<float>(job.d_final, in_state(job.d_final, kept, v));
+        b.window[kPast + i][v] = x[i][v];
+        slope[v] = 1;
       }
+      if (job.silu) {
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) {
+          const float sum = dot(b.window, i, v), s = quick_sigmoid<kType>(sum);
+          slope[v] = s * (1 + sum * (1 - s));
+        }
+      }
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) {
+        const float gradient = dy[i][v] * slope[v];
+        // (What is behind the sequence is no zero where its window has a NaN.)
+        b.p[kPast + i][v] = kFull || t + i < b.needed ? gradient : 0;
+        KALMANET_UNROLL
+        for (int tap = 0; tap < kTaps; ++tap) {
+          const float before = i == 0 ? 0 : added[tap][v];
+          const float after = gradient * b.window[i + tap][v] + before;
+          added[tap][v] = kFull || t + i < b.tokens ? after : before;
+        }
+      }
+      const int s = t + i - kPast;
+      if (s >= 0 && (kFull || s < b.tokens) && job.dx.data != nullptr) {
+        float dx[kCount];
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) {
+          dx[v] = 0;
+          KALMANET_UNROLL
+          for (int tap = 0; tap < kTaps; ++tap) {
+            dx[v] += weight[tap][v] * b.p[i + kPast - tap][v];
+          }
+        }
+        Numbers out;
+        out.set(dx);
+        out.store(job.dx.data, b.dx);
+      }
+      b.dx += job.dx.stride[1];
     }
-    Numbers out;
-    out.set(dx);
-    out.store(job.dx.data, row(job.dx) + (span.begin + s) * job.dx.stride[1]);
-  }
-
-  // Of the four inputs in front of a sequence: once a sequence, by the plain twin's loop.
-  KALMANET_KERNEL void state_gradient() const {
-    KALMANET_LOOP
-    for (int v = 0; v < kCount; ++v) {
-      ConvThread<float, kTaps>(job, span, channel + v).backward_of_state();
+    KALMANET_UNROLL
+    for (int tap = 0; tap < kTaps; ++tap) {
+      KALMANET_UNROLL
+      for (int v = 0; v < kCount; ++v) part[tap][v] += added[tap][v];
     }
+    shift(b.window), shift(b.p);
   }
 };
 
-// Thread `thread` of block (spans, channels); registers.part: of the weight's gradient.
+// A block: its spans and channels, whose number is the grid's shorter way: neighbouring blocks
+// read neighbouring memory.
+struct ConvBlock {
+  int64_t spans, channels;
+};
+KALMANET_KERNEL ConvBlock conv_block(const ConvJob& job, int width, uint32_t block) {
+  const uint32_t across = (static_cast<uint32_t>(job.D) + width - 1) / width;
+  return {block / across, block % across};
+}
+
 template <int kCount>
 struct ConvRegisters {
   float part[4][kCount];

@@ -1,8 +1,8 @@
 // The kernels of the causal convolution and the gated RMS norm, compiled and launched.
 #include <type_traits>
 
-#include "cuda/check.hpp"
 #include "cuda/conv_vectors.hpp"
+#include "cuda/dependent_launch.hpp"
 #include "cuda/layer_launch.hpp"
 #include "cuda/norm_vectors.hpp"
 
@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kThreads) conv(const __grid_constant__ ConvJob
 template <DType kType>
 __global__ void __launch_bounds__(kConvThreads)
     conv_vectors(const __grid_constant__ ConvJob job) {
-  run_conv_vectors<kType>(job, blockIdx.x, blockIdx.y, static_cast<int>(threadIdx.x));
+  const ConvBlock block = conv_block(job, 32 * kConvChannels<kType, false>, blockIdx.x);
+  run_conv_vectors<kType>(job, block.spans, block.channels, static_cast<int>(threadIdx.x));
 }
 
 template <DType kType>
@@ -37,12 +38,14 @@ __global__ void __launch_bounds__(kConvThreads)
     conv_vectors_backward(const __grid_constant__ ConvJob job) {
   __shared__ ConvShared<kConvChannels<kType, true>> shared;
   DeviceGroup<ConvRegisters<kConvChannels<kType, true>>> group;
-  run_conv_vectors_backward<kType>(group, shared, job, blockIdx.x, blockIdx.y);
+  const ConvBlock block = conv_block(job, 32 * kConvChannels<kType, true>, blockIdx.x);
+  run_conv_vectors_backward<kType>(group, shared, job, block.spans, block.channels);
 }
 
 template <DType kType, int kLoads, NormKind kKind>
 __global__ void __launch_bounds__(kNormThreads)
     norm_vectors(const __grid_constant__ NormJob job) {
+  if constexpr (kKind == NormKind::gated) wait_for_kernel_before(job);  // (in decode, a step)
   DeviceGroup<NormVectorRegisters<kType, kLoads>> group;
   NormVectors<kType, kLoads, decltype(group)> rows{group, job};
   if constexpr (kKind == NormKind::gated) rows.forward(blockIdx.x);
@@ -95,8 +98,8 @@ void with_type(DType dtype, F&& f) {
 void launch_conv_vectors(const ConvJob& job, bool backward, cudaStream_t stream) {
   with_type(job.x.dtype, [&]<DType kType>(Constant<kType>) {
     const int64_t width = 32 * (backward ? kConvChannels<kType, true> : kConvChannels<kType, false>);
-    const dim3 grid = {static_cast<unsigned>((job.num_spans + kConvSpans - 1) / kConvSpans),
-                       static_cast<unsigned>((job.D + width - 1) / width), 1};
+    const auto grid = static_cast<unsigned>((job.num_spans + kConvSpans - 1) / kConvSpans *
+                                            ((job.D + width - 1) / width));
     if (backward) {
       conv_vectors_backward<kType><<<grid, kConvThreads, 0, stream>>>(job);
     } else {
@@ -111,12 +114,14 @@ void launch_norm_vectors(const NormJob& job, bool backward, cudaStream_t stream)
   const bool unit = job.unit != UnitNorm::none;
   const int64_t at_once = !unit && backward ? kNormVectorRows : kNormThreads / job.lanes;
   const auto blocks = static_cast<unsigned>((job.R + at_once - 1) / at_once);
-  auto kernel = norm_vectors<kType, kLoads, NormKind::gated>;
+  if (!unit && !backward) {
+    return launch_dependent(norm_vectors<kType, kLoads, NormKind::gated>, blocks, kNormThreads, job,
+                            stream, "launch of norm_vectors");
+  }
+  auto kernel = norm_vectors<kType, kLoads, NormKind::gated_backward>;
   if (unit) {
     kernel = backward ? norm_vectors<kType, kLoads, NormKind::unit_backward>
                       : norm_vectors<kType, kLoads, NormKind::unit>;
-  } else if (backward) {
-    kernel = norm_vectors<kType, kLoads, NormKind::gated_backward>;
   }
   kernel<<<blocks, kNormThreads, 0, stream>>>(job);
   check(cudaGetLastError(), "launch of norm_vectors");

@@ -25,7 +25,11 @@ GkaReport layer_step(const core::GkaProblem& problem, const LayerStepInputs& inp
       plan_layer_step(problem, inputs, states, o, residual, options, memory.data());
   launch_layer_before(plan.before, float64, stream);
   const GkaReport report = gka_backend().step(plan.problem, plan.outputs);
-  launch_layer_after(plan.after, float64, stream);
+  if (plan.norm.lanes != 0) {
+    launch_norm(plan.norm, false, float64, stream);
+  } else {
+    launch_layer_after(plan.after, float64, stream);
+  }
   return report;
 }
 

@@ -14,6 +14,24 @@ inline constexpr int kMostLayerThreads = static_cast<int>(kMaxHeadDim);
 inline constexpr int kLayerAfterThreads = 128;
 inline constexpr int kLayerAfterHeads = kLayerAfterThreads / 32;  // a block
 
+// A number as it lies in memory, on its way while other loads are begun; and the number.
+template <class S>
+using Raw = std::conditional_t<sizeof(S) == 8, double, uint32_t>;
+template <class S>
+KALMANET_KERNEL Raw<S> load_raw(const Array& a, int64_t at) {
+  if constexpr (sizeof(S) == 8) {
+    return load_element<double>(a, at);
+  } else {
+    return load_bits(a, at);
+  }
+}
+KALMANET_KERNEL float number_of(DType dtype, uint32_t bits) {
+  return from_bits(dtype, bits);
+}
+KALMANET_KERNEL double number_of(DType, double x) {
+  return x;
+}
+
 template <class S>
 struct LayerBeforeShared {
   S squares[2][kMostLayerThreads / 32];  // of each warp's channels, of two tokens by turns
@@ -21,6 +39,7 @@ struct LayerBeforeShared {
 template <class S, int kTaps>
 struct LayerBeforeRegisters {
   S weight[kTaps], window[kTaps], value, square;
+  Raw<S> x;  // of the next token
 };
 
 KALMANET_KERNEL float log_of_1_and(float x) {
@@ -34,14 +53,18 @@ KALMANET_KERNEL S softplus(S x) {
   return x > S(0) ? x + log_of_1_and(exponential(-x)) : log_of_1_and(exponential(x));
 }
 
-// The W taps of a channel, right-aligned: the first kTaps - W places are zeros.
-template <int kTaps, class S>
+// The W taps of a channel, right-aligned: the first kTaps - W places are zeros. kOwn: a state's,
+// which has the dtype that is computed in.
+template <int kTaps, bool kOwn, class S>
 KALMANET_KERNEL void load_taps(const Array& a, int64_t at, int64_t stride, int64_t W, bool fours,
                                S (&out)[kTaps]) {
   if constexpr (kTaps == 4) {
     if (fours) {
-      if constexpr (sizeof(S) == 8) return load4(static_cast<const double*>(a.data) + at, out);
-      if constexpr (sizeof(S) == 4) return load_neighbours(a, at, out);
+      if constexpr (kOwn || sizeof(S) == 8) {
+        return load4(static_cast<const S*>(a.data) + at, out);
+      } else {
+        return load_neighbours(a, at, out);
+      }
     }
   }
   KALMANET_UNROLL
@@ -62,20 +85,25 @@ KALMANET_KERNEL void run_layer_conv(Group& group, LayerBeforeShared<S>& shared,
   const auto state_at = [&](int thread) {
     return n * conv.state.stride[0] + channel(thread) * conv.state.stride[1];
   };
+  const auto load_x = [&](int thread, int64_t t) {
+    return load_raw<S>(conv.x, offset_of(conv.x, n, t, head) + thread * conv.x.stride[3]);
+  };
   group.each([&](int thread, Registers& r) {
-    if (thread >= width || !convolves) return;
-    load_taps<kTaps>(conv.state, state_at(thread), conv.state.stride[2], job.W, conv.state_fours,
-                     r.window);
-    load_taps<kTaps>(conv.weight, channel(thread) * conv.weight.stride[0], conv.weight.stride[1],
-                     job.W, conv.weight_fours, r.weight);
+    if (thread >= width) return;
+    r.x = load_x(thread, 0);
+    if (!convolves) return;
+    load_taps<kTaps, true>(conv.state, state_at(thread), conv.state.stride[2], job.W,
+                           conv.state_fours, r.window);
+    load_taps<kTaps, false>(conv.weight, channel(thread) * conv.weight.stride[0],
+                            conv.weight.stride[1], job.W, conv.weight_fours, r.weight);
   });
   KALMANET_LOOP
   for (int64_t t = 0; t < job.T; ++t) {
-    const int64_t from = offset_of(conv.x, n, t, head);
     group.each([&](int thread, Registers& r) {
       r.square = S(0);
       if (thread >= width) return;
-      const S x = load_element<S>(conv.x, from + thread * conv.x.stride[3]);
+      const S x = number_of(conv.x.dtype, r.x);
+      if (t + 1 < job.T) r.x = load_x(thread, t + 1);
       r.value = x;
       if (!convolves) return;
       KALMANET_UNROLL
@@ -175,50 +203,74 @@ KALMANET_KERNEL void run_layer_before(Group& group, LayerBeforeShared<S>& shared
 template <class S>
 struct LayerAfterRegisters {
   static constexpr int kColumns = static_cast<int>(kMaxHeadDim) / 32;  // a lane
-  S o[kColumns], gate[kColumns], weight[kColumns], square;
+  Raw<S> o[kColumns], gate[kColumns], weight[kColumns];
+  S square;
 };
 
-// The heads of block `block` of sequence n.
+// The columns lane, lane + 32, ... of a row, all on their way at once.
+template <class S, int kColumns>
+KALMANET_KERNEL void load_columns(const Array& a, int64_t at, int64_t stride, int lane, int V,
+                                  Raw<S> (&out)[kColumns]) {
+  const auto load = [&](const auto* from) {
+    KALMANET_UNROLL
+    for (int i = 0; i < kColumns; ++i) {
+      if (lane + 32 * i < V) out[i] = from[(lane + 32 * i) * stride];
+    }
+  };
+  if constexpr (sizeof(S) == 8) {
+    load(static_cast<const double*>(a.data) + at);
+  } else if (a.dtype == DType::float32) {
+    load(static_cast<const uint32_t*>(a.data) + at);
+  } else {
+    load(static_cast<const uint16_t*>(a.data) + at);
+  }
+}
+
+// The heads of block `block` of sequence n; where all rows are dense, norm_vectors.hpp does it.
 template <class S, class Group>
 KALMANET_KERNEL void run_layer_after(Group& group, const LayerAfterJob& job, int64_t block,
                                      int64_t n) {
   using Registers = LayerAfterRegisters<S>;
+  constexpr int kColumns = Registers::kColumns;
   const int V = static_cast<int>(job.V);
+  const bool gated = job.gate.data != nullptr;
   const auto head_of = [&](int thread) { return block * kLayerAfterHeads + thread / 32; };
-  // f(column, place) for a lane's columns.
-  const auto columns = [&](int thread, auto&& f) {
-    if (head_of(thread) >= job.H) return;
-    KALMANET_UNROLL
-    for (int i = 0; i < Registers::kColumns; ++i) {
-      const int column = thread % 32 + 32 * i;
-      if (column < V) f(column, i);
-    }
-  };
   KALMANET_LOOP
   for (int64_t t = 0; t < job.T; ++t) {
     group.each([&](int thread, Registers& r) {
-      // (All of a lane's loads are on their way before the first number is needed.)
+      const int lane = thread % 32;
       const int64_t head = head_of(thread);
-      const int64_t o_at = offset_of(job.o, n, t, head), g_at = offset_of(job.gate, n, t, head);
-      columns(thread, [&](int column, int i) {
-        r.o[i] = load_element<S>(job.o, o_at + column);
-        r.gate[i] = job.gate.data == nullptr
-                        ? S(0)
-                        : load_element<S>(job.gate, g_at + column * job.gate.stride[3]);
-        r.weight[i] = load_element<S>(job.weight, column * job.weight.stride[0]);
-      });
       r.square = S(0);
-      columns(thread, [&](int, int i) { r.square += r.o[i] * r.o[i]; });
+      if (head >= job.H) return;
+      load_columns<S>(job.o, offset_of(job.o, n, t, head), 1, lane, V, r.o);
+      load_columns<S>(job.weight, 0, job.weight.stride[0], lane, V, r.weight);
+      if (gated) {
+        load_columns<S>(job.gate, offset_of(job.gate, n, t, head), job.gate.stride[3], lane, V,
+                        r.gate);
+      }
+      KALMANET_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        const S o = lane + 32 * i < V ? number_of(job.o.dtype, r.o[i]) : S(0);
+        r.square += o * o;
+      }
     });
     group.template sum_lanes<32>([](Registers& r) -> S& { return r.square; });
     group.each([&](int thread, Registers& r) {
+      const int lane = thread % 32;
+      const int64_t head = head_of(thread);
+      if (head >= job.H) return;
       const S inverse = S(1) / sqrt(r.square / static_cast<S>(V) + static_cast<S>(job.eps));
-      const int64_t at = offset_of(job.y, n, t, head_of(thread));
-      columns(thread, [&](int column, int i) {
-        const S silu = job.gate.data == nullptr ? S(1) : r.gate[i] * sigmoid(r.gate[i]);
+      const int64_t at = offset_of(job.y, n, t, head);
+      KALMANET_UNROLL
+      for (int i = 0; i < kColumns; ++i) {
+        const int column = lane + 32 * i;
+        if (column >= V) continue;
+        const S gate = gated ? number_of(job.gate.dtype, r.gate[i]) : S(0);
+        const S silu = gated ? gate * sigmoid(gate) : S(1);
         store_element<S>(job.y, at + column * job.y.stride[3],
-                         r.o[i] * inverse * r.weight[i] * silu);
-      });
+                         number_of(job.o.dtype, r.o[i]) * inverse *
+                             number_of(job.weight.dtype, r.weight[i]) * silu);
+      }
     });
   }
 }

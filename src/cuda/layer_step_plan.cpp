@@ -80,6 +80,35 @@ LayerConv conv_of(const ConstView& x, const ConstView& weight, const View& state
   return conv;
 }
 
+// [N,T,H,V] as [N*T*H,V]; absent where no strides say so.
+ConstView as_rows(const ConstView& view) {
+  ConstView rows;
+  for (int d = 0; d < 2; ++d) {
+    if (view.size[d] > 1 && view.stride[d] != view.size[d + 1] * view.stride[d + 1]) return rows;
+  }
+  rows = view;
+  rows.rank = 2;
+  rows.size = {view.size[0] * view.size[1] * view.size[2], view.size[3]};
+  rows.stride = {view.stride[2], view.stride[3]};
+  return rows;
+}
+
+// The gated norm of rows, if they are such as are read 16 bytes at a time.
+NormJob rows_norm_job(const View& o, const ConstView& gate, const ConstView& weight, const View& y,
+                      double eps) {
+  NormInputs in;
+  in.o = as_rows(o);
+  if (gate.defined()) in.gate = as_rows(gate);
+  in.weight = weight;
+  in.eps = eps;
+  const ConstView to = as_rows(y);
+  if (!to.defined() || gate.defined() != in.gate.defined()) return {};
+  NormJob job = norm_job(in);
+  job.y = array_of(to);
+  choose_norm_vectors(job, {in.o, in.gate, to}, weight);
+  return job;
+}
+
 }  // namespace
 
 int64_t layer_step_bytes(const core::GkaProblem& problem, const LayerStepInputs& inputs) {
@@ -145,6 +174,7 @@ LayerStepPlan plan_layer_step(const core::GkaProblem& problem, const LayerStepIn
   after.y = array_of(o);
   after.weight = array_of(inputs.o_norm);
   after.eps = options.norm_eps;
+  plan.norm = rows_norm_job(t.o, inputs.gate, inputs.o_norm, o, options.norm_eps);
   return plan;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/problem.hpp"
+#include "cuda/layer_job.hpp"
 #include "cuda/layer_step_job.hpp"
 #include "kalmanet/layer_step.hpp"
 
@@ -12,6 +13,7 @@ struct LayerStepPlan {
   core::GkaProblem problem;  // the recurrence, for GkaBackend::step
   GkaOutputs outputs;
   LayerAfterJob after;
+  NormJob norm;  // the same by norm_vectors.hpp, where norm.lanes says so
 };
 
 // Bytes of memory between the parts.

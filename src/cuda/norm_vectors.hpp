@@ -16,6 +16,8 @@ template <DType kType, int kLoads>
 struct NormVectorRegisters {
   Pack<kType, kNormCount<kType>> o[kLoads], gate[kLoads], dy[kLoads];
   float weight[kLoads][kNormCount<kType>], part[kLoads][kNormCount<kType>];
+  // dy silu, and dy silu' w o: so that an exponential is taken once.
+  float straight[kLoads][kNormCount<kType>], sideways[kLoads][kNormCount<kType>];
   float square, along, inverse;
 };
 struct NormVectorShared {
@@ -158,8 +160,18 @@ struct NormVectors {
   }
 
  private:
+  // 1 / V, a power of two.
+  KALMANET_KERNEL float mean_of_one() const {
+    return power_of_two(-job.lane_bits) * (1.0f / static_cast<float>(kCount * kLoads));
+  }
+  // To two units in the last place.
   KALMANET_KERNEL float inverse_of(float square) const {
-    return 1.0f / sqrt(square / static_cast<float>(job.V) + static_cast<float>(job.eps));
+    const float mean = square * mean_of_one() + static_cast<float>(job.eps);
+#ifdef __CUDACC__
+    return rsqrtf(mean);
+#else
+    return 1.0f / std::sqrt(mean);
+#endif
   }
 
   KALMANET_KERNEL void backward_rows(int64_t first) const {
@@ -171,8 +183,12 @@ struct NormVectors {
       load(job.dy, row, thread, r.dy);
       if (job.gate.data != nullptr) load(job.gate, row, thread, r.gate);
       each_number([&](int i, int v) {
-        r.square += r.o[i][v] * r.o[i][v];
-        r.along += r.dy[i][v] * r.weight[i][v] * silu(r, i, v).value * r.o[i][v];
+        const Silu<float> s = silu(r, i, v);
+        const float o = r.o[i][v], dy = r.dy[i][v];
+        r.straight[i][v] = dy * s.value;
+        r.sideways[i][v] = dy * s.slope * r.weight[i][v] * o;
+        r.square += o * o;
+        r.along += r.straight[i][v] * r.weight[i][v] * o;
       });
     });
     group.sum_neighbours(job.lanes, [](Registers& r) -> float& { return r.square; });
@@ -180,22 +196,17 @@ struct NormVectors {
     group.each([&](int thread, Registers& r) {
       const int64_t row = first + row_of(thread);
       if (row >= job.R) return;
-      r.inverse = inverse_of(r.square);
-      const float mean = r.along * r.inverse / static_cast<float>(job.V);
+      const float inverse = inverse_of(r.square);
+      const float mean = inverse * inverse * r.along * mean_of_one();
       if (job.d_o.data != nullptr) {
         store(job.d_o, row, thread, [&](int i, int v) {
-          const float e = r.dy[i][v] * r.weight[i][v] * silu(r, i, v).value;
-          return r.inverse * (e - r.o[i][v] * r.inverse * mean);
+          return inverse * (r.straight[i][v] * r.weight[i][v] - r.o[i][v] * mean);
         });
       }
       if (job.d_gate.data != nullptr) {
-        store(job.d_gate, row, thread, [&](int i, int v) {
-          return r.dy[i][v] * r.weight[i][v] * r.o[i][v] * r.inverse * silu(r, i, v).slope;
-        });
+        store(job.d_gate, row, thread, [&](int i, int v) { return r.sideways[i][v] * inverse; });
       }
-      each_number([&](int i, int v) {
-        r.part[i][v] += r.dy[i][v] * r.o[i][v] * r.inverse * silu(r, i, v).value;
-      });
+      each_number([&](int i, int v) { r.part[i][v] += r.straight[i][v] * r.o[i][v] * inverse; });
     });
   }
 };

@@ -1,6 +1,8 @@
 // What the emulations of the layer's CUDA kernels share.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -8,6 +10,7 @@
 
 #include "cpu/arrays.hpp"
 #include "cuda/conv_body.hpp"
+#include "cuda/norm_vectors.hpp"
 #include "cuda/plan.hpp"
 
 namespace kalmanet::testing {
@@ -47,6 +50,32 @@ template <class T>
 bool is_aligned(int64_t width, Layout layout) {
   return !std::is_same_v<T, double> && layout == Layout::dense &&
          width % static_cast<int64_t>(16 / sizeof(T)) == 0;
+}
+
+// The blocks of norm_vectors.hpp.
+template <DType kType, int kLoads>
+void emulate_norm_vectors(const cuda::NormJob& job, bool backward, bool backwards) {
+  using Registers = cuda::NormVectorRegisters<kType, kLoads>;
+  cuda::HostGroup<Registers> group(cuda::kNormThreads, backwards);
+  cuda::NormVectors<kType, kLoads, decltype(group)> rows{group, job};
+  const bool unit = job.unit != cuda::UnitNorm::none;
+  const int64_t at_once = backward && !unit ? cuda::kNormVectorRows : rows.rows_at_once();
+  for_threads((job.R + at_once - 1) / at_once, backwards, [&](int64_t block) {
+    if (unit) return backward ? rows.template unit<true>(block) : rows.template unit<false>(block);
+    if (!backward) return rows.forward(block);
+    cuda::NormVectorShared shared;
+    std::fill(std::begin(shared.part), std::end(shared.part), NAN);
+    rows.backward(shared, block);
+  });
+}
+template <class T>
+void emulate_norm_vectors(const cuda::NormJob& job, bool backward, bool backwards) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (std::is_same_v<T, float> && job.loads == 2) {
+      return emulate_norm_vectors<DType::float32, 2>(job, backward, backwards);
+    }
+    emulate_norm_vectors<DTypeOf<T>::value, 1>(job, backward, backwards);
+  }
 }
 
 }  // namespace kalmanet::testing

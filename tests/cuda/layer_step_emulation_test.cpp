@@ -12,6 +12,7 @@
 #include "cpu/layer_step_case.hpp"
 #include "cuda/choose_solver.hpp"
 #include "cuda/emulation.hpp"
+#include "cuda/layer_emulation.hpp"
 #include "cuda/layer_step_body.hpp"
 #include "cuda/layer_step_plan.hpp"
 #include "support/expect.hpp"
@@ -65,7 +66,11 @@ bool emulate_layer_step(const LayerStepInputs& in, const LayerStepStates& states
         }
         return fits;
       });
-  emulate_after<S>(plan.after, backwards);
+  if (plan.norm.lanes != 0) {
+    emulate_norm_vectors<T>(plan.norm, false, backwards);
+  } else {
+    emulate_after<S>(plan.after, backwards);
+  }
   return fast;
 }
 
@@ -179,7 +184,8 @@ bool part_of(LayerStepCase<T, P>& layer, int64_t first, int64_t count) {
   return emulate_layer_step<T>(in, layer.states(), o, {}, layer.options(), false);
 }
 
-// Tokens at once or one by one: the same bits.
+// Tokens at once or one by one: the same bits in the states. (One by one these tensors' rows are
+// not dense, and then the gated norm adds its squares in another order.)
 TEST(CudaLayerStepEmulation, HasOneMeaning) {
   std::vector<LayerStepSpec> specs = kLayerStepSpecs;
   specs.insert(specs.end(), kFastSpecs.begin(), kFastSpecs.end());
@@ -188,7 +194,8 @@ TEST(CudaLayerStepEmulation, HasOneMeaning) {
     once.new_tokens(4), single.new_tokens(4);
     emulate_layer_step(once, false, false);
     for (int64_t t = 0; t < 4; ++t) part_of(single, t, 1);
-    EXPECT_EQ(once.o.values(), single.o.values()) << spec.what;
+    const Where where{"emulated CUDA layer_step of float32", "host", spec.what};
+    EXPECT_TRUE(within(where, "o", single.o.values(), once.o.values(), 4 * kRoundoff<float>));
     EXPECT_EQ(once.h.values(), single.h.values()) << spec.what;
     EXPECT_EQ(once.u.values(), single.u.values()) << spec.what;
     EXPECT_EQ(once.conv_q.values(), single.conv_q.values()) << spec.what;

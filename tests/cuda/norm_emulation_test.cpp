@@ -50,32 +50,6 @@ struct NormTensors {
   }
 };
 
-// The blocks of norm_vectors.hpp.
-template <DType kType, int kLoads>
-void emulate_norm_vectors(const cuda::NormJob& job, bool backward, bool backwards) {
-  using Registers = cuda::NormVectorRegisters<kType, kLoads>;
-  cuda::HostGroup<Registers> group(cuda::kNormThreads, backwards);
-  cuda::NormVectors<kType, kLoads, decltype(group)> rows{group, job};
-  const bool unit = job.unit != cuda::UnitNorm::none;
-  const int64_t at_once = backward && !unit ? cuda::kNormVectorRows : rows.rows_at_once();
-  for_threads((job.R + at_once - 1) / at_once, backwards, [&](int64_t block) {
-    if (unit) return backward ? rows.template unit<true>(block) : rows.template unit<false>(block);
-    if (!backward) return rows.forward(block);
-    cuda::NormVectorShared shared;
-    std::fill(std::begin(shared.part), std::end(shared.part), NAN);
-    rows.backward(shared, block);
-  });
-}
-template <class T>
-void emulate_norm_vectors(const cuda::NormJob& job, bool backward, bool backwards) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (std::is_same_v<T, float> && job.loads == 2) {
-      return emulate_norm_vectors<DType::float32, 2>(job, backward, backwards);
-    }
-    emulate_norm_vectors<DTypeOf<T>::value, 1>(job, backward, backwards);
-  }
-}
-
 // Which sizes norm_vectors.hpp takes: 2^i vectors of 16 bytes, at most 32, or 64 of float32.
 template <class T>
 bool is_for_vectors(int64_t V, Layout layout) {

@@ -120,7 +120,7 @@ def test_any_strides():
         ops.causal_conv_forward(odd.cuda()[:], weight.t().contiguous().t().cuda())[0], want
     )
     # Aligned rows inside of wider ones: 16 bytes a load, as where they are dense.
-    wide = torch.stack([x, x], 2).flatten(2)[..., 12:].cuda()
+    wide = torch.stack([x, x], 2).flatten(2).cuda()[..., 12:]
     assert not wide.is_contiguous()
     assert torch.equal(ops.causal_conv_forward(wide, weight.cuda())[0], want)
     some = random(80, 3, 16).float().cuda()[:, 1]
