@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kConvThreads)
 }
 
 template <DType kType>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, 4)
     conv_vectors_backward(const __grid_constant__ ConvJob job) {
   __shared__ ConvShared<kConvChannels<kType, true>> shared;
   DeviceGroup<ConvRegisters<kConvChannels<kType, true>>> group;
