@@ -4,9 +4,9 @@ copy rate, then whole layers, forward, backward and one token, fused and operato
 
     benchmarks/cuda/torch_layer.py [--rounds 20] [--pieces | --tokens]
 
-Medians of CUDA events, B1 T8192, ten calls of a kernel in a row. Its rate counts the bytes that it must move, each tensor
-once. The results are compared with the CPU's first (float64, a small size). A token is timed as
-PyTorch calls it and as a graph of ten, each of another input.
+Medians of CUDA events, B1 T8192, ten calls of a kernel in a row. Its rate counts the bytes that it
+must move, each tensor once. The results are compared with the CPU's first (float64, a small size).
+A token is timed as PyTorch calls it and as a graph of ten, each of another input.
 """
 
 import argparse

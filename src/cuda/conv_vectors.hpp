@@ -9,10 +9,6 @@
 
 namespace kalmanet::cuda {
 
-// Channels a thread.
-template <DType kType, bool kBackward>
-inline constexpr int kConvChannels = kType == DType::float32 || kBackward ? 4 : 8;
-
 template <DType kType, int kCount>
 struct ConvVectors {
   static constexpr int kTaps = 4, kPast = kTaps - 1, kGroup = 4;  // tokens at once
@@ -89,9 +85,8 @@ struct ConvVectors {
     int64_t from = row(job.x) + span.begin * job.x.stride[1];
     int64_t to = row(job.y) + span.begin * job.y.stride[1];
     const int tokens = static_cast<int>(span.end - span.begin);
-    KALMANET_LOOP
-    for (int t = 0; t < tokens; t += kGroup) {
-      Numbers x[kGroup];
+    Numbers x[kGroup];
+    const auto load = [&](int t) {
       KALMANET_UNROLL
       for (int i = 0; i < kGroup; ++i) {
         if (t + i < tokens) {
@@ -100,14 +95,22 @@ struct ConvVectors {
           x[i].clear();
         }
       }
+      from += kGroup * job.x.stride[1];
+    };
+    load(0);
+    KALMANET_LOOP
+    for (int t = 0; t < tokens; t += kGroup) {
+      KALMANET_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        KALMANET_UNROLL
+        for (int v = 0; v < kCount; ++v) window[kPast + i][v] = x[i][v];
+      }
+      load(t + kGroup);  // on their way while these are computed with
       KALMANET_UNROLL
       for (int i = 0; i < kGroup; ++i) {
         float y[kCount];
         KALMANET_UNROLL
-        for (int v = 0; v < kCount; ++v) {
-          window[kPast + i][v] = x[i][v];
-          y[v] = dot(window, i, v);
-        }
+        for (int v = 0; v < kCount; ++v) y[v] = dot(window, i, v);
         if (job.silu) {
           KALMANET_UNROLL
           for (int v = 0; v < kCount; ++v) y[v] *= quick_sigmoid<kType>(y[v]);
@@ -118,7 +121,6 @@ struct ConvVectors {
         out.store(job.y.data, to + i * job.y.stride[1]);
       }
       shift(window);
-      from += kGroup * job.x.stride[1];
       to += kGroup * job.y.stride[1];
     }
     // (As in conv_body.hpp: this thread alone read the channels' old state.)

@@ -51,8 +51,10 @@ void causal_conv_forward(const ConvInputs& inputs, const std::vector<core::Seque
   require_gpu();
   std::vector<ConvSpan> spans;
   const bool vectors = fits_conv_vectors(inputs, {y});
-  ConvJob job = conv_job(inputs, sequences, vectors ? kConvVectorTokens : kConvForwardTokens, silu,
-                         spans);
+  const int64_t channels = vectors ? conv_channels(inputs.x.dtype, false) : 1;
+  ConvJob job =
+      conv_job(inputs, sequences,
+               vectors ? conv_vector_tokens(inputs, channels) : kConvForwardTokens, silu, spans);
   job.vectors = vectors;
   job.y = array_of(y);
   job.final_state = array_of(final_state);
@@ -71,8 +73,10 @@ void causal_conv_backward(const ConvInputs& inputs, const std::vector<core::Sequ
   require_gpu();
   std::vector<ConvSpan> spans;
   const bool vectors = fits_conv_vectors(inputs, {dy, dx});
-  ConvJob job = conv_job(inputs, sequences, vectors ? kConvVectorTokens : kConvBackwardTokens, silu,
-                         spans);
+  const int64_t channels = vectors ? conv_channels(inputs.x.dtype, true) : 1;
+  ConvJob job =
+      conv_job(inputs, sequences,
+               vectors ? conv_vector_tokens(inputs, channels) : kConvBackwardTokens, silu, spans);
   job.vectors = vectors;
   job.dy = array_of(dy);
   job.d_final = array_of(d_final_state);

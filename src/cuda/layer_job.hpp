@@ -13,10 +13,14 @@ inline constexpr int64_t kConvForwardTokens = 16;
 // More of them backward, where each span also recomputes the window that follows it and leaves a
 // part of the weight gradient.
 inline constexpr int64_t kConvBackwardTokens = 32;
-// Of conv_vectors.hpp: a block is 32 threads side by side and kConvSpans spans. What a thread reads
-// beside its own (weights, three tokens) counts less in longer ones, which fill fewer threads.
+// Of conv_vectors.hpp: a block is 32 threads side by side and kConvSpans spans.
 inline constexpr int kConvThreads = 128, kConvSpans = kConvThreads / 32;
-inline constexpr int64_t kConvVectorTokens = 32;
+// Channels a thread.
+constexpr int conv_channels(DType type, bool backward) {
+  return type == DType::float32 || backward ? 4 : 8;
+}
+template <DType kType, bool kBackward>
+inline constexpr int kConvChannels = conv_channels(kType, kBackward);
 
 // Tokens [begin, end) of the sequence [first, last) in batch row `row`, counted in the row.
 struct ConvSpan {

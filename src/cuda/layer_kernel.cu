@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) conv(const __grid_constant__ ConvJob
 }
 
 template <DType kType>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, 4)
     conv_vectors(const __grid_constant__ ConvJob job) {
   const ConvBlock block = conv_block(job, 32 * kConvChannels<kType, false>, blockIdx.x);
   run_conv_vectors<kType>(job, block.spans, block.channels, static_cast<int>(threadIdx.x));

@@ -35,6 +35,16 @@ bool fits_conv_vectors(const ConvInputs& inputs, std::initializer_list<ConstView
   return in_sixteens(inputs.x) && std::all_of(tensors.begin(), tensors.end(), in_sixteens);
 }
 
+int64_t conv_vector_tokens(const ConvInputs& inputs, int64_t channels) {
+  constexpr int64_t kLongest = 128, kShortest = 16;
+  constexpr int64_t kBlocks = 512;  // whatever the chip: the weight's gradient is summed by spans
+  const int64_t across = (inputs.x.size[2] + 32 * channels - 1) / (32 * channels);
+  const int64_t all = inputs.x.size[0] * inputs.x.size[1];
+  int64_t tokens = kLongest;
+  while (tokens > kShortest && all / (tokens * kConvSpans) * across < kBlocks) tokens /= 2;
+  return tokens;
+}
+
 void choose_norm_vectors(NormJob& job, std::initializer_list<ConstView> rows,
                          const ConstView& weight) {
   if (job.o.dtype == DType::float64 || job.V == 0) return;

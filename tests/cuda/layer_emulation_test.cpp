@@ -40,7 +40,8 @@ int64_t emulate_conv_vectors(const cuda::ConvJob& job, bool backward, bool backw
 }
 
 template <class T, class W>
-void emulate_conv(const conv::Case& c, conv::TensorsOf<T, W>& t, bool backwards) {
+void emulate_conv(const conv::Case& c, conv::TensorsOf<T, W>& t, bool backwards,
+                  int64_t span_tokens = 32) {
   using S = Computed<T>;
   ConvInputs inputs = t.inputs();
   std::vector<int64_t> offsets = {0};
@@ -52,9 +53,9 @@ void emulate_conv(const conv::Case& c, conv::TensorsOf<T, W>& t, bool backwards)
         backward ? cuda::fits_conv_vectors(inputs, {std::as_const(t.dy).view(), t.dx.view()})
                  : cuda::fits_conv_vectors(inputs, {t.y.view()});
     EXPECT_EQ(vectors, is_aligned<T>(c.D, c.layout) && c.W == 4) << c.text();
-    const int64_t plain = backward ? cuda::kConvBackwardTokens : cuda::kConvForwardTokens;
-    cuda::ConvJob job = cuda::conv_job(
-        inputs, c.sequences(), vectors ? cuda::kConvVectorTokens : plain, c.silu, spans);
+    int64_t tokens = backward ? cuda::kConvBackwardTokens : cuda::kConvForwardTokens;
+    if (vectors) tokens = span_tokens;
+    cuda::ConvJob job = cuda::conv_job(inputs, c.sequences(), tokens, c.silu, spans);
     job.vectors = vectors;
     if (!spans.empty()) job.spans = spans.data();
     std::vector<double> parts(static_cast<size_t>(job.num_spans * c.D * c.W), NAN);
@@ -80,13 +81,13 @@ void emulate_conv(const conv::Case& c, conv::TensorsOf<T, W>& t, bool backwards)
 }
 
 template <class T, class W>
-void check_conv_dtype(const conv::Case& c) {
+void check_conv_dtype(const conv::Case& c, int64_t span_tokens = 32) {
   conv::TensorsOf<T, W> t(c), other(c);
   conv::Twin twin(c, t);
   twin.forward();
   twin.backward();
-  emulate_conv(c, t, false);
-  emulate_conv(c, other, true);
+  emulate_conv(c, t, false, span_tokens);
+  emulate_conv(c, other, true, span_tokens);
   const std::string where = "emulated CUDA " + c.text() + " " + name(DTypeOf<T>::value) +
                             ", weight " + name(DTypeOf<W>::value);
   expect_same_bits("y", t.y, other.y, where);
@@ -139,6 +140,25 @@ TEST(CudaLayerEmulation, ConvolutionOfAlignedRows) {
   }
 }
 
+// Spans as long as the plan makes them, and how long that is.
+TEST(CudaLayerEmulation, SpansOfAlignedRows) {
+  for (const int64_t tokens : {16, 64, 128}) {
+    check_conv_dtype<BFloat16, float>({2, 203, 24, 4, {}, true, true}, tokens);
+    check_conv_dtype<float, float>({1, 260, 8, 4, {3, 130, 0, 127}, true, true}, tokens);
+  }
+  const auto tokens = [](int64_t B, int64_t T, int64_t D, int64_t channels) {
+    ConvInputs in;
+    in.x.rank = 3;
+    in.x.size = {B, T, D};
+    return cuda::conv_vector_tokens(in, channels);
+  };
+  EXPECT_EQ(tokens(1, 8192, 4096, 8), 64);
+  EXPECT_EQ(tokens(1, 8192, 4096, 4), 128);
+  EXPECT_EQ(tokens(1, 2048, 4096, 8), 16);
+  EXPECT_EQ(tokens(8, 2048, 4096, 8), 128);
+  EXPECT_EQ(tokens(1, 1, 8, 8), 16);
+}
+
 TEST(CudaLayerEmulation, ConvolutionOfPackedSequences) {
   check_conv({1, 104, 16, 4, {3, 0, 1, 64, 0, 33, 2, 1}, true, true});
   check_conv({1, 104, 16, 4, {3, 0, 1, 64, 0, 33, 2, 1}, false, false});
@@ -151,7 +171,7 @@ TEST(CudaLayerEmulation, ConvolutionOfPackedSequences) {
 // More parts than one thread adds, twice over.
 TEST(CudaLayerEmulation, SumsOfManyParts) {
   check_conv({1, 33 * cuda::kPartsAThread * cuda::kConvBackwardTokens, 1, 2, {}, true, false});
-  const int64_t tokens = cuda::kConvVectorTokens * cuda::kConvSpans;
+  const int64_t tokens = 32 * cuda::kConvSpans;
   check_conv_dtype<float, float>({1, 33 * cuda::kPartsAThread * tokens, 8, 4, {}, true, false});
 }
 
@@ -194,7 +214,7 @@ TEST(CudaLayerEmulation, TheStateMayBeUpdatedInPlace) {
     twin.forward();
     std::vector<cuda::ConvSpan> spans;
     cuda::ConvJob vectors =
-        cuda::conv_job(aligned.inputs(), c.sequences(), cuda::kConvVectorTokens, true, spans);
+        cuda::conv_job(aligned.inputs(), c.sequences(), 32, true, spans);
     vectors.y = cuda::array_of(aligned.y.view());
     vectors.final_state = vectors.state;
     emulate_conv_vectors<DType::float32>(vectors, false, false);

@@ -386,6 +386,20 @@ def test_the_layer_makes_no_large_tensor_that_it_need_not():
     assert +backward.counts == BACKWARD
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_step_is_one_operator_between_the_projections(T):
+    """On the CPU and on the GPU; and it gives what the whole sequence does."""
+    layer, x = make({}, torch.float32), tokens(T=11 + T, dtype=torch.float32)
+    with torch.no_grad():
+        want = layer(x)[0][:, 11:]
+        state = layer(x[:, :11], use_cache=True)[2]
+        with LargeResults(1) as counts:
+            got = layer(x[:, 11:], past_key_values=state, use_cache=True)[0]
+        assert counts.counts["kalmanet::layer_step"] == 1
+        assert not counts.counts["kalmanet::gka_step"]
+        assert relative(got, want) <= 2e-5
+
+
 ERRORS: dict[str, dict] = {
     "num_kv_heads: sets the key and the value heads": {"num_kv_heads": 2, "num_v_heads": 2},
     "num_heads is 4 and num_q_heads is 2: they are two names": {"num_q_heads": 2},

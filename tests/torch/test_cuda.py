@@ -92,6 +92,22 @@ def test_causal_conv_of_aligned_rows(dtype, packed):
     agree("causal_conv_backward", dtype, [dy, x, weight, None, cu, None], whole=(2,), bound=loose)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_alone_and_in_a_batch(dtype):
+    """Longer inputs are cut into longer spans: no bit of an answer knows."""
+    x, dy = (random(12, 1061, 1024, seed=i).to(dtype).cuda() for i in (1, 2))
+    weight, state = random(1024, 4, seed=3).to(dtype).cuda(), random(12, 1024, 4, seed=4)
+    state = state.to(dtype).cuda()
+    y, final = ops.causal_conv_forward(x, weight, state, want_final_state=True)
+    dx, _, dstate = ops.causal_conv_backward(dy, x, weight, state, None, state)
+    for n in (0, 7, 11):
+        one = slice(n, n + 1)
+        alone = ops.causal_conv_forward(x[one], weight, state[one], want_final_state=True)
+        assert torch.equal(alone[0], y[one]) and torch.equal(alone[1], final[one])
+        alone = ops.causal_conv_backward(dy[one], x[one], weight, state[one], None, state[one])
+        assert torch.equal(alone[0], dx[one]) and torch.equal(alone[2], dstate[one])
+
+
 @DTYPES
 @pytest.mark.parametrize("V", [1, 8, 33, 64, 128, 256, 700])
 def test_norms(dtype, V):
