@@ -78,13 +78,15 @@ struct Tensors {
       e = static_cast<uint16_t>(all >> 16);
     }
     void* const data = memory(bits.size() * 2);
-    if (drawn) check(cudaMemcpy(data, bits.data(), bits.size() * 2, cudaMemcpyHostToDevice), "copy");
+    if (drawn)
+      check(cudaMemcpy(data, bits.data(), bits.size() * 2, cudaMemcpyHostToDevice), "copy");
     return dense(data, DType::bfloat16, {1, T, H, K});
   }
   View gates(bool drawn) {
     std::vector<float> decays(static_cast<size_t>(T * H), -0.03f);
     void* const data = memory(decays.size() * 4);
-    if (drawn) check(cudaMemcpy(data, decays.data(), decays.size() * 4, cudaMemcpyHostToDevice), "copy");
+    if (drawn)
+      check(cudaMemcpy(data, decays.data(), decays.size() * 4, cudaMemcpyHostToDevice), "copy");
     return dense(data, DType::float32, {1, T, H});
   }
   static View state() {

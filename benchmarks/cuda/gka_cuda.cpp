@@ -1,10 +1,9 @@
 // The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a
-// median of repeated runs timed by events, steps replayed as a graph. Prints one line of JSON a
-// case.
+// median of runs timed by events, steps replayed as a graph. Prints one line of JSON a case.
 //
 //   gka_cuda [step] [forward] [backward] (default: these) [few] [quick] [quick-backward]
-//   [steps_once]   (few: the backward's first two sizes; quick.., steps_once: for a profiler)
-//   gka_cuda first [direct]   (the process's first calls, by the clock; first_call.cpp)
+//   [steps_once], or first [direct] (few: the backward's first two sizes; quick.., steps_once: for
+//   a profiler; first: the process's first calls, by the clock: first_call.cpp)
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found

@@ -59,8 +59,8 @@ struct LayerStepStates {
 };
 
 struct LayerStepOptions {
-  GkaOptions gka;  // scale, ridge_ratio, solver, num_iter, tolerance, executor; backend cpu or
-                   // cuda, stream
+  GkaOptions gka;       // scale, ridge_ratio, solver, num_iter, tolerance, executor; backend cpu or
+                        // cuda, stream
   bool decay_h = true;  // H decays as U does; false: not at all
   double fixed_alpha = 1.0;  // 0..1, where `alpha` is absent
   QkNorm qk_norm = QkNorm::official;

@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kConvThreads, 4)
 }
 
 template <DType kType, int kLoads, NormKind kKind>
-__global__ void __launch_bounds__(kNormThreads)
-    norm_vectors(const __grid_constant__ NormJob job) {
+__global__ void __launch_bounds__(kNormThreads) norm_vectors(const __grid_constant__ NormJob job) {
   if constexpr (kKind == NormKind::gated) wait_for_kernel_before(job);  // (in decode, a step)
   DeviceGroup<NormVectorRegisters<kType, kLoads>> group;
   NormVectors<kType, kLoads, decltype(group)> rows{group, job};
@@ -97,7 +96,8 @@ void with_type(DType dtype, F&& f) {
 
 void launch_conv_vectors(const ConvJob& job, bool backward, cudaStream_t stream) {
   with_type(job.x.dtype, [&]<DType kType>(Constant<kType>) {
-    const int64_t width = 32 * (backward ? kConvChannels<kType, true> : kConvChannels<kType, false>);
+    const int64_t width =
+        32 * (backward ? kConvChannels<kType, true> : kConvChannels<kType, false>);
     const auto grid = static_cast<unsigned>((job.num_spans + kConvSpans - 1) / kConvSpans *
                                             ((job.D + width - 1) / width));
     if (backward) {

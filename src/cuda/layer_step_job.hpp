@@ -13,7 +13,7 @@ struct LayerConv {
   Array weight, state;  // [heads*width,W], [N,heads*width,W]; no weight: y is x
   int64_t heads = 0;    // 0: nothing to do
   int64_t width = 0;
-  bool unit = false;         // to length 1, a head
+  bool unit = false;                               // to length 1, a head
   bool weight_fours = false, state_fours = false;  // a channel's taps are four dense numbers
 };
 

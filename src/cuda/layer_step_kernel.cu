@@ -40,8 +40,8 @@ dim3 grid_of(int64_t x, int64_t rows) {
 template <class S>
 void launch_before(const LayerBeforeJob& job, Stream stream) {
   const dim3 grid = grid_of(layer_heads(job) + job.num_gates, job.N);
-  launch_dependent(job.W <= 4 ? layer_before<S, 4> : layer_before<S, 16>, grid,
-                   layer_threads(job), job, stream, "launch of layer_before");
+  launch_dependent(job.W <= 4 ? layer_before<S, 4> : layer_before<S, 16>, grid, layer_threads(job),
+                   job, stream, "launch of layer_before");
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ class Memory {
  public:
   explicit Memory(void* base) : base_(static_cast<char*>(base)) {}
   View take(DType dtype, std::initializer_list<int64_t> sizes) {
-    View view = dense(static_cast<void*>(base_ == nullptr ? nullptr : base_ + taken_), dtype, sizes);
+    View view =
+        dense(static_cast<void*>(base_ == nullptr ? nullptr : base_ + taken_), dtype, sizes);
     int64_t bytes = size_of(dtype);
     for (int64_t size : sizes) bytes *= size;
     taken_ += (bytes + 255) / 256 * 256;

@@ -38,8 +38,7 @@ struct NormVectors {
   KALMANET_KERNEL int column(int thread, int load) const {
     return (load * job.lanes + (thread & (job.lanes - 1))) * kCount;
   }
-  KALMANET_KERNEL void load(const Array& a, int64_t row, int thread,
-                            Numbers (&to)[kLoads]) const {
+  KALMANET_KERNEL void load(const Array& a, int64_t row, int thread, Numbers (&to)[kLoads]) const {
     KALMANET_UNROLL
     for (int i = 0; i < kLoads; ++i) to[i].load(a.data, row * a.stride[0] + column(thread, i));
   }

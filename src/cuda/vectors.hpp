@@ -37,7 +37,7 @@ struct Pack {
     } else {
       KALMANET_UNROLL
       for (int i = 0; i < kBytes / 16; ++i) {
-        load16(from + 16 * i, reinterpret_cast<uint32_t(&)[4]>(bits[4 * i]));
+        load16(from + 16 * i, reinterpret_cast<uint32_t (&)[4]>(bits[4 * i]));
       }
     }
   }
@@ -48,7 +48,7 @@ struct Pack {
     } else {
       KALMANET_UNROLL
       for (int i = 0; i < kBytes / 16; ++i) {
-        store16(to + 16 * i, reinterpret_cast<const uint32_t(&)[4]>(bits[4 * i]));
+        store16(to + 16 * i, reinterpret_cast<const uint32_t (&)[4]>(bits[4 * i]));
       }
     }
   }
@@ -70,8 +70,8 @@ struct Pack {
     } else {
       KALMANET_UNROLL
       for (int i = 0; i < kCount; i += 2) {
-        bits[i / 2] = kType == DType::bfloat16 ? pack_bfloat16(x[i], x[i + 1])
-                                               : pack_float16(x[i], x[i + 1]);
+        bits[i / 2] =
+            kType == DType::bfloat16 ? pack_bfloat16(x[i], x[i + 1]) : pack_float16(x[i], x[i + 1]);
       }
     }
   }

@@ -23,7 +23,7 @@ using Computed = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The sums of kPartsAThread parts at a time, as src/cuda/layer.cpp launches them.
 inline void emulate_sums(View result, int64_t columns, std::vector<double> parts, int64_t count,
-                  int64_t width) {
+                         int64_t width) {
   while (count > cuda::kPartsAThread) {
     const int64_t groups = (count + cuda::kPartsAThread - 1) / cuda::kPartsAThread;
     std::vector<double> sums(static_cast<size_t>(groups * width));

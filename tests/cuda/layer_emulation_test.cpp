@@ -1,5 +1,7 @@
 // The bodies of the convolution's CUDA kernels, run by the CPU with the GPU's index arithmetic:
 // against the convolution's float64 twin; and in the other order of threads, bit for bit.
+#include "cuda/layer_emulation.hpp"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,7 +11,6 @@
 
 #include "cpu/conv_cases.hpp"
 #include "cuda/conv_vectors.hpp"
-#include "cuda/layer_emulation.hpp"
 #include "cuda/layer_plan.hpp"
 
 namespace kalmanet::testing {
@@ -185,8 +186,7 @@ TEST(CudaLayerEmulation, AnAlignedWindowEndsWhereItsTapsDo) {
   for (int64_t i = 0; i < c.T; ++i) {
     for (int64_t d = 0; d < c.D; ++d) {
       EXPECT_EQ(std::isnan(t.y.at(0, i, d)), d == 3 && i >= 5 && i < 9) << i << ", " << d;
-      EXPECT_EQ(std::isnan(t.dx.at(0, i, d)),
-                d == 3 && ((i >= 2 && i < 9) || (i >= 30 && i <= 33)))
+      EXPECT_EQ(std::isnan(t.dx.at(0, i, d)), d == 3 && ((i >= 2 && i < 9) || (i >= 30 && i <= 33)))
           << "dx, token " << i << ", channel " << d;
     }
   }
@@ -213,8 +213,7 @@ TEST(CudaLayerEmulation, TheStateMayBeUpdatedInPlace) {
     conv::Twin twin(c, t);
     twin.forward();
     std::vector<cuda::ConvSpan> spans;
-    cuda::ConvJob vectors =
-        cuda::conv_job(aligned.inputs(), c.sequences(), 32, true, spans);
+    cuda::ConvJob vectors = cuda::conv_job(aligned.inputs(), c.sequences(), 32, true, spans);
     vectors.y = cuda::array_of(aligned.y.view());
     vectors.final_state = vectors.state;
     emulate_conv_vectors<DType::float32>(vectors, false, false);

@@ -56,16 +56,15 @@ bool emulate_layer_step(const LayerStepInputs& in, const LayerStepStates& states
       cuda::plan_layer_step(problem, in, states, o, residual, options, memory.data());
   plan.before.W <= 4 ? emulate_before<S, 4>(plan.before, backwards)
                      : emulate_before<S, 16>(plan.before, backwards);
-  const bool fast =
-      cuda::with_solver(plan.problem, cuda::kStepsOfADirectSolve, [&](const auto& p) {
-        const bool fits = cuda::fits_step(p, plan.outputs);
-        if (fits) {
-          cuda::emulate_step(p, plan.outputs, {backwards, false});
-        } else {
-          cuda::emulate(p, plan.outputs, true, {backwards, false});
-        }
-        return fits;
-      });
+  const bool fast = cuda::with_solver(plan.problem, cuda::kStepsOfADirectSolve, [&](const auto& p) {
+    const bool fits = cuda::fits_step(p, plan.outputs);
+    if (fits) {
+      cuda::emulate_step(p, plan.outputs, {backwards, false});
+    } else {
+      cuda::emulate(p, plan.outputs, true, {backwards, false});
+    }
+    return fits;
+  });
   if (plan.norm.lanes != 0) {
     emulate_norm_vectors<T>(plan.norm, false, backwards);
   } else {

@@ -67,9 +67,9 @@ void emulate_norm_by_vectors(NormTensors<T, W>& t, bool backwards) {
   emulate_norm_vectors<T>(forward, false, backwards);
   job.dy = cuda::array_of(t.dy.view());
   job.d_o = cuda::array_of(t.d_o.view()), job.d_gate = cuda::array_of(t.d_gate.view());
-  cuda::choose_norm_vectors(job, {t.inputs().o, t.inputs().gate, t.dy.view(), t.d_o.view(),
-                                  t.d_gate.view()},
-                            t.inputs().weight);
+  cuda::choose_norm_vectors(
+      job, {t.inputs().o, t.inputs().gate, t.dy.view(), t.d_o.view(), t.d_gate.view()},
+      t.inputs().weight);
   const int64_t groups = (job.R + cuda::kNormVectorRows - 1) / cuda::kNormVectorRows;
   std::vector<double> parts(static_cast<size_t>(groups * job.V), NAN);
   job.parts = parts.data();

@@ -300,7 +300,9 @@ def same_results(layer, compiled, T):
     named = [*layer.parameters()]
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, want = compiled(a)[0], layer(b)[0]
-    assert relative(got, want) <= 1e-6, f"T = {T}"
+    # (On a GPU Inductor's gates are other kernels than PyTorch's: on one H200 either was within
+    # 1.2e-6 of float64, over eight inputs of 20 tokens.)
+    assert relative(got, want) <= (1e-6 if DEVICE == "cpu" else 2.4e-6), f"T = {T}"
     for g, w in zip(*(torch.autograd.grad(o.sum(), [t, *named]) for o, t in ((got, a), (want, b)))):
         assert relative(g, w) <= 1e-5, f"T = {T}"
 
@@ -384,20 +386,6 @@ def test_the_layer_makes_no_large_tensor_that_it_need_not():
     with LargeResults(B * T * D) as backward:
         torch.autograd.grad(out, [x, *layer.parameters()], cotangent)
     assert +backward.counts == BACKWARD
-
-
-@pytest.mark.parametrize("T", [1, 3])
-def test_a_step_is_one_operator_between_the_projections(T):
-    """On the CPU and on the GPU; and it gives what the whole sequence does."""
-    layer, x = make({}, torch.float32), tokens(T=11 + T, dtype=torch.float32)
-    with torch.no_grad():
-        want = layer(x)[0][:, 11:]
-        state = layer(x[:, :11], use_cache=True)[2]
-        with LargeResults(1) as counts:
-            got = layer(x[:, 11:], past_key_values=state, use_cache=True)[0]
-        assert counts.counts["kalmanet::layer_step"] == 1
-        assert not counts.counts["kalmanet::gka_step"]
-        assert relative(got, want) <= 2e-5
 
 
 ERRORS: dict[str, dict] = {
