@@ -368,7 +368,7 @@ ERRORS = [
     Planted(
         "layer step: a NaN ridge is let in",
         "src/core/validate_layer_step.cpp",
-        'if (present(in.ridge)) check_no_nan("ridge", in.ridge);',
-        "",
+        'check_no_nan("ridge", in.ridge);',
+        ";",
     ),
 ]

@@ -15,7 +15,8 @@ _ops = torch.ops.kalmanet
 
 def can_fuse(o: LayerOptions, x: Tensor) -> bool:
     """Otherwise the step goes operator by operator, to the same answer."""
-    return not o.expands and o.backend in ("auto", x.device.type)
+    device = x.device.type
+    return not o.expands and device in ("cpu", "cuda") and o.backend in ("auto", device)
 
 
 def fused_step(layer: Any, x: Tensor, state: LayerState) -> Tensor:

@@ -362,7 +362,8 @@ Tensor GatedKalmaNetImpl::forward(const Tensor& x, const OptionalTensor& cu_seql
   const Tensor rows = x.reshape({B * T, o.hidden_size});
   const GkaOpOptions op = op_options();
   // (A backend that is not the device's own is an error, which the operators one by one give.)
-  const bool own = o.backend == "auto" || o.backend == (x.is_cuda() ? "cuda" : "cpu");
+  const bool own = (x.is_cpu() && (o.backend == "auto" || o.backend == "cpu")) ||
+                   (x.is_cuda() && (o.backend == "auto" || o.backend == "cuda"));
   if (step && o.fused_step && !cu_seqlens && !o.expands() && own) {
     const Tensor out = fused_step(rows, B, T, *state, op).view({B * T, H * V});
     return linear(*o_proj_, out).view({B, T, o.hidden_size});

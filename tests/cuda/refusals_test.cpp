@@ -1,6 +1,7 @@
 // What the CUDA backend does not do is an error that says so, with a GPU or without.
 #include <gtest/gtest.h>
 
+#include "cpu/layer_step_case.hpp"
 #include "kalmanet/kalmanet.hpp"
 #include "support/message_of.hpp"
 #include "support/problem.hpp"
@@ -24,6 +25,27 @@ TEST(CudaRefusals, NameWhatToPassInstead) {
       message_of([&] { gka_backward(c.inputs(), {}, c.output_grads(), c.grads(), cg); });
   EXPECT_NE(backward.find("pass solver chebyshev, direct or auto"), std::string::npos) << backward;
   for (double e : c.o.values()) EXPECT_TRUE(std::isnan(e)) << "an output was written";
+}
+
+// Of a layer's step as well, before anything is written.
+TEST(CudaRefusals, ALayersStepSaysSoToo) {
+  LayerStepCase<float> layer(kLayerStepSpecs[0], 3);
+  layer.new_tokens(1);
+  LayerStepOptions options = layer.options();
+  options.gka.backend = Backend::cuda;
+  const auto refusal = [&] {
+    return message_of(
+        [&] { layer_step(layer.inputs(), layer.states(), layer.o.view(), {}, options); });
+  };
+  options.gka.solver = Solver::cg;
+  EXPECT_NE(refusal().find("pass solver chebyshev, direct or auto"), std::string::npos)
+      << refusal();
+  options.gka.solver = Solver::chebyshev;
+  if (!backends().back().available) {
+    EXPECT_NE(refusal().find("no NVIDIA GPU"), std::string::npos) << refusal();
+  }
+  for (double e : layer.o.values()) EXPECT_TRUE(std::isnan(e)) << "an output was written";
+  for (double e : layer.conv_q.values()) EXPECT_EQ(e, 0.0) << "a state was written";
 }
 
 TEST(CudaRefusals, AMachineWithoutAGpuSaysSo) {
