@@ -142,12 +142,19 @@ KALMANET_KERNEL constexpr int lower_block(int row, int column) {
   return row * (row + 1) / 2 + column;
 }
 
-template <class Group>
-struct DirectProducts {
+// What a kernel that solves directly keeps where, for what such kernels share.
+struct DirectTraits {
   using L = DirectLayout;
+  using Shared = DirectShared;
   using Registers = DirectRegisters;
+};
+
+template <class Group, class Traits = DirectTraits>
+struct DirectProducts {
+  using L = typename Traits::L;
+  using Registers = typename Traits::Registers;
   Group& group;
-  DirectShared& shared;
+  typename Traits::Shared& shared;
 
   // a[part] <- a block X as left factor, or its transpose (`columns`); b[part] <- X as right factor
   // (rows: those of the product's sum), or its transpose (rows: the product's columns). from(warp).
@@ -214,6 +221,26 @@ struct DirectProducts {
         for (int i = 0; i < 4; ++i) r.y[n][i] *= by;
       }
     });
+  }
+
+  // a <- sign of(registers), 16 x 16, as left factor, high and low.
+  template <class Of>
+  KALMANET_KERNEL void pack_factor(float sign, Of&& of) {
+    group.each([&](int, Registers& r) {
+      const float (&v)[2][4] = of(r);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        r.a[0][i] =
+            split_float16(sign * v[i / 2][i % 2 * 2], sign * v[i / 2][i % 2 * 2 + 1], r.a[1][i]);
+      }
+    });
+  }
+  // g += a b, both high and low.
+  KALMANET_KERNEL void multiply_split() {
+    const auto to = [](Registers& r, int j) -> float (&)[4] { return r.g[j]; };
+    add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, 0);
+    add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 1);
+    add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 0);
   }
 
   // Row and column of element i of a sum's tile, within the warp's 16 rows.

@@ -11,12 +11,11 @@
 
 namespace kalmanet::cuda {
 
-template <class Group>
-struct DirectPivot : DirectProducts<Group> {
-  using Base = DirectProducts<Group>;
+template <class Group, class Traits = DirectTraits>
+struct DirectPivot : DirectProducts<Group, Traits> {
+  using Base = DirectProducts<Group, Traits>;
   using Base::group, Base::shared;
-  using L = DirectLayout;
-  using Registers = DirectRegisters;
+  using Registers = typename Traits::Registers;
 
   // The warp's sums of(registers, tile), two tiles, by columns.
   template <class Of>

@@ -1,0 +1,219 @@
+// What a warpgroup of four warps does together on Hopper: products whose right factor lies in shared
+// memory (wgmma), and loads of 8 x 8 numbers into fragments; on the CPU the same index arithmetic.
+//
+// A left factor of 64 rows lies in registers, 16 columns in four words: words 4 k .. of a row-major
+// 64 x K hold columns 16 k .. . Sums of 64 x N lie so that elements 2 j and 2 j + 1 become word j of a
+// left factor: row 16 warp + lane / 4 + 8 (j % 2), columns 8 (j / 2) + 2 (lane % 4) and the next.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/group.hpp"
+
+namespace kalmanet::cuda {
+
+// 8 x 8 numbers of 16 bits by rows: what wgmma takes as one piece without swizzling (a "core
+// matrix"), eight rows of 16 bytes, which a warp writes and reads without two lanes in a bank.
+struct alignas(128) Core {
+  uint32_t word[32];
+};
+
+// A matrix of cores in shared memory: how many cores further the next eight rows lie; the next eight
+// columns follow at once.
+struct Cores {
+  const Core* at;
+  int rows_apart;
+};
+
+// The row of element 2 j (or 2 j + 1) of a sum, and its column.
+KALMANET_KERNEL int sum_row(int thread, int j) {
+  return thread / 32 * 16 + thread % 32 / 4 + j % 2 * 8;
+}
+KALMANET_KERNEL int sum_column(int thread, int j) {
+  return j / 2 * 8 + thread % 4 * 2;
+}
+
+#ifdef __CUDACC__
+
+// Register d[i] .. of 8, and of 64.
+#define KALMANET_EIGHT(d, i)                                                                  \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+
+// d += a b (or d = a b where not `keep`), 16 columns of a; b's descriptor. kTransposed: the right
+// factor's rows lie as rows (k), else as columns.
+template <bool kTransposed>
+KALMANET_KERNEL void wgmma64(float* d, const uint32_t* a, uint64_t b, bool keep) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, keep, 1, 1, %38;\n}"
+      : KALMANET_EIGHT(d, 0), KALMANET_EIGHT(d, 8), KALMANET_EIGHT(d, 16), KALMANET_EIGHT(d, 24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)),
+        "n"(kTransposed ? 1 : 0));
+#endif
+}
+template <bool kTransposed>
+KALMANET_KERNEL void wgmma128(float* d, const uint32_t* a, uint64_t b, bool keep) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+      "%56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, keep, 1, 1, %70;\n}"
+      : KALMANET_EIGHT(d, 0), KALMANET_EIGHT(d, 8), KALMANET_EIGHT(d, 16), KALMANET_EIGHT(d, 24),
+        KALMANET_EIGHT(d, 32), KALMANET_EIGHT(d, 40), KALMANET_EIGHT(d, 48), KALMANET_EIGHT(d, 56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)),
+        "n"(kTransposed ? 1 : 0));
+#endif
+}
+
+// c[32 or 64] += a b, or = a b where not `keep`, for 16 columns a[4] of a left factor (c_of and
+// a_of say where in the registers) and 64 or 128 columns (kColumns) of b. kRows: b's rows are as in
+// memory; otherwise b is the transpose of what lies there. Between begin_products() and
+// settle<..>() neither c nor a may be touched.
+template <int kColumns, bool kRows, class Registers, class C, class A>
+KALMANET_KERNEL void multiply_wide(DeviceGroup<Registers>& group, C&& c_of, A&& a_of, Cores b,
+                                   bool keep = true) {
+  group.each([&](int, Registers& r) {
+    constexpr uint64_t kCore = sizeof(Core) / 16;
+    // Byte distances of cores by 16: along k in bits 16 .., along the product's columns in 32 .. .
+    const uint64_t rows = static_cast<uint64_t>(b.rows_apart) * kCore;
+    const uint64_t along_k = kRows ? rows : kCore, along_n = kRows ? kCore : rows;
+    const uint64_t at = (__cvta_generic_to_shared(b.at) & 0x3ffff) >> 4;
+    const uint64_t descriptor = at | along_k << 16 | along_n << 32;
+    if constexpr (kColumns == 64) {
+      wgmma64<kRows>(c_of(r), a_of(r), descriptor, keep);
+    } else {
+      wgmma128<kRows>(c_of(r), a_of(r), descriptor, keep);
+    }
+  });
+}
+
+template <class Registers>
+KALMANET_KERNEL void begin_products(DeviceGroup<Registers>&) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+// The products since the last call become one group, of which kPending may be under way when
+// wait_products returns.
+template <class Registers>
+KALMANET_KERNEL void commit_products(DeviceGroup<Registers>&) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kPending, class Registers>
+KALMANET_KERNEL void wait_products(DeviceGroup<Registers>&) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+// The compiler must not read sums before the wait: it does not know that they come late.
+template <int kSums, class Registers, class C>
+KALMANET_KERNEL void settle(DeviceGroup<Registers>& group, C&& c_of) {
+  group.each([&](int, Registers& r) {
+    float* const c = c_of(r);
+    KALMANET_UNROLL
+    for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(c[i])::"memory");
+  });
+}
+
+// What this thread stored to shared memory is there for the products after the next barrier.
+template <class Registers>
+KALMANET_KERNEL void publish(DeviceGroup<Registers>&) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// to(registers)[m] <- the 8 x 8 of which lanes 8 m .. 8 m + 7 name the rows (row_at(thread), 16
+// bytes each), as a warp's fragment has it, or transposed.
+template <bool kTranspose, class Registers, class To, class Row>
+KALMANET_KERNEL void load_fragment(DeviceGroup<Registers>& group, To&& to, Row&& row_at) {
+  group.each([&](int thread, Registers& r) {
+    uint32_t* const t = to(r);
+    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row_at(thread)));
+    if constexpr (kTranspose) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(t[0]), "=r"(t[1]), "=r"(t[2]), "=r"(t[3])
+                   : "r"(at));
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(t[0]), "=r"(t[1]), "=r"(t[2]), "=r"(t[3])
+                   : "r"(at));
+    }
+  });
+}
+
+#endif  // __CUDACC__
+
+template <int kColumns, bool kRows, class Registers, class C, class A>
+void multiply_wide(HostGroup<Registers>& group, C&& c_of, A&& a_of, Cores b, bool keep = true) {
+  float left[64][16], right[16][kColumns];
+  const auto half = [](const Core* core, int row, int column) {
+    const uint32_t both = core->word[row * 4 + column / 2];
+    return column % 2 == 0 ? low_float16(both) : high_float16(both);
+  };
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < kColumns; ++n) {
+      const int row = kRows ? k : n, column = kRows ? n : k;
+      right[k][n] = half(b.at + row / 8 * b.rows_apart + column / 8, row % 8, column % 8);
+    }
+  }
+  group.each([&](int thread, Registers& r) {
+    for (int j = 0; j < 4; ++j) {
+      float* const to = &left[sum_row(thread, j)][sum_column(thread, j)];
+      to[0] = low_float16(a_of(r)[j]), to[1] = high_float16(a_of(r)[j]);
+    }
+  });
+  group.each([&](int thread, Registers& r) {
+    float* const c = c_of(r);
+    for (int j = 0; j < kColumns / 4; ++j) {
+      const int row = sum_row(thread, j), column = sum_column(thread, j);
+      float sum[2] = {keep ? c[2 * j] : 0.0f, keep ? c[2 * j + 1] : 0.0f};
+      for (int k = 0; k < 16; ++k) {
+        sum[0] += left[row][k] * right[k][column];
+        sum[1] += left[row][k] * right[k][column + 1];
+      }
+      c[2 * j] = sum[0], c[2 * j + 1] = sum[1];
+    }
+  });
+}
+template <class Registers>
+void begin_products(HostGroup<Registers>&) {}
+template <class Registers>
+void commit_products(HostGroup<Registers>&) {}
+template <int kPending, class Registers>
+void wait_products(HostGroup<Registers>&) {}
+template <int kSums, class Registers, class C>
+void settle(HostGroup<Registers>&, C&&) {}
+template <class Registers>
+void publish(HostGroup<Registers>&) {}
+
+template <bool kTranspose, class Registers, class To, class Row>
+void load_fragment(HostGroup<Registers>& group, To&& to, Row&& row_at) {
+  std::vector<const uint32_t*> rows(1024);
+  group.each([&](int thread, Registers&) { rows[static_cast<size_t>(thread)] = row_at(thread); });
+  group.each([&](int thread, Registers& r) {
+    const int warp = thread / 32 * 32, row = thread % 32 / 4, column = thread % 4 * 2;
+    for (int m = 0; m < 4; ++m) {
+      const auto half = [&](int i, int c) {
+        return rows[static_cast<size_t>(warp + m * 8 + i)][c / 2] >> (c % 2 * 16) & 0xffff;
+      };
+      to(r)[m] = kTranspose ? half(column, row) | half(column + 1, row) << 16
+                            : half(row, column) | half(row, column + 1) << 16;
+    }
+  });
+}
+
+}  // namespace kalmanet::cuda
