@@ -1,14 +1,14 @@
-// The direct chunk kernel: a chunk's shifts and mu, and the factors that go with them.
+// The direct chunk kernel: a chunk's factors.
 #pragma once
 
-#include "cuda/chunk_body.hpp"
+#include "cuda/direct_plan.hpp"
 #include "cuda/direct_state.hpp"
 
 namespace kalmanet::cuda {
 
 template <class Group>
-struct DirectFactor : DirectState<Group> {
-  using Base = DirectState<Group>;
+struct DirectFactor : DirectPlan<Group, DirectState<Group>> {
+  using Base = DirectPlan<Group, DirectState<Group>>;
   using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
       Base::n;
   using L = DirectLayout;
@@ -27,7 +27,7 @@ struct DirectFactor : DirectState<Group> {
         }
       }
     });
-    plan_tokens();
+    this->plan_tokens(6);
     this->invert();
     this->put_inverse();
     multiply_keys();
@@ -59,7 +59,7 @@ struct DirectFactor : DirectState<Group> {
   }
   // Q alone, where there is nothing to solve.
   KALMANET_KERNEL void take_queries() {
-    plan_tokens();
+    this->plan_tokens(6);
     group.by_warp(4, 8, [&](int warp) {
       this->fetch_rows_of_half(job.q, head / job.q_group, warp);
       this->put_rows_of_half(warp, 2, shared.queries, 2);
@@ -208,21 +208,21 @@ struct DirectFactor : DirectState<Group> {
     });
     if (warp > b) {
       // B L^{-T}, then that times L^{-1}.
-      pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] {
+      this->pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] {
         return reinterpret_cast<const float (&)[2][4]>(r.h);
       });
       this->load_right(0, [&](int) { return pivot; });
       this->load_right(1, [&](int) { return pivot + 1; });
-      multiply_split();
-      pack_factor(-1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
+      this->multiply_split();
+      this->pack_factor(-1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
       group.each([](int, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) r.g[0][i] = r.g[1][i] = 0;
       });
       this->load_right_transposed(0, [&](int) { return pivot; });
       this->load_right_transposed(1, [&](int) { return pivot + 1; });
-      multiply_split();  // -B D^{-1}
-      pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
+      this->multiply_split();  // -B D^{-1}
+      this->pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
     } else if (warp == b) {
       this->load_left_transposed(0, [&](int) { return pivot; });
       this->load_left_transposed(1, [&](int) { return pivot + 1; });

@@ -1,9 +1,11 @@
-// What a warpgroup of four warps does together on Hopper: products whose right factor lies in shared
-// memory (wgmma), and loads of 8 x 8 numbers into fragments; on the CPU the same index arithmetic.
+// What a warpgroup of four warps does together on Hopper: products whose right factor lies in
+// shared memory (wgmma), and loads of 8 x 8 numbers into fragments; on the CPU the same index
+// arithmetic.
 //
 // A left factor of 64 rows lies in registers, 16 columns in four words: words 4 k .. of a row-major
-// 64 x K hold columns 16 k .. . Sums of 64 x N lie so that elements 2 j and 2 j + 1 become word j of a
-// left factor: row 16 warp + lane / 4 + 8 (j % 2), columns 8 (j / 2) + 2 (lane % 4) and the next.
+// 64 x K hold columns 16 k .. . Sums of 64 x N lie so that elements 2 j and 2 j + 1 become word j
+// of a left factor: row 16 warp + lane / 4 + 8 (j % 2), columns 8 (j / 2) + 2 (lane % 4) and the
+// next.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +22,8 @@ struct alignas(128) Core {
   uint32_t word[32];
 };
 
-// A matrix of cores in shared memory: how many cores further the next eight rows lie; the next eight
-// columns follow at once.
+// A matrix of cores in shared memory: how many cores further the next eight rows lie; the next
+// eight columns follow at once.
 struct Cores {
   const Core* at;
   int rows_apart;

@@ -1,0 +1,89 @@
+// What directly solving kernels do with a chunk's tokens before there is anything to multiply: rows
+// of tensors as float16, sums along tokens. Registers have raw, most; pair, scan, other.
+#pragma once
+
+#include "cuda/direct_kernel.hpp"
+#include "cuda/job.hpp"
+
+namespace kalmanet::cuda {
+
+// Rows of a [B,T,heads,128] tensor, `left` of them, on their way into raw[at ..]: 8 tokens from
+// `first` on, 16 bytes a load, eight lanes beside each other in as many rows. (So that eight lanes'
+// stores are a matrix.) base: row 0.
+template <class Group>
+KALMANET_KERNEL void fetch_token_rows(Group& group, const uint16_t* base, int64_t stride,
+                                      int64_t left, int first, int at) {
+  group.each([&](int thread, auto& r) {
+    const int token = first + thread % 8;
+    const uint16_t* const row = base + token * stride + thread % 32 / 8 * 8;
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (token < left) {
+        load16(row + i * 32, r.raw[at + i]);
+      } else {
+        r.raw[at + i][0] = r.raw[at + i][1] = r.raw[at + i][2] = r.raw[at + i][3] = 0;
+      }
+    }
+  });
+}
+
+// They, scaled to float16 by a power of two a token; tokens from n on are zero. to(token, column):
+// where 8 dims from 8 column on go. unit <- what a number there stands for; ill <- 1 where one is
+// not finite.
+template <class Group, class To>
+KALMANET_KERNEL void put_token_rows(Group& group, int n, int first, int at, int log2, float* unit,
+                                    int& ill, To&& to) {
+  group.each([&](int, auto& r) {
+    uint32_t most = 0;
+    KALMANET_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t v = r.raw[at + i / 4][i % 4];
+      const uint32_t low = v & 0x7fff, high = v >> 16 & 0x7fff;
+      most = low > most ? low : most;
+      most = high > most ? high : most;
+    }
+    r.most = most;
+  });
+  group.template max_apart<8>([](auto& r) -> uint32_t& { return r.most; });
+  group.each([&](int thread, auto& r) {
+    const int token = first + thread % 8;
+    const float power = token < n ? power_for(r.most, log2) : 0.0f;
+    if (token < n && r.most >= 0x7f80) ill = 1;
+    if (thread % 32 < 8) unit[token] = token < n && r.most > 0 ? 1.0f / power : 0.0f;
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t v[4];
+      KALMANET_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t both = token < n ? r.raw[at + i][e] : 0;
+        v[e] = pack_float16(low_bfloat16(both) * power, high_bfloat16(both) * power);
+      }
+      store16(to(token, thread % 32 / 8 + i * 4), v);
+    }
+  });
+}
+
+// scan <- the scans of the lanes `step` before, for add(thread, registers) in other.
+template <class Group, class F>
+KALMANET_KERNEL void add_before(Group& group, int step, F&& add) {
+  group.shuffle([](auto& r) -> double& { return r.other; }, [](auto& r) { return r.scan; },
+                [step](int thread) { return thread - step; });
+  group.each(add);
+}
+// pair <- the sums over the warp's pairs up to and with each.
+template <class Group>
+KALMANET_KERNEL void scan_pairs(Group& group) {
+  group.each([](int, auto& r) { r.scan = r.pair[0] + r.pair[1]; });
+  KALMANET_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    add_before(group, step, [&](int thread, auto& r) {
+      if (thread % 32 >= step) r.scan += r.other;
+    });
+  }
+  add_before(group, 1, [](int thread, auto& r) {
+    r.pair[0] = thread % 32 == 0 ? r.pair[0] : r.other + r.pair[0];
+    r.pair[1] += r.pair[0];
+  });
+}
+
+}  // namespace kalmanet::cuda
