@@ -53,7 +53,10 @@ void launch_chunk_states(const GkaJob& job, Stream stream) {
 
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
   if (segmented) launch_chunk_states(job, stream);
-  if (job.direct) return launch_direct(job, stream);
+  if (job.direct) {
+    return device_info().major == 9 ? launch_hopper_direct(job, stream)
+                                    : launch_direct(job, stream);
+  }
   const dim3 grid = grid_with(gka_chunks, job);
   gka_chunks<<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
                static_cast<cudaStream_t>(stream)>>>(job);

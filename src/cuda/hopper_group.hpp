@@ -157,7 +157,7 @@ KALMANET_KERNEL void load_fragment(DeviceGroup<Registers>& group, To&& to, Row&&
   });
 }
 
-#endif  // __CUDACC__
+#else  // of __CUDACC__
 
 template <int kColumns, bool kRows, class Registers, class C, class A>
 void multiply_wide(HostGroup<Registers>& group, C&& c_of, A&& a_of, Cores b, bool keep = true) {
@@ -217,5 +217,7 @@ void load_fragment(HostGroup<Registers>& group, To&& to, Row&& row_at) {
     }
   });
 }
+
+#endif
 
 }  // namespace kalmanet::cuda

@@ -12,6 +12,7 @@
 #include "cuda/direct_body.hpp"
 #include "cuda/few_body.hpp"
 #include "cuda/first_body.hpp"
+#include "cuda/hopper_direct_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
@@ -36,6 +37,7 @@ class Poisoned {
 struct Emulation {
   bool backwards = false;        // the order in which a block's threads run
   bool spill_is_shared = false;  // as on a chip with room for it
+  bool hopper = false;           // the kernels for that chip, where there are such
 };
 
 template <class S, int KP>
@@ -88,6 +90,12 @@ void emulate_segments(const GkaJob& job, const Emulation& how) {
 inline void emulate_chunk_blocks(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
+      if (job.direct && how.hopper) {
+        Poisoned shared(sizeof(HopperShared));
+        HostGroup<HopperRegisters> group(HopperLayout::kThreads, how.backwards);
+        run_hopper_direct(group, *reinterpret_cast<HopperShared*>(shared.data()), job, piece, head);
+        continue;
+      }
       if (job.direct) {
         Poisoned shared(sizeof(DirectShared));
         HostGroup<DirectRegisters> group(DirectLayout::kThreads, how.backwards);

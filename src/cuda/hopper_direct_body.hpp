@@ -1,0 +1,243 @@
+// The body of the direct kernel on Hopper: a piece's outputs.
+#pragma once
+
+#include "cuda/direct_body.hpp"
+#include "cuda/hopper_direct_solve.hpp"
+
+namespace kalmanet::cuda {
+
+template <class Group>
+struct HopperBody : HopperSolve<Group> {
+  using Base = HopperSolve<Group>;
+  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
+      Base::n, Base::sums, Base::token_sums;
+  using L = HopperLayout;
+  using Registers = HopperRegisters;
+
+  static KALMANET_KERNEL uint32_t* m_high(Registers& r) { return r.w; }
+  static KALMANET_KERNEL uint32_t* m_low(Registers& r) { return r.low; }
+
+  // f <- e^{G_t - G_j} m_t . k_j of the chunk's own pairs as left factor, in the units of
+  // r.largest.
+  KALMANET_KERNEL void weigh_values() {
+    begin_products(group);
+    this->multiply_transposed(shared.keys, m_low, false);
+    this->multiply_transposed(shared.keys, m_high, true);
+    this->finish_token_sums();
+    this->find_largest(true);
+    group.each([&](int thread, Registers& r) {
+      const float per_unit = divide(1.0f, r.largest);
+      KALMANET_UNROLL
+      for (int i = 0; i < 16; ++i) {
+        const int t = sum_row(thread, i);
+        float v[2];
+        KALMANET_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const int j = sum_column(thread, i) + c;
+          const float weight = shared.value_weight[j] * shared.start[1][t] *
+                               (shared.unit[0][j] * shared.unit[1][j] * per_unit);
+          v[c] = j <= t ? r.s[2 * i + c] * weight : 0.0f;
+        }
+        r.f[0][i] = split_float16(v[0], v[1], r.f[1][i]);
+      }
+    });
+  }
+
+  // U, times `power`, float16 in two parts: rows 0 .. 63 where P was, the others where Z was.
+  KALMANET_KERNEL void put_values_state(float power) {
+    KALMANET_LOOP
+    for (int m = 0; m < 2; ++m) {
+      Core* const to = m == 0 ? shared.reading.state_half[0] : shared.gains[0];
+      group.each([&](int thread, Registers&) {
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 16; ++tile) {
+          float v[4];
+          load4(this->state_at(true, m, thread, tile), v);
+          KALMANET_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            uint32_t low;
+            Base::word_of(to, 16, thread, 2 * tile + half) =
+                split_float16(v[2 * half] * power, v[2 * half + 1] * power, low);
+            Base::word_of(to + L::kTile, 16, thread, 2 * tile + half) = low;
+          }
+        }
+      });
+    }
+  }
+
+  // y <- o of the chunk in the units of r.largest and query_scale, from m, U and V.
+  KALMANET_KERNEL void read_out(float power) {
+    begin_products(group);
+    KALMANET_UNROLL
+    for (int part = 2; part >= 0; --part) {  // high low, low high, high high
+      KALMANET_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        const Core* const half = k < 4 ? shared.reading.state_half[0] : shared.gains[0];
+        multiply_wide<128, true>(
+            group, sums, [part, k](Registers& r) { return (part == 1 ? r.low : r.w) + 4 * k; },
+            {half + (part == 2 ? L::kTile : 0) + 2 * (k % 4) * 16, 16}, part < 2 || k > 0);
+      }
+    }
+    this->finish_sums();
+    group.each([&](int thread, Registers& r) {
+      const float unit = divide(1.0f, power * r.largest);
+      float by[2];
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) by[half] = shared.start[1][sum_row(thread, half)] * unit;
+      KALMANET_UNROLL
+      for (int e = 0; e < 64; ++e) r.y[e] *= by[e / 2 % 2];
+    });
+    begin_products(group);
+    KALMANET_UNROLL
+    for (int part = 1; part >= 0; --part) {
+      KALMANET_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        multiply_wide<128, true>(group, sums, [part, k](Registers& r) { return r.f[part] + 4 * k; },
+                                 {shared.reading.values + 2 * k * 16, 16});
+      }
+    }
+    this->finish_sums();
+  }
+
+  // y, rounded, to where o is, through shared memory for whole rows; and whether U magnifies more
+  // than these products bear.
+  KALMANET_KERNEL void store_outputs() {
+    const float u2 = static_cast<float>(this->squares_of_state(true));
+    group.each([&](int thread, Registers& r) {
+      float by[2];
+      KALMANET_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int t = sum_row(thread, half);
+        by[half] = shared.output_scale[t] * shared.unit[2][t] * r.largest;
+        r.dot[half] = 0;
+      }
+      KALMANET_UNROLL
+      for (int j = 0; j < 32; ++j) {
+        const uint32_t o = pack_bfloat16(r.y[2 * j] * by[j % 2], r.y[2 * j + 1] * by[j % 2]);
+        r.dot[j % 2] += low_bfloat16(o) * low_bfloat16(o);
+        r.dot[j % 2] += high_bfloat16(o) * high_bfloat16(o);
+        Base::word_of(shared.gains[0], 16, thread, j) = o;
+      }
+    });
+    KALMANET_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      group.template sum_lanes<4>([half](Registers& r) -> float& { return r.dot[half]; });
+      group.each([&](int thread, Registers& r) {
+        const int t = sum_row(thread, half);
+        if (t >= n || this->exact(t)) return;
+        // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it
+        // is not small, and where it is these are a sequence's first tokens.
+        const float weight = shared.alpha[t] * shared.unit[2][t] * static_cast<float>(job.scale);
+        constexpr float kLimit = static_cast<float>(kLargestDirectAmplification);
+        if (!(fabsf(weight) * sqrtf(r.x2[half] * u2 / 128.0f) <= kLimit * sqrtf(r.dot[half]))) {
+          shared.ill = 1;
+        }
+      });
+    }
+    group.barrier_warp();
+    uint16_t* const base =
+        static_cast<uint16_t*>(job.o.data) + offset_of(job.o, piece.row, t0, head);
+    group.each([&](int thread, Registers&) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const int token = thread / 32 * 16 + i / 4 * 8 + thread % 8;
+        const int column = thread % 32 / 8 + i % 4 * 4;  // of 16 of 8 dims
+        uint32_t v[4];
+        load16(&shared.gains[0][token / 8 * 16 + column].word[token % 8 * 4], v);
+        if (token < n && !this->exact(token)) {
+          store16(base + token * job.o.stride[1] + column * 8, v);
+        }
+      }
+    });
+  }
+
+  // Tokens [t0, t0 + n), whose H is in h. Returns whether the token kernel must do the piece
+  // instead.
+  KALMANET_KERNEL bool chunk() {
+    this->fetch_rows(job.k, head / job.k_group);
+    this->load_scalars();
+    this->put_rows(1, shared.keys, shared.unit[0]);
+    const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
+    const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
+    this->put_state(scale);
+    publish(group);
+    group.barrier();
+    group.new_part();
+    this->measure_keys(scale);
+    group.barrier();
+    this->plan_chunk(this->squares_of_state(false),
+                     [&](int t) { return shared.measured.product[t] + shared.measured.gram[t]; });
+    group.barrier();
+    if (shared.ill != 0) return true;
+    group.new_part();
+    if (shared.steps > 0) {
+      this->factor();
+    } else {
+      this->take_queries();
+    }
+    group.new_part();
+    this->solve();
+    group.barrier();  // (P and Z are done with)
+    group.new_part();
+    this->fetch_rows(job.v, head / job.v_group);
+    const double u2 = this->squares_of_state(true);
+    const float power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
+    put_values_state(power);
+    this->put_rows(1, shared.reading.values, shared.unit[1]);
+    publish(group);
+    group.barrier();
+    group.new_part();
+    weigh_values();
+    read_out(power);
+    group.barrier();  // (o takes the place of U)
+    group.new_part();
+    store_outputs();
+    return false;
+  }
+
+  KALMANET_KERNEL bool run() {
+    group.each([&](int thread, Registers&) {
+      if (thread == 0) shared.ill = 0;
+    });
+    this->load_state(true);
+    this->load_state(false);
+    this->fetch_state(false);
+    group.barrier();
+    for (t0 = piece.begin; t0 < piece.end; t0 += n) {
+      head = opaque(head);
+      piece.row = opaque(piece.row);
+      group.new_part();
+      if (chunk()) return true;
+      group.barrier();  // (before the squares of U change)
+      if (t0 + n >= piece.end && !piece.last) return shared.ill != 0;
+      group.new_part();
+      KALMANET_LOOP  // one copy of the code
+          for (int which = 1; which >= 0; --which) this->advance(which == 1);
+      group.barrier();
+      if (shared.ill != 0) return true;
+    }
+    this->store_state(false, state_view<float>(job.h_final, piece.sequence, head));
+    this->store_state(true, state_view<float>(job.u_final, piece.sequence, head));
+    return false;
+  }
+};
+
+// The work of block (piece_index, head).
+template <class Group>
+KALMANET_KERNEL void run_hopper_direct(Group& group, HopperShared& shared, const GkaJob& job,
+                                       int64_t piece_index, int64_t head) {
+  const Piece piece = piece_of(job, piece_index);
+  const int64_t block = piece_index * job.H + head;
+  float* const states =
+      static_cast<float*>(job.chunk_scratch) + block * DirectState<Group>::kStateFloats;
+#ifdef __CUDACC__
+  __builtin_assume(__isGlobal(states));
+#endif
+  HopperBody<Group> body{{{{{{{{{group, shared}}, job, piece, head, states}}}}}}};
+  const bool left_over = body.run();
+  group.each([&](int thread, HopperRegisters&) {
+    if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
+  });
+}
+
+}  // namespace kalmanet::cuda

@@ -1,0 +1,255 @@
+// The direct solver on Hopper: states in scratch memory, in the order of a warpgroup's sums; and
+// |H_t|.
+#pragma once
+
+#include "cuda/hopper_direct_tokens.hpp"
+
+namespace kalmanet::cuda {
+
+template <class Group>
+struct HopperState : HopperTokens<Group> {
+  using Base = HopperTokens<Group>;
+  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::n;
+  using L = HopperLayout;
+  using Registers = HopperRegisters;
+
+  KALMANET_KERNEL float* state_at(bool u, int m, int thread, int tile) {
+    return states + (u ? 128 * 128 : 0) +
+           (static_cast<int64_t>(m * 16 + tile) * L::kThreads + thread) * 4;
+  }
+
+  // The piece's own state into scratch; shared.warp as advance() leaves it.
+  KALMANET_KERNEL void load_state(bool u) {
+    const StateView<float> from = piece.first
+                                      ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
+                                      : slot_view<float>(job, piece.slot, head, u);
+    group.each([&](int, Registers& r) { r.sum = 0; });
+    KALMANET_LOOP
+    for (int m = 0; m < 2; ++m) {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 16; ++tile) {
+          float v[4];
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int row = 64 * m + sum_row(thread, i / 2);
+            const int column = sum_column(thread, 2 * tile) + i % 2;
+            v[i] = from.data == nullptr ? 0.0f : from.data[from.at(row, column)];
+          }
+          store4(state_at(u, m, thread, tile), v);
+          r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
+        }
+      });
+    }
+    put_squares(u);
+  }
+  KALMANET_KERNEL void store_state(bool u, const StateView<float>& to) {
+    if (to.data == nullptr) return;
+    KALMANET_LOOP
+    for (int m = 0; m < 2; ++m) {
+      group.each([&](int thread, Registers&) {
+        KALMANET_LOOP
+        for (int tile = 0; tile < 16; ++tile) {
+          float v[4];
+          load4(state_at(u, m, thread, tile), v);
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            to.data[to.at(64 * m + sum_row(thread, i / 2), sum_column(thread, 2 * tile) + i % 2)] =
+                v[i];
+          }
+        }
+      });
+    }
+  }
+  // H or U into h.
+  KALMANET_KERNEL void fetch_state(bool u) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        const float* const from = state_at(u, m, thread, 0);
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 16; ++tile) {
+          float v[4];
+          load4(from + tile * L::kThreads * 4, v);
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) r.h[m][4 * tile + i] = v[i];
+        }
+      }
+    });
+  }
+
+  // shared.warp[u] <- each warp's sum of the threads' sums (of squares).
+  KALMANET_KERNEL void put_squares(bool u) {
+    group.template sum_lanes<32>([](Registers& r) -> double& { return r.sum; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 == 0) shared.warp[u ? 1 : 0][thread / 32] = r.sum;
+    });
+  }
+  KALMANET_KERNEL double squares_of_state(bool u) const {
+    double sum = 0.0;
+    for (int w = 0; w < 4; ++w) sum += shared.warp[u ? 1 : 0][w];
+    return sum;
+  }
+
+  // H, times `scale`, as float16 cores for measure_keys.
+  KALMANET_KERNEL void put_state(float scale) {
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        KALMANET_UNROLL
+        for (int j = 0; j < 32; ++j) {
+          Base::word_of(shared.state + 128 * m, 16, thread, j) =
+              pack_float16(r.h[m][2 * j] * scale, r.h[m][2 * j + 1] * scale);
+        }
+      }
+    });
+  }
+
+  // shared.measured, from which |H_t| follows. A barrier before it is read.
+  KALMANET_KERNEL void measure_keys(float scale) {
+    this->load_keys();
+    const auto s = [](Registers& r) -> float* { return r.s; };
+    begin_products(group);
+    KALMANET_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      multiply_wide<64, false>(
+          group, s, [k](Registers& r) { return r.keys + 4 * k; }, {shared.keys + 2 * k, 16}, k > 0);
+    }
+    commit_products(group);
+    wait_products<0>(group);
+    settle<32>(group, s);
+    group.each([&](int thread, Registers& r) {
+      r.dot[0] = r.dot[1] = 0;
+      KALMANET_UNROLL
+      for (int j = 0; j < 16; ++j) {
+        KALMANET_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          const int t = sum_row(thread, j), other = sum_column(thread, j) + c;
+          const float g = r.s[2 * j + c];
+          const float u = shared.weight[other] * shared.unit[0][other] * shared.unit[0][other];
+          if (other <= t) r.dot[j % 2] += u * g * g;
+          if (other == t) shared.measured.norm2[t] = g;
+        }
+      }
+      r.x2[0] = r.x2[1] = 0;
+    });
+    KALMANET_UNROLL
+    for (int half = 0; half < 2; ++half) {  // of K H's columns: h takes half of the registers
+      begin_products(group);
+      KALMANET_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        multiply_wide<64, true>(
+            group, s, [k](Registers& r) { return r.keys + 4 * k; },
+            {shared.state + 2 * k * 16 + 8 * half, 16}, k > 0);
+      }
+      commit_products(group);
+      wait_products<0>(group);
+      settle<32>(group, s);
+      group.each([&](int, Registers& r) {
+        KALMANET_UNROLL
+        for (int j = 0; j < 16; ++j) {
+          const uint32_t keys = r.keys[16 * half + j];
+          r.x2[j % 2] += low_float16(keys) * r.s[2 * j] + high_float16(keys) * r.s[2 * j + 1];
+        }
+      });
+    }
+    const float per_scale = 1.0f / scale;
+    KALMANET_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      group.template sum_lanes<4>([half](Registers& r) -> float& { return r.dot[half]; });
+      group.template sum_lanes<4>([half](Registers& r) -> float& { return r.x2[half]; });
+      group.each([&](int thread, Registers& r) {
+        if (thread % 4 != 0) return;
+        shared.measured.gram[sum_row(thread, half)] = r.dot[half];
+        shared.measured.product[sum_row(thread, half)] = r.x2[half] * per_scale;
+      });
+    }
+  }
+
+  // r.largest <- the largest beta_j^2 and unit of k_j k_j^T or k_j v_j^T (`u`): what the chunk's
+  // sums are counted in, so that no factor overflows.
+  KALMANET_KERNEL void find_largest(bool u) {
+    group.each([&](int thread, Registers& r) {
+      r.largest = 0;
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int t = thread % 32 + 32 * i;
+        const float e =
+            t < n ? shared.beta2[t] * shared.unit[0][t] * shared.unit[u ? 1 : 0][t] : 0.0f;
+        r.largest = e > r.largest ? e : r.largest;
+      }
+    });
+    group.max_warp([](Registers& r) -> float& { return r.largest; });
+    group.each([](int, Registers& r) { r.largest = r.largest > 0.0f ? r.largest : 1.0f; });
+  }
+
+  // state <- total state + K^T diag(weights) X, X = K or V (`u`), in scratch, and the squares of
+  // its elements. H stays in h.
+  KALMANET_KERNEL void advance(bool u) {
+    fetch_state(u);
+    find_largest(u);
+    group.each([&](int, Registers& r) {
+      const float keep = divide(shared.total[u ? 1 : 0], r.largest);
+      KALMANET_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 64; ++i) r.h[m][i] *= keep;
+      }
+      r.sum = 0;
+    });
+    KALMANET_UNROLL
+    for (int m = 0; m < 2; ++m) add_tokens(u, m);
+    group.each([&](int thread, Registers& r) {
+      KALMANET_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        float squares = 0;
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 16; ++tile) {
+          float v[4];
+          KALMANET_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            v[i] = r.h[m][4 * tile + i] *= r.largest;
+            squares += v[i] * v[i];
+          }
+          store4(state_at(u, m, thread, tile), v);
+        }
+        r.sum += static_cast<double>(squares);
+      }
+    });
+    put_squares(u);
+  }
+  // Rows 64 m .. of h += K^T diag(weights) X.
+  KALMANET_KERNEL void add_tokens(bool u, int m) {
+    const Cores right{u ? shared.reading.values : shared.keys, 16};
+    const float* const weight = shared.since_end[u ? 1 : 0];
+    const float* const unit = shared.unit[u ? 1 : 0];
+    this->load_columns(shared.keys, m, [](Registers& r) -> uint32_t* { return r.z[0]; });
+    group.each([&](int thread, Registers& r) {
+      const float per_largest = divide(1.0f, r.largest);
+      KALMANET_UNROLL
+      for (int j = 0; j < 16; ++j) {
+        const int token = sum_column(thread, j);
+        const float w0 = weight[token] * unit[token] * shared.unit[0][token] * per_largest;
+        const float w1 =
+            weight[token + 1] * unit[token + 1] * shared.unit[0][token + 1] * per_largest;
+        const uint32_t keys = r.z[0][j];
+        r.z[0][j] = split_float16(low_float16(keys) * w0, high_float16(keys) * w1, r.z[1][j]);
+      }
+    });
+    const auto h = [m](Registers& r) -> float* { return r.h[m]; };
+    begin_products(group);
+    KALMANET_UNROLL
+    for (int part = 1; part >= 0; --part) {
+      KALMANET_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        multiply_wide<128, true>(group, h, [part, k](Registers& r) { return r.z[part] + 4 * k; },
+                                 {right.at + 2 * k * 16, right.rows_apart});
+      }
+    }
+    commit_products(group);
+    wait_products<0>(group);
+    settle<64>(group, h);
+  }
+};
+
+}  // namespace kalmanet::cuda

@@ -1,0 +1,181 @@
+// The direct solver on Hopper: what is a token's own, and fragments from shared memory.
+#pragma once
+
+#include "cuda/direct_tokens.hpp"
+#include "cuda/hopper_direct_kernel.hpp"
+
+namespace kalmanet::cuda {
+
+template <class Group>
+struct HopperTokens : DirectPivot<Group, HopperTraits> {
+  using Base = DirectPivot<Group, HopperTraits>;
+  using Base::group, Base::shared;
+  using L = HopperLayout;
+  using Registers = HopperRegisters;
+
+  const GkaJob& job;
+  Piece piece;
+  int64_t head;
+  float* states;  // H, then U: [rows 64 m][tile of 8 columns][thread][4]
+  int64_t t0 = 0;
+  int n = 0;  // tokens
+
+  // Every warp's 16 tokens of a tensor, on their way; and into 64 x 128 cores.
+  KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head) {
+    const uint16_t* const base =
+        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
+    group.by_warp(0, 4, [&](int warp) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        fetch_token_rows(group, base, a.stride[1], piece.end - t0, warp * 16 + i * 8, 4 * i);
+      }
+    });
+  }
+  KALMANET_KERNEL void put_rows(int log2, Core* to, float* unit) {
+    group.by_warp(0, 4, [&](int warp) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        put_token_rows(group, n, warp * 16 + i * 8, 4 * i, log2, unit, shared.ill,
+                       [=](int token, int column) {
+                         return &to[token / 8 * 16 + column].word[token % 8 * 4];
+                       });
+      }
+    });
+  }
+
+  // Everything that is a token's own, what follows from the gates, and how many tokens the chunk
+  // has. A barrier before shared's arrays are read.
+  KALMANET_KERNEL void load_scalars() {
+    const int64_t left = piece.end - t0;
+    const auto at = [&](const Array& a, int t, double absent) {
+      return t < left ? scalar_at<float>(a, piece.row, t0 + t, head, absent)
+                      : static_cast<float>(absent);
+    };
+    group.by_warp(0, 2, [&](int which) {
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          r.pair[i] =
+              static_cast<double>(at(which == 0 ? job.gk : job.g, thread % 32 * 2 + i, 0.0));
+        }
+      });
+      scan_pairs(group);
+      group.each([&](int thread, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          shared.since[which][thread % 32 * 2 + i] = static_cast<float>(r.pair[i]);
+        }
+        if (thread % 32 == 0 && !(r.pair[0] > -kMostForgotten)) shared.ill = 1;
+      });
+    });
+    group.by_warp(2, 4, [&](int) {
+      group.each([&](int thread, Registers&) {
+        const int t = thread % 64;
+        shared.alpha[t] = at(job.alpha, t, 1.0);
+        const float ridge = at(job.ridge, t, job.ridge_ratio);
+        shared.ridge[t] = ridge > 0.0f ? ridge : NAN;
+        const float beta = at(job.beta, t, 1.0);
+        shared.beta2[t] = t < left ? beta * beta : 0.0f;
+      });
+    });
+    group.barrier();
+    count_tokens(left);
+    group.each([&](int thread, Registers&) {
+      const int t = thread % 64, which = thread / 64;
+      const float since = t < n ? shared.since[which][t] : 0.0f;
+      const float beta2 = t < n ? shared.beta2[t] : 0.0f;
+      const float all = shared.since[which][n - 1];
+      shared.start[which][t] = expf(since);
+      shared.since_end[which][t] = beta2 * expf(all - since);
+      (which == 0 ? shared.weight : shared.value_weight)[t] = beta2 * expf(-since);
+      if (t == 0) shared.total[which] = expf(all);
+    });
+  }
+  // n <- the tokens up to the first that has forgotten too much; by every warp.
+  KALMANET_KERNEL void count_tokens(int64_t left) {
+    group.each([&](int thread, Registers& r) {
+      r.most = 0;
+      KALMANET_UNROLL
+      for (int i = 1; i >= 0; --i) {
+        const int t = thread % 32 + 32 * i;
+        const bool faded = shared.since[0][t] < static_cast<float>(-kLongestForgetting) ||
+                           shared.since[1][t] < static_cast<float>(-kMostForgottenValues);
+        if (faded) r.most = static_cast<uint32_t>(64 - t);
+      }
+    });
+    group.max_warp([](Registers& r) -> uint32_t& { return r.most; });
+    group.each([&](int, Registers& r) {
+      int count = 64 - static_cast<int>(r.most);
+      if (count > left) count = static_cast<int>(left);
+      n = count < 1 ? 1 : count;
+    });
+  }
+
+  // to[4 k ..] <- 64 x 128 of tokens x dims as left factor.
+  template <class To>
+  KALMANET_KERNEL void load_rows(const Core* from, To&& to) {
+    KALMANET_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      load_fragment<false>(
+          group, [&to, k](Registers& r) { return to(r) + 4 * k; },
+          [=](int thread) {
+            const int lane = thread % 32;
+            const int row = thread / 32 * 2 + lane / 8 % 2, column = 2 * k + lane / 16;
+            return from[row * 16 + column].word + lane % 8 * 4;
+          });
+    }
+  }
+  KALMANET_KERNEL void load_keys() {
+    load_rows(shared.keys, [](Registers& r) -> uint32_t* { return r.keys; });
+  }
+  // to[4 k ..] <- dims 64 m .. x tokens, of tokens x dims.
+  template <class To>
+  KALMANET_KERNEL void load_columns(const Core* from, int m, To&& to) {
+    KALMANET_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      load_fragment<true>(
+          group, [&to, k](Registers& r) { return to(r) + 4 * k; },
+          [=](int thread) {
+            const int lane = thread % 32;
+            const int row = 2 * k + lane / 16, column = 8 * m + thread / 32 * 2 + lane / 8 % 2;
+            return from[row * 16 + column].word + lane % 8 * 4;
+          });
+    }
+  }
+  // Word j of the lane where 64 x (8 columns of cores) lies.
+  KALMANET_KERNEL static uint32_t& word_of(Core* to, int columns, int thread, int j) {
+    return to[(thread / 32 * 2 + j % 2) * columns + j / 2].word[thread % 32];
+  }
+
+  // The next chunk's rows and numbers towards L2.
+  KALMANET_KERNEL void prefetch_chunk(int64_t from) {
+    const int64_t left = piece.end - from;
+    const auto rows = [&](const Array& a, int64_t a_head, int64_t first) {
+      const uint16_t* const base =
+          static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, first, a_head);
+      group.each([&](int thread, Registers&) {
+        if (thread / 2 < piece.end - first) {
+          prefetch(base + thread / 2 * a.stride[1] + thread % 2 * 64);
+        }
+      });
+    };
+    const auto numbers = [&](const Array& a) {
+      if (a.data == nullptr) return;
+      group.each([&](int thread, Registers&) {
+        if (thread >= 64 || thread >= left) return;
+        prefetch(static_cast<const char*>(a.data) + offset_of(a, piece.row, from + thread, head) *
+                                                        (a.dtype == DType::float32 ? 4 : 2));
+      });
+    };
+    rows(job.q, head / job.q_group, t0);
+    rows(job.v, head / job.v_group, t0);
+    rows(job.k, head / job.k_group, from);
+    numbers(job.gk);
+    if (job.g.data != job.gk.data) numbers(job.g);
+    numbers(job.alpha);
+    numbers(job.beta);
+    numbers(job.ridge);
+  }
+};
+
+}  // namespace kalmanet::cuda
