@@ -129,12 +129,12 @@ KALMANET_KERNEL uint32_t split_scaled(float a, float b, uint32_t& low) {
   return high;
 }
 
-// 2^(log2 - exponent of the largest), for the bits of the largest bfloat16's magnitude.
-KALMANET_KERNEL float power_for(uint32_t largest, int log2) {
+// log2 - exponent of the largest, for the bits of the largest bfloat16's magnitude.
+KALMANET_KERNEL int power_for(uint32_t largest, int log2) {
   int exponent = 254 + log2 - static_cast<int>(largest >> 7);
   if (largest == 0) exponent = 127;
   exponent = exponent < 1 ? 1 : (exponent > 253 ? 253 : exponent);
-  return power_of_two(exponent - 127);
+  return exponent - 127;
 }
 
 // Where block (row, column) of a symmetric matrix lies, column <= row.

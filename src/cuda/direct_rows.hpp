@@ -7,14 +7,14 @@
 
 namespace kalmanet::cuda {
 
-// Rows of a [B,T,heads,128] tensor, `left` of them, on their way into raw[at ..]: 8 tokens from
-// `first` on, 16 bytes a load, eight lanes beside each other in as many rows. (So that eight lanes'
-// stores are a matrix.) base: row 0.
-template <class Group>
+// Rows of a [B,T,heads,128] tensor, `left` of them, on their way into raw[at ..]: a warp's 8 tokens
+// from first(thread) on, 16 bytes a load, eight lanes beside each other in as many rows. (So that
+// eight lanes' stores are a matrix.) base: row 0.
+template <class Group, class First>
 KALMANET_KERNEL void fetch_token_rows(Group& group, const uint16_t* base, int64_t stride,
-                                      int64_t left, int first, int at) {
+                                      int64_t left, First&& first, int at) {
   group.each([&](int thread, auto& r) {
-    const int token = first + thread % 8;
+    const int token = first(thread) + thread % 8;
     const uint16_t* const row = base + token * stride + thread % 32 / 8 * 8;
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -30,9 +30,9 @@ KALMANET_KERNEL void fetch_token_rows(Group& group, const uint16_t* base, int64_
 // They, scaled to float16 by a power of two a token; tokens from n on are zero. to(token, column):
 // where 8 dims from 8 column on go. unit <- what a number there stands for; ill <- 1 where one is
 // not finite.
-template <class Group, class To>
-KALMANET_KERNEL void put_token_rows(Group& group, int n, int first, int at, int log2, float* unit,
-                                    int& ill, To&& to) {
+template <class Group, class First, class To>
+KALMANET_KERNEL void put_token_rows(Group& group, int n, First&& first, int at, int log2,
+                                    float* unit, int& ill, To&& to) {
   group.each([&](int, auto& r) {
     uint32_t most = 0;
     KALMANET_UNROLL
@@ -46,10 +46,13 @@ KALMANET_KERNEL void put_token_rows(Group& group, int n, int first, int at, int 
   });
   group.template max_apart<8>([](auto& r) -> uint32_t& { return r.most; });
   group.each([&](int thread, auto& r) {
-    const int token = first + thread % 8;
-    const float power = token < n ? power_for(r.most, log2) : 0.0f;
+    const int token = first(thread) + thread % 8;
+    const int exponent = power_for(r.most, log2);
+    const float power = power_of_two(exponent);
     if (token < n && r.most >= 0x7f80) ill = 1;
-    if (thread % 32 < 8) unit[token] = token < n && r.most > 0 ? 1.0f / power : 0.0f;
+    if (thread % 32 < 8) {
+      unit[token] = token < n && r.most > 0 ? power_of_two(-exponent) : 0.0f;
+    }
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint32_t v[4];

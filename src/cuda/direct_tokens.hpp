@@ -29,14 +29,17 @@ struct DirectTokens : DirectInverse<Group> {
 
   // Tokens first .. first + 7 of a tensor on their way, and into a tile (direct_rows.hpp).
   KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head, int first, int at) {
-    fetch_token_rows(group,
-                     static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head),
-                     a.stride[1], piece.end - t0, first, at);
+    fetch_token_rows(
+        group, static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head),
+        a.stride[1], piece.end - t0, [first](int) { return first; }, at);
   }
   KALMANET_KERNEL void put_rows(int first, int at, int log2, Quad* to, float* unit) {
-    put_token_rows(group, n, first, at, log2, unit, shared.ill, [=](int token, int column) {
-      return &to[token / 16 * 8 + column / 2].word[token / 8 % 2 * 2 + column % 2][token % 8 * 4];
-    });
+    put_token_rows(
+        group, n, [first](int) { return first; }, at, log2, unit, shared.ill,
+        [=](int token, int column) {
+          return &to[token / 16 * 8 + column / 2]
+                      .word[token / 8 % 2 * 2 + column % 2][token % 8 * 4];
+        });
   }
 
   // By the last four warps: 16 tokens each, the others have work.

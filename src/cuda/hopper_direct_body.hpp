@@ -9,8 +9,8 @@ namespace kalmanet::cuda {
 template <class Group>
 struct HopperBody : HopperSolve<Group> {
   using Base = HopperSolve<Group>;
-  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
-      Base::n, Base::sums, Base::token_sums;
+  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::t0, Base::n,
+      Base::sums, Base::token_sums;
   using L = HopperLayout;
   using Registers = HopperRegisters;
 
@@ -49,10 +49,11 @@ struct HopperBody : HopperSolve<Group> {
     for (int m = 0; m < 2; ++m) {
       Core* const to = m == 0 ? shared.reading.state_half[0] : shared.gains[0];
       group.each([&](int thread, Registers&) {
+        const float* const from = this->state_at(true, m, thread, 0);
         KALMANET_UNROLL
         for (int tile = 0; tile < 16; ++tile) {
           float v[4];
-          load4(this->state_at(true, m, thread, tile), v);
+          load4(from + tile * L::kThreads * 4, v);
           KALMANET_UNROLL
           for (int half = 0; half < 2; ++half) {
             uint32_t low;
@@ -99,10 +100,18 @@ struct HopperBody : HopperSolve<Group> {
     this->finish_sums();
   }
 
+  // How many of the chunk's first tokens are computed elsewhere.
+  KALMANET_KERNEL int exact_tokens() const {
+    if (!piece.first || job.h0.data != nullptr) return 0;
+    const int64_t count = piece.begin + kExactTokens - t0;
+    return count > 0 ? static_cast<int>(count) : 0;
+  }
+
   // y, rounded, to where o is, through shared memory for whole rows; and whether U magnifies more
   // than these products bear.
   KALMANET_KERNEL void store_outputs() {
     const float u2 = static_cast<float>(this->squares_of_state(true));
+    const int first = exact_tokens();
     group.each([&](int thread, Registers& r) {
       float by[2];
       KALMANET_UNROLL
@@ -124,7 +133,7 @@ struct HopperBody : HopperSolve<Group> {
       group.template sum_lanes<4>([half](Registers& r) -> float& { return r.dot[half]; });
       group.each([&](int thread, Registers& r) {
         const int t = sum_row(thread, half);
-        if (t >= n || this->exact(t)) return;
+        if (t >= n || t < first) return;
         // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it
         // is not small, and where it is these are a sequence's first tokens.
         const float weight = shared.alpha[t] * shared.unit[2][t] * static_cast<float>(job.scale);
@@ -137,6 +146,7 @@ struct HopperBody : HopperSolve<Group> {
     group.barrier_warp();
     uint16_t* const base =
         static_cast<uint16_t*>(job.o.data) + offset_of(job.o, piece.row, t0, head);
+    const int last = n;
     group.each([&](int thread, Registers&) {
       KALMANET_UNROLL
       for (int i = 0; i < 8; ++i) {
@@ -144,7 +154,7 @@ struct HopperBody : HopperSolve<Group> {
         const int column = thread % 32 / 8 + i % 4 * 4;  // of 16 of 8 dims
         uint32_t v[4];
         load16(&shared.gains[0][token / 8 * 16 + column].word[token % 8 * 4], v);
-        if (token < n && !this->exact(token)) {
+        if (token >= first && token < last) {
           store16(base + token * job.o.stride[1] + column * 8, v);
         }
       }
@@ -196,25 +206,27 @@ struct HopperBody : HopperSolve<Group> {
   }
 
   KALMANET_KERNEL bool run() {
-    group.each([&](int thread, Registers&) {
-      if (thread == 0) shared.ill = 0;
-    });
-    this->load_state(true);
-    this->load_state(false);
+    KALMANET_LOOP  // one copy of the code
+        for (int which = 1; which >= 0; --which) this->load_state(which == 1);
     this->fetch_state(false);
     group.barrier();
-    for (t0 = piece.begin; t0 < piece.end; t0 += n) {
-      head = opaque(head);
-      piece.row = opaque(piece.row);
+    KALMANET_LOOP
+    while (t0 < piece.end) {
       group.new_part();
       if (chunk()) return true;
       group.barrier();  // (before the squares of U change)
-      if (t0 + n >= piece.end && !piece.last) return shared.ill != 0;
+      const bool done = t0 + n >= piece.end;
+      if (done && !piece.last) return shared.ill != 0;
       group.new_part();
       KALMANET_LOOP  // one copy of the code
           for (int which = 1; which >= 0; --which) this->advance(which == 1);
       group.barrier();
       if (shared.ill != 0) return true;
+      if (done) break;
+      group.each([&](int thread, Registers&) {
+        if (thread == 0) shared.t0 += n;
+      });
+      group.barrier();
     }
     this->store_state(false, state_view<float>(job.h_final, piece.sequence, head));
     this->store_state(true, state_view<float>(job.u_final, piece.sequence, head));
@@ -226,14 +238,18 @@ struct HopperBody : HopperSolve<Group> {
 template <class Group>
 KALMANET_KERNEL void run_hopper_direct(Group& group, HopperShared& shared, const GkaJob& job,
                                        int64_t piece_index, int64_t head) {
-  const Piece piece = piece_of(job, piece_index);
   const int64_t block = piece_index * job.H + head;
-  float* const states =
-      static_cast<float*>(job.chunk_scratch) + block * DirectState<Group>::kStateFloats;
-#ifdef __CUDACC__
-  __builtin_assume(__isGlobal(states));
-#endif
-  HopperBody<Group> body{{{{{{{{{group, shared}}, job, piece, head, states}}}}}}};
+  group.each([&](int thread, HopperRegisters&) {
+    if (thread != 0) return;
+    shared.piece = piece_of(job, piece_index);
+    shared.head = head;
+    shared.t0 = shared.piece.begin;
+    shared.states =
+        static_cast<float*>(job.chunk_scratch) + block * DirectState<Group>::kStateFloats;
+    shared.ill = 0;
+  });
+  group.barrier();
+  HopperBody<Group> body{{{{{{{{{group, shared}}, job}}}}}}};
   const bool left_over = body.run();
   group.each([&](int thread, HopperRegisters&) {
     if (thread == 0) job.left_over[block] = left_over ? 1 : 0;

@@ -17,7 +17,7 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
 
   // P, the gains, and q. H is in h.
   KALMANET_KERNEL void factor() {
-    const float inverse_mu = 1.0f / shared.mu;
+    const float inverse_mu = divide(1.0f, shared.mu);
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int m = 0; m < 2; ++m) {
@@ -87,14 +87,19 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
       }
     }
   }
-  // y += left gains (Z^T, high or low), left 64 x 64.
+  // y += left gains (Z^T, high or low), left 64 x 64. (In halves, as multiply_inverse, whose
+  // products may be under way: sums stay in the registers where they are.)
   template <class Left>
   KALMANET_KERNEL void multiply_by_gains(int part, Left&& left, bool keep) {
     KALMANET_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      multiply_wide<128, true>(
-          group, sums, [&left, k](Registers& r) { return left(r) + 4 * k; },
-          {shared.gains[part] + 2 * k * 16, 16}, keep || k > 0);
+    for (int half = 0; half < 2; ++half) {
+      KALMANET_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        multiply_wide<64, true>(
+            group, [half](Registers& r) -> float* { return r.y + 32 * half; },
+            [&left, k](Registers& r) { return left(r) + 4 * k; },
+            {shared.gains[part] + 2 * k * 16 + 8 * half, 16}, keep || k > 0);
+      }
     }
   }
   // s <- left X^T, X of tokens x dims.

@@ -17,10 +17,6 @@ struct HopperInverse : HopperState<Group> {
   // rest; h's own copy of them is used for nothing but the blocks that are swept later.
   KALMANET_KERNEL void invert() {
     take_columns(0);
-    group.each([](int, Registers& r) {
-      KALMANET_UNROLL
-      for (int e = 0; e < 16; ++e) r.pan[e / 8][e / 4 % 2][e % 4] = r.next[e / 8][e / 4 % 2][e % 4];
-    });
     put_panel(0);
     invert_pivot(0, 0);
     publish(group);
@@ -46,12 +42,6 @@ struct HopperInverse : HopperState<Group> {
       }
       commit_products(group);
       if (b < 7) {
-        group.each([](int, Registers& r) {
-          KALMANET_UNROLL
-          for (int e = 0; e < 16; ++e) {
-            r.pan[e / 8][e / 4 % 2][e % 4] = r.next[e / 8][e / 4 % 2][e % 4];
-          }
-        });
         put_panel((b + 1) % 2);
         invert_pivot(b + 1, (b + 1) % 2);
       }
@@ -78,16 +68,24 @@ struct HopperInverse : HopperState<Group> {
       }
     });
   }
-  // They <- gp.
+  // They <- B D^{-1} (the owner's: -D^{-1}), as it was multiplied: 22 bits of it.
   KALMANET_KERNEL void put_columns(int b) {
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
-      for (int block = 0; block < 8; ++block) {
-        if (block != b) continue;
+      for (int m = 0; m < 2; ++m) {
+        float v[8];
         KALMANET_UNROLL
-        for (int m = 0; m < 2; ++m) {
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t high = r.left[m][0][j], low = r.left[m][1][j];
+          v[2 * j] = -(low_float16(high) + low_float16(low));
+          v[2 * j + 1] = -(high_float16(high) + high_float16(low));
+        }
+        KALMANET_UNROLL
+        for (int block = 0; block < 8; ++block) {
           KALMANET_UNROLL
-          for (int e = 0; e < 8; ++e) r.h[m][8 * block + e] = r.gp[m][e / 4][e % 4];
+          for (int e = 0; e < 8; ++e) {
+            r.h[m][8 * block + e] = block == b ? v[e] : r.h[m][8 * block + e];
+          }
         }
       }
     });
@@ -103,13 +101,13 @@ struct HopperInverse : HopperState<Group> {
     }
   }
 
-  // pan, split, into panel `buffer`; and into left.
+  // next, split, into panel `buffer`.
   KALMANET_KERNEL void put_panel(int buffer) {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int m = 0; m < 2; ++m) {
         uint32_t split[2][4];
-        split_block(r.pan[m], 1.0f, split);
+        split_block(r.next[m], 1.0f, split);
         KALMANET_UNROLL
         for (int part = 0; part < 2; ++part) {
           KALMANET_UNROLL
@@ -127,7 +125,7 @@ struct HopperInverse : HopperState<Group> {
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
         for (int e = 0; e < 8; ++e) {
-          r.g[e / 4][e % 4] = b < 4 ? r.pan[0][e / 4][e % 4] : r.pan[1][e / 4][e % 4];
+          r.g[e / 4][e % 4] = b < 4 ? r.next[0][e / 4][e % 4] : r.next[1][e / 4][e % 4];
         }
       });
       this->take_pivot([](Registers& r, int tile) -> float (&)[4] { return r.g[tile]; });
@@ -136,43 +134,56 @@ struct HopperInverse : HopperState<Group> {
     });
   }
 
-  // gp <- B D^{-1} (the pivot's owner: -D^{-1}); left <- what multiplies the panel: -gp. The
-  // owner's rows of h <- 0: they become D^{-1} times the panel.
+  // left <- what multiplies the panel: -B D^{-1} (the pivot's owner: D^{-1}). The owner's rows of h
+  // <- 0: they become D^{-1} times the panel.
   KALMANET_KERNEL void load_pivot(int b) {
     this->load_right_transposed(0, [&](int) { return &shared.pivot[b % 2][0]; });
     this->load_right_transposed(1, [&](int) { return &shared.pivot[b % 2][1]; });
     KALMANET_UNROLL
     for (int m = 0; m < 2; ++m) {
-      group.each([&](int, Registers& r) {
-        split_block(r.pan[m], 1.0f, r.left[m]);
+      KALMANET_UNROLL
+      for (int part = 0; part < 2; ++part) {
+        load_fragment<false>(
+            group, [m, part](Registers& r) { return r.left[m][part]; },
+            [&](int thread) {
+              const int lane = thread % 32;
+              const Core* const at = shared.panel[b % 2][part] + 16 * m +
+                                     (thread / 32 * 2 + lane / 8 % 2) * 2 + lane / 16;
+              return at->word + lane % 8 * 4;
+            });
+      }
+      group.each([](int, Registers& r) {
         KALMANET_UNROLL
-        for (int e = 0; e < 8; ++e) r.gp[m][e / 4][e % 4] = 0;
+        for (int e = 0; e < 8; ++e) r.g[e / 4][e % 4] = 0;
       });
       KALMANET_UNROLL
       for (int part = 2; part >= 0; --part) {
         this->add(
-            [m](Registers& r, int j) -> float (&)[4] { return r.gp[m][j]; },
+            [](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
             [m, part](Registers& r) -> uint32_t (&)[4] { return r.left[m][part == 1 ? 1 : 0]; },
             part == 2 ? 1 : 0);
       }
-    }
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
+      group.each([&](int thread, Registers& r) {
         const bool owner = thread / 32 + 4 * m == b;
+        split_block(r.g, -1.0f, r.left[m]);
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t high = r.b[0][i / 2][i % 2], low = r.b[1][i / 2][i % 2];
-          float (&g)[4] = r.gp[m][i % 2];
-          if (owner) {
-            g[i / 2 * 2] = -(low_float16(high) + low_float16(low));
-            g[i / 2 * 2 + 1] = -(high_float16(high) + high_float16(low));
-          }
+        for (int j = 0; j < 4; ++j) {
+          // (Word j of a left factor is word j % 2, j / 2 of its transpose as a right one; D^{-1}
+          // is symmetric.)
+          r.left[m][0][j] = owner ? r.b[0][j % 2][j / 2] : r.left[m][0][j];
+          r.left[m][1][j] = owner ? r.b[1][j % 2][j / 2] : r.left[m][1][j];
         }
+      });
+    }
+    group.with_warp(b % 4, [&] {
+      group.each([&](int, Registers& r) {
         KALMANET_UNROLL
-        for (int e = 0; e < 64; ++e) r.h[m][e] = owner ? 0.0f : r.h[m][e];
-        split_block(r.gp[m], -1.0f, r.left[m]);
-      }
+        for (int m = 0; m < 2; ++m) {
+          if (b / 4 != m) continue;
+          KALMANET_UNROLL
+          for (int e = 0; e < 64; ++e) r.h[m][e] = 0.0f;
+        }
+      });
     });
   }
 

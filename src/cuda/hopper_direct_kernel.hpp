@@ -23,6 +23,7 @@
 #include "cuda/direct_pivot.hpp"
 #include "cuda/direct_plan.hpp"
 #include "cuda/hopper_group.hpp"
+#include "cuda/job.hpp"
 
 namespace kalmanet::cuda {
 
@@ -75,25 +76,28 @@ struct HopperShared {
   float unit[3][HopperLayout::kTokens];  // what a token's k, v, q are multiplied by: 1 / unit
   float total[2];                        // e^{G_C}
   double warp[2][4];                     // each warp's sum of a state's squares
+  // The block's work, and where it is: no register holds them through a chunk.
+  Piece piece;
+  int64_t head, t0;
+  float* states;  // H, then U: [rows 64 m][tile of 8 columns][thread][4]
   float mu;
   int tokens, steps, ill;
 };
 static_assert(sizeof(HopperShared) <= 113 * 1024, "two blocks a multiprocessor");
 
 struct HopperRegisters {
-  float h[2][64];                     // H, or what is inverted, or U: rows 64 m + sum_row
-  float y[64];                        // sums of 64 x 128
-  float s[32];                        // sums of 64 x 64
-  uint32_t keys[32];                  // K as left factor
-  uint32_t q[32];                     // Q
-  uint32_t w[32];                     // the iterate; m's high parts
-  uint32_t low[32];                   // m's low parts; Y's
-  uint32_t f[2][16];                  // a left factor of 64 x 64, high and low
-  uint32_t z[2][16];                  // weighted keys, columns of dims
-  float pan[2][2][4], next[2][2][4];  // the pivot's columns of h, and the next one's
-  float gp[2][2][4];                  // B D^{-1}
-  uint32_t left[2][2][4];             // what multiplies the panel [rows 64 m][high or low]
-  uint32_t raw[8][4];                 // rows on their way
+  float h[2][64];          // H, or what is inverted, or U: rows 64 m + sum_row
+  float y[64];             // sums of 64 x 128
+  float s[32];             // sums of 64 x 64
+  uint32_t keys[32];       // K as left factor
+  uint32_t q[32];          // Q
+  uint32_t w[32];          // the iterate; m's high parts
+  uint32_t low[32];        // m's low parts; Y's
+  uint32_t f[2][16];       // a left factor of 64 x 64, high and low
+  uint32_t z[2][16];       // weighted keys, columns of dims
+  float next[2][2][4];     // the next pivot's columns of h
+  uint32_t left[2][2][4];  // what multiplies the panel [rows 64 m][high or low]
+  uint32_t raw[8][4];      // rows on their way
   uint32_t a[2][4], b[2][2][2], t[4];
   uint32_t most;
   float g[2][4];

@@ -2,6 +2,7 @@
 // |H_t|.
 #pragma once
 
+#include "cuda/async_copy.hpp"
 #include "cuda/hopper_direct_tokens.hpp"
 
 namespace kalmanet::cuda {
@@ -9,11 +10,15 @@ namespace kalmanet::cuda {
 template <class Group>
 struct HopperState : HopperTokens<Group> {
   using Base = HopperTokens<Group>;
-  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::n;
+  using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::n;
   using L = HopperLayout;
   using Registers = HopperRegisters;
 
   KALMANET_KERNEL float* state_at(bool u, int m, int thread, int tile) {
+    float* const states = shared.states;
+#ifdef __CUDACC__
+    __builtin_assume(__isGlobal(states));
+#endif
     return states + (u ? 128 * 128 : 0) +
            (static_cast<int64_t>(m * 16 + tile) * L::kThreads + thread) * 4;
   }
@@ -24,20 +29,34 @@ struct HopperState : HopperTokens<Group> {
                                       ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
                                       : slot_view<float>(job, piece.slot, head, u);
     group.each([&](int, Registers& r) { r.sum = 0; });
+    const bool dense = from.data != nullptr && from.whole_pieces();
     KALMANET_LOOP
-    for (int m = 0; m < 2; ++m) {
+    for (int part = 0; part < 4; ++part) {  // of 64 rows, 64 columns: loads under way together
       group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int tile = 0; tile < 16; ++tile) {
-          float v[4];
+        float v[8][4];
+        const int row = part / 2 * 64 + sum_row(thread, 0), column = part % 2 * 64 + thread % 4 * 2;
+        if (dense) {
+          const float* const at = from.data + row * from.row + column;
           KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const int row = 64 * m + sum_row(thread, i / 2);
-            const int column = sum_column(thread, 2 * tile) + i % 2;
-            v[i] = from.data == nullptr ? 0.0f : from.data[from.at(row, column)];
+          for (int i = 0; i < 16; ++i) {
+            float pair[2];
+            load2(at + i % 2 * 8 * from.row + i / 2 * 8, pair);
+            v[i / 2][i % 2 * 2] = pair[0], v[i / 2][i % 2 * 2 + 1] = pair[1];
           }
-          store4(state_at(u, m, thread, tile), v);
-          r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
+        } else {
+          KALMANET_UNROLL
+          for (int i = 0; i < 32; ++i) {
+            v[i / 4][i % 4] =
+                from.data == nullptr
+                    ? 0.0f
+                    : from.data[from.at(row + i / 2 % 2 * 8, column + i / 4 * 8 + i % 2)];
+          }
+        }
+        KALMANET_UNROLL
+        for (int tile = 0; tile < 8; ++tile) {
+          store4(state_at(u, part / 2, thread, part % 2 * 8 + tile), v[tile]);
+          r.sum += (v[tile][0] * v[tile][0] + v[tile][1] * v[tile][1]) +
+                   (v[tile][2] * v[tile][2] + v[tile][3] * v[tile][3]);
         }
       });
     }
@@ -202,6 +221,7 @@ struct HopperState : HopperTokens<Group> {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int m = 0; m < 2; ++m) {
+        float* const to = state_at(u, m, thread, 0);
         float squares = 0;
         KALMANET_UNROLL
         for (int tile = 0; tile < 16; ++tile) {
@@ -211,7 +231,7 @@ struct HopperState : HopperTokens<Group> {
             v[i] = r.h[m][4 * tile + i] *= r.largest;
             squares += v[i] * v[i];
           }
-          store4(state_at(u, m, thread, tile), v);
+          store4(to + tile * L::kThreads * 4, v);
         }
         r.sum += static_cast<double>(squares);
       }

@@ -14,33 +14,30 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
   using Registers = HopperRegisters;
 
   const GkaJob& job;
-  Piece piece;
-  int64_t head;
-  float* states;  // H, then U: [rows 64 m][tile of 8 columns][thread][4]
-  int64_t t0 = 0;
-  int n = 0;  // tokens
+  const Piece& piece = shared.piece;
+  const int64_t& head = shared.head;
+  const int64_t& t0 = shared.t0;
+  const int& n = shared.tokens;
 
   // Every warp's 16 tokens of a tensor, on their way; and into 64 x 128 cores.
   KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
-    group.by_warp(0, 4, [&](int warp) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        fetch_token_rows(group, base, a.stride[1], piece.end - t0, warp * 16 + i * 8, 4 * i);
-      }
-    });
+    KALMANET_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      fetch_token_rows(
+          group, base, a.stride[1], piece.end - t0,
+          [i](int thread) { return thread / 32 * 16 + i * 8; }, 4 * i);
+    }
   }
   KALMANET_KERNEL void put_rows(int log2, Core* to, float* unit) {
-    group.by_warp(0, 4, [&](int warp) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        put_token_rows(group, n, warp * 16 + i * 8, 4 * i, log2, unit, shared.ill,
-                       [=](int token, int column) {
-                         return &to[token / 8 * 16 + column].word[token % 8 * 4];
-                       });
-      }
-    });
+    KALMANET_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      put_token_rows(
+          group, n, [i](int thread) { return thread / 32 * 16 + i * 8; }, 4 * i, log2, unit,
+          shared.ill,
+          [=](int token, int column) { return &to[token / 8 * 16 + column].word[token % 8 * 4]; });
+    }
   }
 
   // Everything that is a token's own, what follows from the gates, and how many tokens the chunk
@@ -80,18 +77,20 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     });
     group.barrier();
     count_tokens(left);
-    group.each([&](int thread, Registers&) {
-      const int t = thread % 64, which = thread / 64;
-      const float since = t < n ? shared.since[which][t] : 0.0f;
-      const float beta2 = t < n ? shared.beta2[t] : 0.0f;
-      const float all = shared.since[which][n - 1];
+    group.each([&](int thread, Registers& r) {
+      const int t = thread % 64, which = thread / 64, count = static_cast<int>(r.most);
+      const float since = t < count ? shared.since[which][t] : 0.0f;
+      const float beta2 = t < count ? shared.beta2[t] : 0.0f;
+      const float all = shared.since[which][count - 1];
       shared.start[which][t] = expf(since);
       shared.since_end[which][t] = beta2 * expf(all - since);
       (which == 0 ? shared.weight : shared.value_weight)[t] = beta2 * expf(-since);
       if (t == 0) shared.total[which] = expf(all);
+      if (thread == 0) shared.tokens = count;
     });
+    group.barrier();
   }
-  // n <- the tokens up to the first that has forgotten too much; by every warp.
+  // most <- the tokens up to the first that has forgotten too much; in every warp.
   KALMANET_KERNEL void count_tokens(int64_t left) {
     group.each([&](int thread, Registers& r) {
       r.most = 0;
@@ -105,9 +104,8 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     });
     group.max_warp([](Registers& r) -> uint32_t& { return r.most; });
     group.each([&](int, Registers& r) {
-      int count = 64 - static_cast<int>(r.most);
-      if (count > left) count = static_cast<int>(left);
-      n = count < 1 ? 1 : count;
+      const int64_t count = 64 - static_cast<int64_t>(r.most);
+      r.most = static_cast<uint32_t>(count > left ? left : (count < 1 ? 1 : count));
     });
   }
 
@@ -147,9 +145,9 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     return to[(thread / 32 * 2 + j % 2) * columns + j / 2].word[thread % 32];
   }
 
-  // The next chunk's rows and numbers towards L2.
+  // The rows that are needed next towards L2. (The tokens' numbers are there: other heads' blocks
+  // read the same lines.)
   KALMANET_KERNEL void prefetch_chunk(int64_t from) {
-    const int64_t left = piece.end - from;
     const auto rows = [&](const Array& a, int64_t a_head, int64_t first) {
       const uint16_t* const base =
           static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, first, a_head);
@@ -159,22 +157,9 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
         }
       });
     };
-    const auto numbers = [&](const Array& a) {
-      if (a.data == nullptr) return;
-      group.each([&](int thread, Registers&) {
-        if (thread >= 64 || thread >= left) return;
-        prefetch(static_cast<const char*>(a.data) + offset_of(a, piece.row, from + thread, head) *
-                                                        (a.dtype == DType::float32 ? 4 : 2));
-      });
-    };
     rows(job.q, head / job.q_group, t0);
     rows(job.v, head / job.v_group, t0);
     rows(job.k, head / job.k_group, from);
-    numbers(job.gk);
-    if (job.g.data != job.gk.data) numbers(job.g);
-    numbers(job.alpha);
-    numbers(job.beta);
-    numbers(job.ridge);
   }
 };
 

@@ -39,42 +39,74 @@ KALMANET_KERNEL int sum_column(int thread, int j) {
 
 #ifdef __CUDACC__
 
-// Register d[i] .. of 8, and of 64.
-#define KALMANET_EIGHT(d, i)                                                                  \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
+// Registers d[i] .. d[i + 7] as operands.
+#define KALMANET_EIGHT(how, d, i)                                                       \
+  how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3]), how(d[i + 4]), how(d[i + 5]), \
+      how(d[i + 6]), how(d[i + 7])
 
-// d += a b (or d = a b where not `keep`), 16 columns of a; b's descriptor. kTransposed: the right
-// factor's rows lie as rows (k), else as columns.
+// d += a b, 16 columns of a; b's descriptor. kTransposed: the right factor's rows lie as rows (k),
+// else as columns. _first: d = a b, with which what d was need not be in the registers where it
+// becomes this.
 template <bool kTransposed>
-KALMANET_KERNEL void wgmma64(float* d, const uint32_t* a, uint64_t b, bool keep) {
+KALMANET_KERNEL void wgmma64(float* d, const uint32_t* a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile(
-      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %37, 0;\n"
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, keep, 1, 1, %38;\n}"
-      : KALMANET_EIGHT(d, 0), KALMANET_EIGHT(d, 8), KALMANET_EIGHT(d, 16), KALMANET_EIGHT(d, 24)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)),
-        "n"(kTransposed ? 1 : 0));
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, keep, 1, 1, %37;\n}"
+      : KALMANET_EIGHT("+f", d, 0), KALMANET_EIGHT("+f", d, 8), KALMANET_EIGHT("+f", d, 16),
+        KALMANET_EIGHT("+f", d, 24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed ? 1 : 0));
 #endif
 }
 template <bool kTransposed>
-KALMANET_KERNEL void wgmma128(float* d, const uint32_t* a, uint64_t b, bool keep) {
+KALMANET_KERNEL void wgmma64_first(float* d, const uint32_t* a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile(
-      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %69, 0;\n"
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, keep, 1, 1, %37;\n}"
+      : KALMANET_EIGHT("=f", d, 0), KALMANET_EIGHT("=f", d, 8), KALMANET_EIGHT("=f", d, 16),
+        KALMANET_EIGHT("=f", d, 24)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed ? 1 : 0));
+#endif
+}
+template <bool kTransposed>
+KALMANET_KERNEL void wgmma128(float* d, const uint32_t* a, uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-      "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-      "%56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, keep, 1, 1, %70;\n}"
-      : KALMANET_EIGHT(d, 0), KALMANET_EIGHT(d, 8), KALMANET_EIGHT(d, 16), KALMANET_EIGHT(d, 24),
-        KALMANET_EIGHT(d, 32), KALMANET_EIGHT(d, 40), KALMANET_EIGHT(d, 48), KALMANET_EIGHT(d, 56)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(keep)),
-        "n"(kTransposed ? 1 : 0));
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, keep, 1, 1, %69;\n}"
+      : KALMANET_EIGHT("+f", d, 0), KALMANET_EIGHT("+f", d, 8), KALMANET_EIGHT("+f", d, 16),
+        KALMANET_EIGHT("+f", d, 24), KALMANET_EIGHT("+f", d, 32), KALMANET_EIGHT("+f", d, 40),
+        KALMANET_EIGHT("+f", d, 48), KALMANET_EIGHT("+f", d, 56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed ? 1 : 0));
+#endif
+}
+template <bool kTransposed>
+KALMANET_KERNEL void wgmma128_first(float* d, const uint32_t* a, uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, 0, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, keep, 1, 1, %69;\n}"
+      : KALMANET_EIGHT("=f", d, 0), KALMANET_EIGHT("=f", d, 8), KALMANET_EIGHT("=f", d, 16),
+        KALMANET_EIGHT("=f", d, 24), KALMANET_EIGHT("=f", d, 32), KALMANET_EIGHT("=f", d, 40),
+        KALMANET_EIGHT("=f", d, 48), KALMANET_EIGHT("=f", d, 56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposed ? 1 : 0));
 #endif
 }
 
@@ -82,47 +114,51 @@ KALMANET_KERNEL void wgmma128(float* d, const uint32_t* a, uint64_t b, bool keep
 // a_of say where in the registers) and 64 or 128 columns (kColumns) of b. kRows: b's rows are as in
 // memory; otherwise b is the transpose of what lies there. Between begin_products() and
 // settle<..>() neither c nor a may be touched.
-template <int kColumns, bool kRows, class Registers, class C, class A>
-KALMANET_KERNEL void multiply_wide(DeviceGroup<Registers>& group, C&& c_of, A&& a_of, Cores b,
-                                   bool keep = true) {
+template <int kColumns, bool kRows, class Registers, int kPart, class C, class A>
+KALMANET_KERNEL void multiply_wide(DeviceGroup<Registers, kPart>& group, C&& c_of, A&& a_of,
+                                   Cores b, bool keep = true) {
   group.each([&](int, Registers& r) {
     constexpr uint64_t kCore = sizeof(Core) / 16;
     // Byte distances of cores by 16: along k in bits 16 .., along the product's columns in 32 .. .
     const uint64_t rows = static_cast<uint64_t>(b.rows_apart) * kCore;
     const uint64_t along_k = kRows ? rows : kCore, along_n = kRows ? kCore : rows;
     const uint64_t at = (__cvta_generic_to_shared(b.at) & 0x3ffff) >> 4;
-    const uint64_t descriptor = at | along_k << 16 | along_n << 32;
+    uint64_t descriptor = at | along_k << 16 | along_n << 32;
+    // (Made here, of an address, and not kept in registers from a loop's start.)
+    asm volatile("" : "+l"(descriptor));
     if constexpr (kColumns == 64) {
-      wgmma64<kRows>(c_of(r), a_of(r), descriptor, keep);
+      keep ? wgmma64<kRows>(c_of(r), a_of(r), descriptor)
+           : wgmma64_first<kRows>(c_of(r), a_of(r), descriptor);
     } else {
-      wgmma128<kRows>(c_of(r), a_of(r), descriptor, keep);
+      keep ? wgmma128<kRows>(c_of(r), a_of(r), descriptor)
+           : wgmma128_first<kRows>(c_of(r), a_of(r), descriptor);
     }
   });
 }
 
-template <class Registers>
-KALMANET_KERNEL void begin_products(DeviceGroup<Registers>&) {
+template <class Registers, int kPart>
+KALMANET_KERNEL void begin_products(DeviceGroup<Registers, kPart>&) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 // The products since the last call become one group, of which kPending may be under way when
 // wait_products returns.
-template <class Registers>
-KALMANET_KERNEL void commit_products(DeviceGroup<Registers>&) {
+template <class Registers, int kPart>
+KALMANET_KERNEL void commit_products(DeviceGroup<Registers, kPart>&) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-template <int kPending, class Registers>
-KALMANET_KERNEL void wait_products(DeviceGroup<Registers>&) {
+template <int kPending, class Registers, int kPart>
+KALMANET_KERNEL void wait_products(DeviceGroup<Registers, kPart>&) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #endif
 }
 // The compiler must not read sums before the wait: it does not know that they come late.
-template <int kSums, class Registers, class C>
-KALMANET_KERNEL void settle(DeviceGroup<Registers>& group, C&& c_of) {
+template <int kSums, class Registers, int kPart, class C>
+KALMANET_KERNEL void settle(DeviceGroup<Registers, kPart>& group, C&& c_of) {
   group.each([&](int, Registers& r) {
     float* const c = c_of(r);
     KALMANET_UNROLL
@@ -131,8 +167,8 @@ KALMANET_KERNEL void settle(DeviceGroup<Registers>& group, C&& c_of) {
 }
 
 // What this thread stored to shared memory is there for the products after the next barrier.
-template <class Registers>
-KALMANET_KERNEL void publish(DeviceGroup<Registers>&) {
+template <class Registers, int kPart>
+KALMANET_KERNEL void publish(DeviceGroup<Registers, kPart>&) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
@@ -140,8 +176,8 @@ KALMANET_KERNEL void publish(DeviceGroup<Registers>&) {
 
 // to(registers)[m] <- the 8 x 8 of which lanes 8 m .. 8 m + 7 name the rows (row_at(thread), 16
 // bytes each), as a warp's fragment has it, or transposed.
-template <bool kTranspose, class Registers, class To, class Row>
-KALMANET_KERNEL void load_fragment(DeviceGroup<Registers>& group, To&& to, Row&& row_at) {
+template <bool kTranspose, class Registers, int kPart, class To, class Row>
+KALMANET_KERNEL void load_fragment(DeviceGroup<Registers, kPart>& group, To&& to, Row&& row_at) {
   group.each([&](int thread, Registers& r) {
     uint32_t* const t = to(r);
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row_at(thread)));
