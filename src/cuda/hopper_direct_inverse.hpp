@@ -1,5 +1,4 @@
-// The direct solver on Hopper: the inverse of a 128 x 128 matrix that lies in a warpgroup's
-// registers.
+// The direct solver on Hopper: the inverse of a 128 x 128 matrix that lies in a block's registers.
 #pragma once
 
 #include "cuda/hopper_direct_state.hpp"
@@ -12,46 +11,30 @@ struct HopperInverse : HopperState<Group> {
   using Base::group, Base::shared;
   using Registers = HopperRegisters;
 
-  // h <- -h^{-1} by the sweep operator, block by block (direct_inverse.hpp). The columns of the
-  // next pivot are swept first and apart, so that it is inverted while the matrix units sweep the
-  // rest; h's own copy of them is used for nothing but the blocks that are swept later.
+  // h <- -h^{-1} by the sweep operator, block by block (direct_inverse.hpp).
   KALMANET_KERNEL void invert() {
-    take_columns(0);
-    put_panel(0);
-    invert_pivot(0, 0);
-    publish(group);
-    group.barrier();
-    KALMANET_LOOP  // eight copies would not fit the instruction cache
+    const auto h = [](Registers& r) -> float* { return r.h; };
+    KALMANET_LOOP  // one copy of the code
         for (int b = 0; b < 8; ++b) {
-      load_pivot(b);
-      if (b < 7) {
-        take_columns(b + 1);
-        sweep_next(b);
-      }
-      begin_products(group);
-      KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        const auto h = [m](Registers& r) -> float* { return r.h[m]; };
-        KALMANET_UNROLL
-        for (int part = 2; part >= 0; --part) {  // high low, low high, high high
-          const Core* const panel = shared.panel[b % 2][part == 2 ? 1 : 0];
-          multiply_wide<128, false>(
-              group, h, [m, part](Registers& r) { return r.left[m][part == 1 ? 1 : 0]; },
-              {panel, 2});
-        }
-      }
-      commit_products(group);
-      if (b < 7) {
-        put_panel((b + 1) % 2);
-        invert_pivot(b + 1, (b + 1) % 2);
-      }
-      wait_products<0>(group);
-      settle<64>(group, [](Registers& r) -> float* { return r.h[0]; });
-      settle<64>(group, [](Registers& r) -> float* { return r.h[1]; });
-      put_columns(b);
+      take_columns(b);
+      put_panel(b % 2);
+      invert_pivot(b);
       publish(group);
       group.barrier();
+      load_pivot(b);
+      begin_products(group);
+      KALMANET_UNROLL
+      for (int part = 2; part >= 0; --part) {  // high low, low high, high high
+        multiply_wide<128, false>(
+            group, h, [part](Registers& r) { return r.left[part == 1 ? 1 : 0]; },
+            [&](int) { return Cores{shared.panel[b % 2][part == 2 ? 1 : 0], 2}; });
+      }
+      commit_products(group);
+      wait_products<0>(group);
+      settle<64>(group, h);
+      put_columns(b);
     }
+    group.barrier();
   }
 
   // next <- columns 16 b .. of h, tiles 2 b and 2 b + 1.
@@ -61,32 +44,23 @@ struct HopperInverse : HopperState<Group> {
       for (int block = 0; block < 8; ++block) {
         if (block != b) continue;
         KALMANET_UNROLL
-        for (int m = 0; m < 2; ++m) {
-          KALMANET_UNROLL
-          for (int e = 0; e < 8; ++e) r.next[m][e / 4][e % 4] = r.h[m][8 * block + e];
-        }
+        for (int e = 0; e < 8; ++e) r.next[e / 4][e % 4] = r.h[8 * block + e];
       }
     });
   }
   // They <- B D^{-1} (the owner's: -D^{-1}), as it was multiplied: 22 bits of it.
   KALMANET_KERNEL void put_columns(int b) {
     group.each([&](int, Registers& r) {
+      float v[8];
       KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        float v[8];
+      for (int j = 0; j < 4; ++j) {
+        v[2 * j] = -(low_float16(r.left[0][j]) + low_float16(r.left[1][j]));
+        v[2 * j + 1] = -(high_float16(r.left[0][j]) + high_float16(r.left[1][j]));
+      }
+      KALMANET_UNROLL
+      for (int block = 0; block < 8; ++block) {
         KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t high = r.left[m][0][j], low = r.left[m][1][j];
-          v[2 * j] = -(low_float16(high) + low_float16(low));
-          v[2 * j + 1] = -(high_float16(high) + high_float16(low));
-        }
-        KALMANET_UNROLL
-        for (int block = 0; block < 8; ++block) {
-          KALMANET_UNROLL
-          for (int e = 0; e < 8; ++e) {
-            r.h[m][8 * block + e] = block == b ? v[e] : r.h[m][8 * block + e];
-          }
-        }
+        for (int e = 0; e < 8; ++e) r.h[8 * block + e] = block == b ? v[e] : r.h[8 * block + e];
       }
     });
   }
@@ -104,33 +78,25 @@ struct HopperInverse : HopperState<Group> {
   // next, split, into panel `buffer`.
   KALMANET_KERNEL void put_panel(int buffer) {
     group.each([&](int thread, Registers& r) {
+      uint32_t split[2][4];
+      split_block(r.next, 1.0f, split);
       KALMANET_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        uint32_t split[2][4];
-        split_block(r.next[m], 1.0f, split);
+      for (int part = 0; part < 2; ++part) {
         KALMANET_UNROLL
-        for (int part = 0; part < 2; ++part) {
-          KALMANET_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            Base::word_of(shared.panel[buffer][part] + 16 * m, 2, thread, j) = split[part][j];
-          }
+        for (int j = 0; j < 4; ++j) {
+          Core* const to = shared.panel[buffer][part] + thread / 128 * 16;
+          Base::word_of(to, 2, thread, j) = split[part][j];
         }
       }
     });
   }
 
-  // The owner of pivot b: its inverse into shared.pivot[buffer].
-  KALMANET_KERNEL void invert_pivot(int b, int buffer) {
-    group.with_warp(b % 4, [&] {
-      group.each([&](int, Registers& r) {
-        KALMANET_UNROLL
-        for (int e = 0; e < 8; ++e) {
-          r.g[e / 4][e % 4] = b < 4 ? r.next[0][e / 4][e % 4] : r.next[1][e / 4][e % 4];
-        }
-      });
-      this->take_pivot([](Registers& r, int tile) -> float (&)[4] { return r.g[tile]; });
+  // The owner of pivot b: its inverse into shared.pivot[b % 2].
+  KALMANET_KERNEL void invert_pivot(int b) {
+    group.with_warp(b, [&] {
+      this->take_pivot([](Registers& r, int tile) -> float (&)[4] { return r.next[tile]; });
       this->sweep_pivot();
-      this->put_pivot(shared.pivot[buffer][0], shared.pivot[buffer][1], -1.0f);
+      this->put_pivot(shared.pivot[b % 2][0], shared.pivot[b % 2][1], -1.0f);
     });
   }
 
@@ -140,93 +106,59 @@ struct HopperInverse : HopperState<Group> {
     this->load_right_transposed(0, [&](int) { return &shared.pivot[b % 2][0]; });
     this->load_right_transposed(1, [&](int) { return &shared.pivot[b % 2][1]; });
     KALMANET_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      KALMANET_UNROLL
-      for (int part = 0; part < 2; ++part) {
-        load_fragment<false>(
-            group, [m, part](Registers& r) { return r.left[m][part]; },
-            [&](int thread) {
-              const int lane = thread % 32;
-              const Core* const at = shared.panel[b % 2][part] + 16 * m +
-                                     (thread / 32 * 2 + lane / 8 % 2) * 2 + lane / 16;
-              return at->word + lane % 8 * 4;
-            });
-      }
-      group.each([](int, Registers& r) {
-        KALMANET_UNROLL
-        for (int e = 0; e < 8; ++e) r.g[e / 4][e % 4] = 0;
-      });
-      KALMANET_UNROLL
-      for (int part = 2; part >= 0; --part) {
-        this->add(
-            [](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
-            [m, part](Registers& r) -> uint32_t (&)[4] { return r.left[m][part == 1 ? 1 : 0]; },
-            part == 2 ? 1 : 0);
-      }
-      group.each([&](int thread, Registers& r) {
-        const bool owner = thread / 32 + 4 * m == b;
-        split_block(r.g, -1.0f, r.left[m]);
-        KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          // (Word j of a left factor is word j % 2, j / 2 of its transpose as a right one; D^{-1}
-          // is symmetric.)
-          r.left[m][0][j] = owner ? r.b[0][j % 2][j / 2] : r.left[m][0][j];
-          r.left[m][1][j] = owner ? r.b[1][j % 2][j / 2] : r.left[m][1][j];
-        }
-      });
+    for (int part = 0; part < 2; ++part) {
+      load_fragment<false>(
+          group, [part](Registers& r) { return r.left[part]; },
+          [&](int thread) {
+            const int lane = thread % 32;
+            const Core* const at =
+                shared.panel[b % 2][part] + (thread / 32 * 2 + lane / 8 % 2) * 2 + lane / 16;
+            return at->word + lane % 8 * 4;
+          });
     }
-    group.with_warp(b % 4, [&] {
+    group.each([](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int e = 0; e < 8; ++e) r.g[e / 4][e % 4] = 0;
+    });
+    KALMANET_UNROLL
+    for (int part = 2; part >= 0; --part) {
+      this->add([](Registers& r, int j) -> float (&)[4] { return r.g[j]; },
+                [part](Registers& r) -> uint32_t (&)[4] { return r.left[part == 1 ? 1 : 0]; },
+                part == 2 ? 1 : 0);
+    }
+    group.each([&](int thread, Registers& r) {
+      const bool owner = thread / 32 == b;
+      split_block(r.g, -1.0f, r.left);
+      KALMANET_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        // (Word j of a left factor is word j % 2, j / 2 of its transpose as a right one; D^{-1} is
+        // symmetric.)
+        r.left[0][j] = owner ? r.b[0][j % 2][j / 2] : r.left[0][j];
+        r.left[1][j] = owner ? r.b[1][j % 2][j / 2] : r.left[1][j];
+      }
+    });
+    group.with_warp(b, [&] {
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
-        for (int m = 0; m < 2; ++m) {
-          if (b / 4 != m) continue;
-          KALMANET_UNROLL
-          for (int e = 0; e < 64; ++e) r.h[m][e] = 0.0f;
-        }
+        for (int e = 0; e < 64; ++e) r.h[e] = 0.0f;
       });
     });
   }
-
-  // next <- next + left panel, its columns 16 (b + 1) .. .
-  KALMANET_KERNEL void sweep_next(int b) {
-    const auto panel_rows = [&](int part, int thread) {
-      // Columns of the product are rows of the panel: two cores of 8, each with two cores along k.
-      const int lane = thread % 32;
-      const Core* const at =
-          shared.panel[b % 2][part] + (2 * (b + 1) + lane / 16) * 2 + lane / 8 % 2;
-      return at->word + lane % 8 * 4;
-    };
-    KALMANET_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      load_fragment<false>(
-          group, [part](Registers& r) { return &r.b[part][0][0]; },
-          [&](int thread) { return panel_rows(part, thread); });
-    }
-    KALMANET_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      KALMANET_UNROLL
-      for (int part = 2; part >= 0; --part) {
-        this->add(
-            [m](Registers& r, int j) -> float (&)[4] { return r.next[m][j]; },
-            [m, part](Registers& r) -> uint32_t (&)[4] { return r.left[m][part == 1 ? 1 : 0]; },
-            part == 2 ? 1 : 0);
-      }
-    }
-  }
-
   // What invert() left, three quadrants of it, into shared.inverse.
   KALMANET_KERNEL void put_inverse() {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int quadrant = 0; quadrant < 3; ++quadrant) {
-        const int m = quadrant > 0 ? 1 : 0, column = quadrant == 2 ? 1 : 0;
+      for (int column = 0; column < 2; ++column) {
+        const int g = thread / 128;
+        if (column > g) continue;
+        Core* const to = shared.inverse[0][g + column];
         KALMANET_UNROLL
         for (int j = 0; j < 16; ++j) {
-          const float* const v = &r.h[m][32 * column + 2 * j];
+          const float* const v = &r.h[32 * column + 2 * j];
           uint32_t low;
-          Base::word_of(shared.inverse[0][quadrant], 8, thread, j) =
+          Base::word_of(to, 8, thread, j) =
               split_scaled(-kInverseScale * v[0], -kInverseScale * v[1], low);
-          Base::word_of(shared.inverse[1][quadrant], 8, thread, j) = low;
+          Base::word_of(to + 3 * HopperLayout::kQuadrant, 8, thread, j) = low;
         }
       }
     });

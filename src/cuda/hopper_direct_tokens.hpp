@@ -1,4 +1,4 @@
-// The direct solver on Hopper: what is a token's own, and fragments from shared memory.
+// The direct solver on Hopper: what is a token's own, and where numbers lie.
 #pragma once
 
 #include "cuda/direct_tokens.hpp"
@@ -19,29 +19,21 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
   const int64_t& t0 = shared.t0;
   const int& n = shared.tokens;
 
-  // Every warp's 16 tokens of a tensor, on their way; and into 64 x 128 cores.
+  // Every warp's 8 tokens of a tensor, on their way; and into 64 x 128 cores.
   KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
-    KALMANET_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      fetch_token_rows(
-          group, base, a.stride[1], piece.end - t0,
-          [i](int thread) { return thread / 32 * 16 + i * 8; }, 4 * i);
-    }
+    fetch_token_rows(
+        group, base, a.stride[1], piece.end - t0, [](int thread) { return thread / 32 * 8; }, 0);
   }
   KALMANET_KERNEL void put_rows(int log2, Core* to, float* unit) {
-    KALMANET_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      put_token_rows(
-          group, n, [i](int thread) { return thread / 32 * 16 + i * 8; }, 4 * i, log2, unit,
-          shared.ill,
-          [=](int token, int column) { return &to[token / 8 * 16 + column].word[token % 8 * 4]; });
-    }
+    put_token_rows(
+        group, n, [](int thread) { return thread / 32 * 8; }, 0, log2, unit, shared.ill,
+        [=](int token, int column) { return &to[token / 8 * 16 + column].word[token % 8 * 4]; });
   }
 
   // Everything that is a token's own, what follows from the gates, and how many tokens the chunk
-  // has. A barrier before shared's arrays are read.
+  // has.
   KALMANET_KERNEL void load_scalars() {
     const int64_t left = piece.end - t0;
     const auto at = [&](const Array& a, int t, double absent) {
@@ -50,10 +42,11 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     };
     group.by_warp(0, 2, [&](int which) {
       group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
+        KALMANET_LOOP
         for (int i = 0; i < 2; ++i) {
-          r.pair[i] =
+          const double gate =
               static_cast<double>(at(which == 0 ? job.gk : job.g, thread % 32 * 2 + i, 0.0));
+          r.pair[0] = i == 0 ? gate : r.pair[0], r.pair[1] = gate;
         }
       });
       scan_pairs(group);
@@ -77,16 +70,18 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     });
     group.barrier();
     count_tokens(left);
-    group.each([&](int thread, Registers& r) {
-      const int t = thread % 64, which = thread / 64, count = static_cast<int>(r.most);
-      const float since = t < count ? shared.since[which][t] : 0.0f;
-      const float beta2 = t < count ? shared.beta2[t] : 0.0f;
-      const float all = shared.since[which][count - 1];
-      shared.start[which][t] = expf(since);
-      shared.since_end[which][t] = beta2 * expf(all - since);
-      (which == 0 ? shared.weight : shared.value_weight)[t] = beta2 * expf(-since);
-      if (t == 0) shared.total[which] = expf(all);
-      if (thread == 0) shared.tokens = count;
+    group.by_warp(0, 4, [&](int) {
+      group.each([&](int thread, Registers& r) {
+        const int t = thread % 64, which = thread / 64, count = static_cast<int>(r.most);
+        const float since = t < count ? shared.since[which][t] : 0.0f;
+        const float beta2 = t < count ? shared.beta2[t] : 0.0f;
+        const float all = shared.since[which][count - 1];
+        shared.start[which][t] = expf(since);
+        shared.since_end[which][t] = beta2 * expf(all - since);
+        (which == 0 ? shared.weight : shared.value_weight)[t] = beta2 * expf(-since);
+        if (t == 0) shared.total[which] = expf(all);
+        if (thread == 0) shared.tokens = count;
+      });
     });
     group.barrier();
   }
@@ -109,40 +104,28 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     });
   }
 
-  // to[4 k ..] <- 64 x 128 of tokens x dims as left factor.
-  template <class To>
-  KALMANET_KERNEL void load_rows(const Core* from, To&& to) {
-    KALMANET_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      load_fragment<false>(
-          group, [&to, k](Registers& r) { return to(r) + 4 * k; },
-          [=](int thread) {
-            const int lane = thread % 32;
-            const int row = thread / 32 * 2 + lane / 8 % 2, column = 2 * k + lane / 16;
-            return from[row * 16 + column].word + lane % 8 * 4;
-          });
-    }
+  // Word j of the lane where 64 rows of the warpgroup and (8 columns of cores) lie.
+  KALMANET_KERNEL static uint32_t& word_of(Core* to, int columns, int thread, int j) {
+    return to[(thread % 128 / 32 * 2 + j % 2) * columns + j / 2].word[thread % 32];
   }
-  KALMANET_KERNEL void load_keys() {
-    load_rows(shared.keys, [](Registers& r) -> uint32_t* { return r.keys; });
+  // The same in the warpgroup's half of 64 x 128.
+  KALMANET_KERNEL static uint32_t& half_word(Core* to, int thread, int j) {
+    return word_of(to + thread / 128 * 8, 16, thread, j);
   }
-  // to[4 k ..] <- dims 64 m .. x tokens, of tokens x dims.
-  template <class To>
-  KALMANET_KERNEL void load_columns(const Core* from, int m, To&& to) {
+  KALMANET_KERNEL static int token_of(int thread, int j) { return sum_row(thread, j) % 64; }
+
+  // f[part][4 k ..] <- the warp's 16 dims x tokens, of tokens x dims.
+  KALMANET_KERNEL void load_columns(const Core* from, int part) {
     KALMANET_UNROLL
     for (int k = 0; k < 4; ++k) {
       load_fragment<true>(
-          group, [&to, k](Registers& r) { return to(r) + 4 * k; },
+          group, [part, k](Registers& r) { return r.f[part] + 4 * k; },
           [=](int thread) {
             const int lane = thread % 32;
-            const int row = 2 * k + lane / 16, column = 8 * m + thread / 32 * 2 + lane / 8 % 2;
+            const int row = 2 * k + lane / 16, column = thread / 32 * 2 + lane / 8 % 2;
             return from[row * 16 + column].word + lane % 8 * 4;
           });
     }
-  }
-  // Word j of the lane where 64 x (8 columns of cores) lies.
-  KALMANET_KERNEL static uint32_t& word_of(Core* to, int columns, int thread, int j) {
-    return to[(thread / 32 * 2 + j % 2) * columns + j / 2].word[thread % 32];
   }
 
   // The rows that are needed next towards L2. (The tokens' numbers are there: other heads' blocks
@@ -152,14 +135,12 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
       const uint16_t* const base =
           static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, first, a_head);
       group.each([&](int thread, Registers&) {
-        if (thread / 2 < piece.end - first) {
-          prefetch(base + thread / 2 * a.stride[1] + thread % 2 * 64);
-        }
+        const int token = thread % 128 / 2;
+        if (token < piece.end - first) prefetch(base + token * a.stride[1] + thread % 2 * 64);
       });
     };
-    rows(job.q, head / job.q_group, t0);
-    rows(job.v, head / job.v_group, t0);
-    rows(job.k, head / job.k_group, from);
+    group.by_warp(0, 4, [&](int) { rows(job.v, head / job.v_group, t0); });
+    group.by_warp(4, 8, [&](int) { rows(job.k, head / job.k_group, from); });
   }
 };
 
