@@ -194,7 +194,7 @@ struct DirectBody : DirectSolve<Group> {
       this->measure_keys(scale);
       group.barrier();
       group.new_part();
-      this->plan_chunk(this->squares_of_state(false), [&](int t) {
+      this->plan_chunk(static_cast<float>(this->squares_of_state(false)), [&](int t) {
         const DirectMeasured& measured = shared.measured;
         float product = 0;
         KALMANET_UNROLL

@@ -77,7 +77,7 @@ struct DirectShared {
   Quad inverse[2][DirectLayout::kSymmetric];  // P: high, low. While reading out: V
   Quad pivot[2][2];                           // D^{-1} of this pivot and the next: high, low
   alignas(16) float square[16][20];           // the pivot on its way to another order
-  alignas(16) float line[2][16][2];           // two of its rows
+  alignas(16) float line[2][16][4];           // four of its rows
   uint16_t coefficient[DirectLayout::kMostSteps][DirectLayout::kTokens];  // a_k, then output norms
   float node[DirectLayout::kMostSteps];                                   // -2 nu_k
   float ridge[DirectLayout::kTokens], alpha[DirectLayout::kTokens], beta2[DirectLayout::kTokens];
@@ -111,8 +111,8 @@ struct DirectRegisters {
   uint32_t a[2][4], b[2][2][2];
   uint32_t t[4], most, coefficient[2];
   float g[2][4];
-  float column[8], own[2], pivots[4], rows[8][2], diagonal;  // of a pivot
-  float dot[2], extreme[3], largest;
+  float column[8], own[4], pivots[4][4], diagonal;  // of a pivot
+  float dot[2], part[2], extreme[3], largest;
   double scan, pair[2], since[2][2], other, sum;
 };
 

@@ -13,10 +13,10 @@ inline constexpr double kFinestTolerance = 0x1p-12;
 
 // Products for a relative error `tolerance` where shifts lie within a factor `ratio` of mu.
 KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
-  const float root = sqrtf(ratio);
-  const float r = (root - 1.0f) / (root + 1.0f);
+  const float square_root = root(ratio);
+  const float r = divide(square_root - 1.0f, square_root + 1.0f);
   if (!(r > 0.0f)) return 1;
-  const float steps = ceilf(logf(0.5f * tolerance) / logf(r));
+  const float steps = ceilf(divide(logarithm(0.5f * tolerance), logarithm(r)));
   return steps < 1.0f ? 1 : (steps < 1e6f ? static_cast<int>(steps) : 1000000);
 }
 
@@ -52,7 +52,7 @@ struct DirectPlan : Below {
   // The first warp, two tokens a lane: f_t, the shifts, mu and all that follows a token.
   // product(t): k_t^T H_0 k_t + sum_j u_j (k_t . k_j)^2, in units of the token's keys.
   template <class Product>
-  KALMANET_KERNEL void plan_chunk(double start_norm2, Product&& product) {
+  KALMANET_KERNEL void plan_chunk(float start_norm2, Product&& product) {
     group.with_warp(0, [&] {
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
@@ -60,26 +60,26 @@ struct DirectPlan : Below {
           const int t = 2 * thread + i;
           const float u = shared.weight[t] * shared.unit[0][t] * shared.unit[0][t];
           const float own = u * shared.measured.norm2[t];
-          r.pair[i] = static_cast<double>(2.0f * u * product(t) - own * own);
+          r.part[i] = 2.0f * u * product(t) - own * own;
         }
       });
-      scan_pairs(group);
+      scan_parts(group);
       group.each([&](int thread, Registers& r) {
         r.extreme[0] = r.extreme[1] = -INFINITY;
         r.extreme[2] = 0;
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {  // f_t e^{-G_t}
           const int t = 2 * thread + i;
-          const float root = sqrtf(static_cast<float>(start_norm2 + r.pair[i]));
+          const float norm = root(start_norm2 + r.part[i]);
           const bool zero =
-              t >= n || root * shared.start[0][t] <= static_cast<float>(kVanishedNorm);
-          const float shift = zero ? 0.0f : shared.ridge[t] * root;
+              t >= n || norm * shared.start[0][t] <= static_cast<float>(kVanishedNorm);
+          const float shift = zero ? 0.0f : shared.ridge[t] * norm;
           if (!(shift >= 0.0f)) shared.ill = 1;
           r.dot[i] = shift;
           const bool counts = shift > 0.0f && !exact(t);
           if (counts) r.extreme[0] = fmaxf(r.extreme[0], shift);
           if (counts) r.extreme[1] = fmaxf(r.extreme[1], -shift);
-          if (!zero) r.extreme[2] = fmaxf(r.extreme[2], root);
+          if (!zero) r.extreme[2] = fmaxf(r.extreme[2], norm);
         }
       });
       KALMANET_UNROLL
@@ -89,15 +89,15 @@ struct DirectPlan : Below {
       group.each([&](int thread, Registers& r) {
         const float high = r.extreme[0], low = -r.extreme[1];
         const bool none = !(high > 0.0f);
-        const float mu = none ? 1.0f : sqrtf(high) * sqrtf(low);
+        const float mu = none ? 1.0f : root(high) * root(low);
         const float tolerance =
             static_cast<float>(job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
-        const int steps = none ? 0 : direct_products(sqrtf(high / low), tolerance);
+        const int steps = none ? 0 : direct_products(root(divide(high, low)), tolerance);
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int t = 2 * thread + i;
           shared.shift[t] = r.dot[i];
-          shared.key_scale[t] = sqrtf(divide(shared.weight[t], mu)) * shared.unit[0][t];
+          shared.key_scale[t] = root(divide(shared.weight[t], mu)) * shared.unit[0][t];
         }
         if (thread != 0) return;
         shared.mu = mu;

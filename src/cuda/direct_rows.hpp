@@ -1,5 +1,6 @@
 // What directly solving kernels do with a chunk's tokens before there is anything to multiply: rows
-// of tensors as float16, sums along tokens. Registers have raw, most; pair, scan, other.
+// of tensors as float16, sums along tokens. Registers have raw, most; pair, scan, other;
+// part, dot.
 #pragma once
 
 #include "cuda/direct_kernel.hpp"
@@ -66,27 +67,37 @@ KALMANET_KERNEL void put_token_rows(Group& group, int n, First&& first, int at, 
   });
 }
 
-// scan <- the scans of the lanes `step` before, for add(thread, registers) in other.
-template <class Group, class F>
-KALMANET_KERNEL void add_before(Group& group, int step, F&& add) {
-  group.shuffle([](auto& r) -> double& { return r.other; }, [](auto& r) { return r.scan; },
-                [step](int thread) { return thread - step; });
-  group.each(add);
-}
-// pair <- the sums over the warp's pairs up to and with each.
-template <class Group>
-KALMANET_KERNEL void scan_pairs(Group& group) {
-  group.each([](int, auto& r) { r.scan = r.pair[0] + r.pair[1]; });
+// pair (float64) or part (float32) <- the sums over the warp's pairs up to and with each.
+template <class Group, class Pair, class Scan, class Other>
+KALMANET_KERNEL void scan_lanes(Group& group, Pair&& pair, Scan&& scan, Other&& other) {
+  const auto add_before = [&](int step, auto&& add) {
+    group.shuffle(
+        other, [&](auto& r) { return scan(r); }, [step](int thread) { return thread - step; });
+    group.each(add);
+  };
+  group.each([&](int, auto& r) { scan(r) = pair(r)[0] + pair(r)[1]; });
   KALMANET_UNROLL
   for (int step = 1; step < 32; step *= 2) {
-    add_before(group, step, [&](int thread, auto& r) {
-      if (thread % 32 >= step) r.scan += r.other;
+    add_before(step, [&](int thread, auto& r) {
+      if (thread % 32 >= step) scan(r) += other(r);
     });
   }
-  add_before(group, 1, [](int thread, auto& r) {
-    r.pair[0] = thread % 32 == 0 ? r.pair[0] : r.other + r.pair[0];
-    r.pair[1] += r.pair[0];
+  add_before(1, [&](int thread, auto& r) {
+    pair(r)[0] = thread % 32 == 0 ? pair(r)[0] : other(r) + pair(r)[0];
+    pair(r)[1] += pair(r)[0];
   });
+}
+template <class Group>
+KALMANET_KERNEL void scan_pairs(Group& group) {
+  scan_lanes(
+      group, [](auto& r) -> double* { return r.pair; }, [](auto& r) -> double& { return r.scan; },
+      [](auto& r) -> double& { return r.other; });
+}
+template <class Group>
+KALMANET_KERNEL void scan_parts(Group& group) {
+  scan_lanes(
+      group, [](auto& r) -> float* { return r.part; }, [](auto& r) -> float& { return r.dot[0]; },
+      [](auto& r) -> float& { return r.dot[1]; });
 }
 
 }  // namespace kalmanet::cuda

@@ -189,7 +189,9 @@ struct HopperBody : HopperSolve<Group> {
   // Tokens [t0, t0 + n), whose H is in h. Returns whether the token kernel must do the piece
   // instead.
   KALMANET_KERNEL bool chunk() {
-    put_keys(true);
+    this->fetch_rows(job.k, head / job.k_group, 0);
+    this->load_scalars();
+    this->put_rows(0, 1, shared.keys, shared.unit[0]);
     const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
     const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
     this->put_state(scale);
@@ -198,7 +200,7 @@ struct HopperBody : HopperSolve<Group> {
     group.new_part();
     this->measure_keys(scale);
     group.barrier();
-    this->plan_chunk(this->squares_of_state(false), [&](int t) {
+    this->plan_chunk(static_cast<float>(this->squares_of_state(false)), [&](int t) {
       const HopperMeasured& measured = shared.measured;
       return measured.product[0][t] + measured.product[1][t] + measured.gram[t];
     });
@@ -212,6 +214,7 @@ struct HopperBody : HopperSolve<Group> {
       this->solve();
       group.barrier();  // (P, Z and the iterate are done with)
     } else {
+      this->fetch_rows(job.q, head / job.q_group, 0);
       this->load_queries();
       group.each([](int, Registers& r) {
         KALMANET_UNROLL
@@ -221,13 +224,14 @@ struct HopperBody : HopperSolve<Group> {
     }
     group.new_part();
     this->prefetch_chunk(t0 + n);
+    this->fetch_rows(job.k, head / job.k_group, 0);
+    this->fetch_rows(job.v, head / job.v_group, 4);
     this->put_solution();
-    put_keys(false);
-    this->fetch_rows(job.v, head / job.v_group);
+    this->put_rows(0, 1, shared.keys, shared.unit[0]);
     const double u2 = this->squares_of_state(true);
     const float power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
     put_values_state(0, power);
-    this->put_rows(1, shared.reading.values, shared.unit[1]);
+    this->put_rows(4, 1, shared.reading.values, shared.unit[1]);
     publish(group);
     group.barrier();
     group.new_part();
@@ -235,17 +239,14 @@ struct HopperBody : HopperSolve<Group> {
     read_out(power);
     group.barrier();  // (o takes the place of m)
     group.new_part();
+    if (advances()) this->fetch_state(true);
     store_outputs();
     group.barrier();
     check_amplification(u2);
     return false;
   }
-  // K into shared memory: at the chunk's begin, with what it is, and again after the iterate.
-  KALMANET_KERNEL void put_keys(bool begin) {
-    this->fetch_rows(job.k, head / job.k_group);
-    if (begin) this->load_scalars();
-    this->put_rows(1, shared.keys, shared.unit[0]);
-  }
+  // Whether the states after this chunk are needed.
+  KALMANET_KERNEL bool advances() const { return t0 + n < piece.end || piece.last; }
 
   KALMANET_KERNEL bool run() {
     KALMANET_LOOP  // one copy of the code
@@ -257,14 +258,16 @@ struct HopperBody : HopperSolve<Group> {
       group.new_part();
       if (chunk()) return true;
       group.barrier();  // (before the squares of U change)
-      const bool done = t0 + n >= piece.end;
-      if (done && !piece.last) return shared.ill != 0;
+      if (!advances()) return shared.ill != 0;
       group.new_part();
       KALMANET_LOOP  // one copy of the code
-          for (int which = 1; which >= 0; --which) this->advance(which == 1);
+          for (int which = 1; which >= 0; --which) {
+        this->advance(which == 1);
+        if (which == 1) this->fetch_state(false);
+      }
       group.barrier();
       if (shared.ill != 0) return true;
-      if (done) break;
+      if (t0 + n >= piece.end) break;
       group.each([&](int thread, Registers&) {
         if (thread == 0) shared.t0 += n;
       });

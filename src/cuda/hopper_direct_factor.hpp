@@ -25,6 +25,7 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
     });
     this->invert();
     group.new_part();
+    this->fetch_rows(job.q, head / job.q_group, 0);
     this->put_inverse();
     load_queries();
     multiply_keys();
@@ -40,10 +41,9 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
     group.barrier();
     put_gains();
   }
-  // q <- Q, through the gains' place. A barrier on the way.
+  // q <- Q, which was fetched, through the gains' place. A barrier on the way.
   KALMANET_KERNEL void load_queries() {
-    this->fetch_rows(job.q, head / job.q_group);
-    this->put_rows(2, shared.gains[0], shared.unit[2]);
+    this->put_rows(0, 2, shared.gains[0], shared.unit[2]);
     publish(group);
     group.barrier();
     group.new_part();
@@ -190,6 +190,7 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
       KALMANET_UNROLL
       for (int block = 0; block < 4; ++block) {
         if (block != b) continue;
+        only_here();
         KALMANET_UNROLL
         for (int e = 0; e < 8; ++e) r.next[e / 4][e % 4] = r.s[8 * block + e];
       }

@@ -43,6 +43,7 @@ struct HopperInverse : HopperState<Group> {
       KALMANET_UNROLL
       for (int block = 0; block < 8; ++block) {
         if (block != b) continue;
+        only_here();
         KALMANET_UNROLL
         for (int e = 0; e < 8; ++e) r.next[e / 4][e % 4] = r.h[8 * block + e];
       }
@@ -51,16 +52,19 @@ struct HopperInverse : HopperState<Group> {
   // They <- B D^{-1} (the owner's: -D^{-1}), as it was multiplied: 22 bits of it.
   KALMANET_KERNEL void put_columns(int b) {
     group.each([&](int, Registers& r) {
-      float v[8];
       KALMANET_UNROLL
       for (int j = 0; j < 4; ++j) {
-        v[2 * j] = -(low_float16(r.left[0][j]) + low_float16(r.left[1][j]));
-        v[2 * j + 1] = -(high_float16(r.left[0][j]) + high_float16(r.left[1][j]));
+        const float high[2] = {low_float16(r.left[0][j]), high_float16(r.left[0][j])};
+        const float low[2] = {low_float16(r.left[1][j]), high_float16(r.left[1][j])};
+        KALMANET_UNROLL
+        for (int c = 0; c < 2; ++c) r.next[j / 2][j % 2 * 2 + c] = -(high[c] + low[c]);
       }
       KALMANET_UNROLL
       for (int block = 0; block < 8; ++block) {
+        if (block != b) continue;
+        only_here();
         KALMANET_UNROLL
-        for (int e = 0; e < 8; ++e) r.h[8 * block + e] = block == b ? v[e] : r.h[8 * block + e];
+        for (int e = 0; e < 8; ++e) r.h[8 * block + e] = r.next[e / 4][e % 4];
       }
     });
   }
@@ -138,6 +142,7 @@ struct HopperInverse : HopperState<Group> {
       }
     });
     group.with_warp(b, [&] {
+      only_here();
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
         for (int e = 0; e < 64; ++e) r.h[e] = 0.0f;

@@ -65,7 +65,7 @@ struct HopperShared {
   Core factor_rows[2][2 * 8];        // 16 rows of the small factor, high and low
   Quad pivot[2][2];                  // D^{-1} of this pivot and the next: high, low
   alignas(16) float square[16][20];  // a pivot on its way to another order
-  alignas(16) float line[2][16][2];  // two of its rows
+  alignas(16) float line[2][16][4];  // four of its rows
   HopperMeasured measured;
   uint16_t coefficient[HopperLayout::kMostSteps][HopperLayout::kTokens];  // a_k
   float node[HopperLayout::kMostSteps];                                   // -2 nu_k
@@ -99,12 +99,12 @@ struct HopperRegisters {
   uint32_t f[2][16];    // a left factor of 64 x 64, high and low
   float next[2][4];     // the pivot's columns of h
   uint32_t left[2][4];  // what multiplies a panel, high and low
-  uint32_t raw[4][4];   // rows on their way
+  uint32_t raw[8][4];   // rows on their way
   uint32_t a[2][4], b[2][2][2], t[4];
   uint32_t most;
   float g[2][4];
-  float column[8], own[2], pivots[4], rows[8][2], diagonal;  // of a pivot
-  float dot[2], extreme[3], largest;
+  float column[8], own[4], pivots[4][4], diagonal;  // of a pivot
+  float dot[2], part[2], extreme[3], largest;
   double scan, pair[2], other, sum;
 };
 

@@ -19,16 +19,16 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
   const int64_t& t0 = shared.t0;
   const int& n = shared.tokens;
 
-  // Every warp's 8 tokens of a tensor, on their way; and into 64 x 128 cores.
-  KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head) {
+  // Every warp's 8 tokens of a tensor, on their way into raw[at ..]; and into 64 x 128 cores.
+  KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head, int at) {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
     fetch_token_rows(
-        group, base, a.stride[1], piece.end - t0, [](int thread) { return thread / 32 * 8; }, 0);
+        group, base, a.stride[1], piece.end - t0, [](int thread) { return thread / 32 * 8; }, at);
   }
-  KALMANET_KERNEL void put_rows(int log2, Core* to, float* unit) {
+  KALMANET_KERNEL void put_rows(int at, int log2, Core* to, float* unit) {
     put_token_rows(
-        group, n, [](int thread) { return thread / 32 * 8; }, 0, log2, unit, shared.ill,
+        group, n, [](int thread) { return thread / 32 * 8; }, at, log2, unit, shared.ill,
         [=](int token, int column) { return &to[token / 8 * 16 + column].word[token % 8 * 4]; });
   }
 

@@ -167,7 +167,7 @@ KALMANET_KERNEL void multiply_shared(DeviceGroup<Registers>& group, C&& c_of, A&
     const Cores a_cores = a_of(thread), b_cores = b_of(thread);
     uint64_t a = descriptor_of<false>(a_cores), b = descriptor_of<kRows>(b_cores);
     keep ? wgmma64_shared<kRows>(c_of(r), a, b) : wgmma64_shared_first<kRows>(c_of(r), a, b);
-    KALMANET_LOOP
+    KALMANET_UNROLL
     for (int k = 1; k < kSteps; ++k) {
       a += step_of<false>(a_cores), b += step_of<kRows>(b_cores);
       wgmma64_shared<kRows>(c_of(r), a, b);
