@@ -10,21 +10,18 @@ namespace kalmanet::cuda {
 
 // Rows of a [B,T,heads,128] tensor, `left` of them, on their way into raw[at ..]: a warp's 8 tokens
 // from first(thread) on, 16 bytes a load, eight lanes beside each other in as many rows. (So that
-// eight lanes' stores are a matrix.) base: row 0.
+// eight lanes' stores are a matrix.) base: row 0. Beyond the last row that one again, which is
+// thrown away later: a branch that some lanes take could be drawn out by the compiler over
+// instructions that a warp must execute together.
 template <class Group, class First>
 KALMANET_KERNEL void fetch_token_rows(Group& group, const uint16_t* base, int64_t stride,
                                       int64_t left, First&& first, int at) {
   group.each([&](int thread, auto& r) {
     const int token = first(thread) + thread % 8;
-    const uint16_t* const row = base + token * stride + thread % 32 / 8 * 8;
+    const int64_t row = token < left ? token : left - 1;
+    const uint16_t* const from = base + row * stride + thread % 32 / 8 * 8;
     KALMANET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if (token < left) {
-        load16(row + i * 32, r.raw[at + i]);
-      } else {
-        r.raw[at + i][0] = r.raw[at + i][1] = r.raw[at + i][2] = r.raw[at + i][3] = 0;
-      }
-    }
+    for (int i = 0; i < 4; ++i) load16(from + i * 32, r.raw[at + i]);
   });
 }
 

@@ -257,7 +257,8 @@ struct HopperBody : HopperSolve<Group> {
     while (t0 < piece.end) {
       group.new_part();
       if (chunk()) return true;
-      group.barrier();  // (before the squares of U change)
+      group.barrier();                        // (before the squares of U change)
+      const bool done = t0 + n >= piece.end;  // (before the first thread goes on to the next chunk)
       if (!advances()) return shared.ill != 0;
       group.new_part();
       KALMANET_LOOP  // one copy of the code
@@ -267,7 +268,7 @@ struct HopperBody : HopperSolve<Group> {
       }
       group.barrier();
       if (shared.ill != 0) return true;
-      if (t0 + n >= piece.end) break;
+      if (done) break;
       group.each([&](int thread, Registers&) {
         if (thread == 0) shared.t0 += n;
       });
@@ -291,6 +292,7 @@ KALMANET_KERNEL void run_hopper_direct(Group& group, HopperShared& shared, const
     shared.t0 = shared.piece.begin;
     shared.states =
         static_cast<float*>(job.chunk_scratch) + block * DirectState<Group>::kStateFloats;
+    shared.zero = 0.0f;
     shared.ill = 0;
   });
   group.barrier();

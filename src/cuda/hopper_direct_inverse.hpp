@@ -143,9 +143,13 @@ struct HopperInverse : HopperState<Group> {
     });
     group.with_warp(b, [&] {
       only_here();
+      // A zero from memory: of one that it knows, ptxas makes "this product adds to nothing", which
+      // it then says for the warpgroup where it holds for a warp (13.0; an illegal instruction, or
+      // wrong sums).
+      const float zero = shared.zero;
       group.each([&](int, Registers& r) {
         KALMANET_UNROLL
-        for (int e = 0; e < 64; ++e) r.h[e] = 0.0f;
+        for (int e = 0; e < 64; ++e) r.h[e] *= zero;
       });
     });
   }

@@ -86,7 +86,7 @@ struct HopperShared {
   Piece piece;
   int64_t head, t0;
   float* states;  // H, then U: [tile of 8 columns][thread][4]
-  float mu;
+  float mu, zero;
   int tokens, steps, ill;
 };
 static_assert(sizeof(HopperShared) <= 113 * 1024, "two blocks a multiprocessor");
