@@ -130,7 +130,7 @@ KALMANET_KERNEL uint32_t split_scaled(float a, float b, uint32_t& low) {
 }
 
 // log2 - exponent of the largest, for the bits of the largest bfloat16's magnitude.
-KALMANET_KERNEL int power_for(uint32_t largest, int log2) {
+KALMANET_KERNEL int exponent_for(uint32_t largest, int log2) {
   int exponent = 254 + log2 - static_cast<int>(largest >> 7);
   if (largest == 0) exponent = 127;
   exponent = exponent < 1 ? 1 : (exponent > 253 ? 253 : exponent);

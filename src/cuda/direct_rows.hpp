@@ -45,7 +45,7 @@ KALMANET_KERNEL void put_token_rows(Group& group, int n, First&& first, int at, 
   group.template max_apart<8>([](auto& r) -> uint32_t& { return r.most; });
   group.each([&](int thread, auto& r) {
     const int token = first(thread) + thread % 8;
-    const int exponent = power_for(r.most, log2);
+    const int exponent = exponent_for(r.most, log2);
     const float power = power_of_two(exponent);
     if (token < n && r.most >= 0x7f80) ill = 1;
     if (thread % 32 < 8) {

@@ -215,6 +215,7 @@ struct HopperBody : HopperSolve<Group> {
       group.barrier();  // (P, Z and the iterate are done with)
     } else {
       this->fetch_rows(job.q, head / job.q_group, 0);
+      group.barrier();  // (a query that is not finite makes the chunk ill: all have looked by now)
       this->load_queries();
       group.each([](int, Registers& r) {
         KALMANET_UNROLL
