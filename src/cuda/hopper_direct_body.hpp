@@ -168,7 +168,7 @@ struct HopperBody : HopperSolve<Group> {
     });
   }
   // Whether U magnifies more than these products bear.
-  KALMANET_KERNEL void check_amplification(double u2) {
+  KALMANET_KERNEL void check_amplification(float u2) {
     const int first = exact_tokens(), last = n;
     group.by_warp(0, 2, [&](int) {
       group.each([&](int t, Registers&) {
@@ -176,10 +176,10 @@ struct HopperBody : HopperSolve<Group> {
         // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it
         // is not small, and where it is these are a sequence's first tokens.
         const float weight = shared.alpha[t] * shared.unit[2][t] * static_cast<float>(job.scale);
-        const float x2 = (shared.x2[0][t] + shared.x2[1][t]) * static_cast<float>(u2) / 128.0f;
+        const float x2 = (shared.x2[0][t] + shared.x2[1][t]) * u2 * (1.0f / 128.0f);
         constexpr float kLimit = static_cast<float>(kLargestDirectAmplification);
         const float o2 = shared.measured.product[0][t] + shared.measured.product[1][t];
-        if (!(fabsf(weight) * sqrtf(x2) <= kLimit * sqrtf(o2))) {
+        if (!(fabsf(weight) * root(x2) <= kLimit * root(o2))) {
           shared.ill = 1;
         }
       });
@@ -192,15 +192,15 @@ struct HopperBody : HopperSolve<Group> {
     this->fetch_rows(job.k, head / job.k_group, 0);
     this->load_scalars();
     this->put_rows(0, 1, shared.keys, shared.unit[0]);
-    const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
-    const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
+    const float norm = root(this->squares_of_state(false));
+    const float scale = norm > 0.0f ? divide(16.0f, norm) : 1.0f;
     this->put_state(scale);
     publish(group);
     group.barrier();
     group.new_part();
     this->measure_keys(scale);
     group.barrier();
-    this->plan_chunk(static_cast<float>(this->squares_of_state(false)), [&](int t) {
+    this->plan_chunk(this->squares_of_state(false), [&](int t) {
       const HopperMeasured& measured = shared.measured;
       return measured.product[0][t] + measured.product[1][t] + measured.gram[t];
     });
@@ -229,8 +229,8 @@ struct HopperBody : HopperSolve<Group> {
     this->fetch_rows(job.v, head / job.v_group, 4);
     this->put_solution();
     this->put_rows(0, 1, shared.keys, shared.unit[0]);
-    const double u2 = this->squares_of_state(true);
-    const float power = u2 > 0.0 ? static_cast<float>(256.0 / sqrt(u2)) : 1.0f;
+    const float u2 = this->squares_of_state(true);
+    const float power = u2 > 0.0f ? divide(256.0f, root(u2)) : 1.0f;
     put_values_state(0, power);
     this->put_rows(4, 1, shared.reading.values, shared.unit[1]);
     publish(group);

@@ -153,8 +153,9 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
     KALMANET_LOOP
     for (int b = 0; b < 4; ++b) {
       take_factor_columns(b);
+      // (Both warpgroups have these rows: what the one writes the other need not.)
+      group.with_warp(b + 4, [&] { put_factor_rows(b); });
       group.with_warp(b, [&] {
-        put_factor_rows(b);
         this->take_pivot([](Registers& r, int tile) -> float (&)[4] { return r.next[tile]; });
         this->eliminate_pivot();
         this->put_pivot(shared.pivot[0][0], shared.pivot[0][1], 1.0f);

@@ -81,7 +81,7 @@ struct HopperShared {
   float unit[3][HopperLayout::kTokens];  // what a token's k, v, q are multiplied by: 1 / unit
   float x2[2][HopperLayout::kTokens];    // |x|^2, of either half of the dims
   float total[2];                        // e^{G_C}
-  double warp[2][8];                     // each warp's sum of a state's squares
+  float warp[2][8];                      // each warp's sum of a state's squares
   // The block's work, and where it is: no register holds them through a chunk.
   Piece piece;
   int64_t head, t0;
@@ -105,7 +105,8 @@ struct HopperRegisters {
   float g[2][4];
   float column[8], own[4], pivots[4][4], diagonal;  // of a pivot
   float dot[2], part[2], extreme[3], largest;
-  double scan, pair[2], other, sum;
+  double scan, pair[2], other;
+  float sum;
 };
 
 struct HopperTraits {

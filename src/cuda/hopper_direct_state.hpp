@@ -107,13 +107,13 @@ struct HopperState : HopperTokens<Group> {
 
   // shared.warp[u] <- each warp's sum of the threads' sums (of squares).
   KALMANET_KERNEL void put_squares(bool u) {
-    group.template sum_lanes<32>([](Registers& r) -> double& { return r.sum; });
+    group.template sum_lanes<32>([](Registers& r) -> float& { return r.sum; });
     group.each([&](int thread, Registers& r) {
       if (thread % 32 == 0) shared.warp[u ? 1 : 0][thread / 32] = r.sum;
     });
   }
-  KALMANET_KERNEL double squares_of_state(bool u) const {
-    double sum = 0.0;
+  KALMANET_KERNEL float squares_of_state(bool u) const {
+    float sum = 0.0f;
     KALMANET_UNROLL
     for (int w = 0; w < 8; ++w) sum += shared.warp[u ? 1 : 0][w];
     return sum;
@@ -214,18 +214,16 @@ struct HopperState : HopperTokens<Group> {
     add_tokens(u);
     group.each([&](int thread, Registers& r) {
       float* const to = state_at(u, thread);
-      float squares = 0;
       KALMANET_UNROLL
       for (int tile = 0; tile < 16; ++tile) {
         float v[4];
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           v[i] = r.h[4 * tile + i] *= r.largest;
-          squares += v[i] * v[i];
+          r.sum += v[i] * v[i];
         }
         store4(to + tile * kTileFloats, v);
       }
-      r.sum += static_cast<double>(squares);
     });
     put_squares(u);
   }
