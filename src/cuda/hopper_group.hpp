@@ -95,6 +95,23 @@ KALMANET_KERNEL void wgmma128(float* d, const uint32_t* a, uint64_t b) {
 #endif
 }
 template <bool kRows>
+KALMANET_KERNEL void wgmma128_bfloat16(float* d, const uint32_t* a, uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, "
+      "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, "
+      "%34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, keep, 1, 1, %69;\n}"
+      : KALMANET_EIGHT("+f", d, 0), KALMANET_EIGHT("+f", d, 8), KALMANET_EIGHT("+f", d, 16),
+        KALMANET_EIGHT("+f", d, 24), KALMANET_EIGHT("+f", d, 32), KALMANET_EIGHT("+f", d, 40),
+        KALMANET_EIGHT("+f", d, 48), KALMANET_EIGHT("+f", d, 56)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kRows ? 1 : 0));
+#endif
+}
+template <bool kRows>
 KALMANET_KERNEL void wgmma64_shared(float* d, uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile(
@@ -146,13 +163,17 @@ KALMANET_KERNEL uint64_t step_of(Cores x) {
 // a_of say where in the registers) and 64 or 128 columns (kColumns) of b (of a thread). kRows: b's
 // rows are as in memory; otherwise b is the transpose of what lies there. Between begin_products()
 // and settle<..>() neither c nor a may be touched.
-template <int kColumns, bool kRows, class Registers, class C, class A, class B>
+// kBfloat16 (128 columns): of bfloat16 instead of float16.
+template <int kColumns, bool kRows, bool kBfloat16 = false, class Registers, class C, class A,
+          class B>
 KALMANET_KERNEL void multiply_wide(DeviceGroup<Registers>& group, C&& c_of, A&& a_of, B&& b_of,
                                    bool keep = true) {
   group.each([&](int thread, Registers& r) {
     const uint64_t b = descriptor_of<kRows>(b_of(thread));
     if constexpr (kColumns == 64) {
       keep ? wgmma64<kRows>(c_of(r), a_of(r), b) : wgmma64_first<kRows>(c_of(r), a_of(r), b);
+    } else if constexpr (kBfloat16) {
+      wgmma128_bfloat16<kRows>(c_of(r), a_of(r), b);
     } else {
       wgmma128<kRows>(c_of(r), a_of(r), b);
     }
@@ -234,15 +255,20 @@ KALMANET_KERNEL void load_fragment(DeviceGroup<Registers>& group, To&& to, Row&&
 
 #else  // of __CUDACC__
 
-// Number (row, column) of cores.
-inline float core_number(Cores x, int row, int column) {
-  const uint32_t both =
-      x.at[row / 8 * x.rows_apart + column / 8].word[row % 8 * 4 + column % 8 / 2];
-  return column % 2 == 0 ? low_float16(both) : high_float16(both);
+// A number of 16 bits, float16 or bfloat16; and number (row, column) of cores.
+template <bool kBfloat16 = false>
+float half_number(uint32_t both, int which) {
+  if (kBfloat16) return which == 0 ? low_bfloat16(both) : high_bfloat16(both);
+  return which == 0 ? low_float16(both) : high_float16(both);
+}
+template <bool kBfloat16 = false>
+float core_number(Cores x, int row, int column) {
+  const Core& core = x.at[row / 8 * x.rows_apart + column / 8];
+  return half_number<kBfloat16>(core.word[row % 8 * 4 + column % 8 / 2], column % 2);
 }
 
 // What multiply_wide and multiply_shared do: left[thread / 128] is 64 x 16.
-template <int kColumns, bool kRows, class Registers, class C, class B>
+template <int kColumns, bool kRows, bool kBfloat16 = false, class Registers, class C, class B>
 void multiply_left(HostGroup<Registers>& group, const float (&left)[2][64][16], C&& c_of, B&& b_of,
                    bool keep) {
   std::vector<float> right(2 * 16 * kColumns);
@@ -254,7 +280,7 @@ void multiply_left(HostGroup<Registers>& group, const float (&left)[2][64][16], 
       const Cores b = b_of(thread);
       for (int k = 0; k < 16; ++k) {
         for (int n = 0; n < kColumns; ++n) {
-          to[k * kColumns + n] = core_number(b, kRows ? k : n, kRows ? n : k);
+          to[k * kColumns + n] = core_number<kBfloat16>(b, kRows ? k : n, kRows ? n : k);
         }
       }
       made[part] = true;
@@ -270,16 +296,17 @@ void multiply_left(HostGroup<Registers>& group, const float (&left)[2][64][16], 
     }
   });
 }
-template <int kColumns, bool kRows, class Registers, class C, class A, class B>
+template <int kColumns, bool kRows, bool kBfloat16 = false, class Registers, class C, class A,
+          class B>
 void multiply_wide(HostGroup<Registers>& group, C&& c_of, A&& a_of, B&& b_of, bool keep = true) {
   float left[2][64][16];
   group.each([&](int thread, Registers& r) {
     for (int j = 0; j < 4; ++j) {
       float* const to = &left[thread / 128][sum_row(thread, j) % 64][sum_column(thread, j)];
-      to[0] = low_float16(a_of(r)[j]), to[1] = high_float16(a_of(r)[j]);
+      for (int c = 0; c < 2; ++c) to[c] = half_number<kBfloat16>(a_of(r)[j], c);
     }
   });
-  multiply_left<kColumns, kRows>(group, left, c_of, b_of, keep);
+  multiply_left<kColumns, kRows, kBfloat16>(group, left, c_of, b_of, keep);
 }
 template <int kSteps, bool kRows, class Registers, class C, class A, class B>
 void multiply_shared(HostGroup<Registers>& group, C&& c_of, A&& a_of, B&& b_of, bool keep = true) {

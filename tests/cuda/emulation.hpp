@@ -13,6 +13,7 @@
 #include "cuda/few_body.hpp"
 #include "cuda/first_body.hpp"
 #include "cuda/hopper_direct_body.hpp"
+#include "cuda/hopper_state_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
@@ -113,6 +114,13 @@ inline void emulate_states(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
       for (bool u : {false, true}) {
+        if (how.hopper) {
+          Poisoned shared(sizeof(HopperStateShared));
+          HostGroup<HopperStateRegisters> group(StateLayout::kThreads, how.backwards);
+          run_hopper_states(group, *reinterpret_cast<HopperStateShared*>(shared.data()), job, piece,
+                            head, u);
+          continue;
+        }
         Poisoned shared(sizeof(StateShared));
         HostGroup<StateRegisters> group(StateLayout::kThreads, how.backwards);
         run_states(group, *reinterpret_cast<StateShared*>(shared.data()), job, piece, head, u);
