@@ -44,7 +44,11 @@ int64_t chunk_shared_bytes() {
 void launch_chunk_states(const GkaJob& job, Stream stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const dim3 grid(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H));
-  gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
+  if (device_info().major == 9) {
+    launch_hopper_states(job, stream);
+  } else {
+    gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
+  }
   const int64_t elements = job.K * (job.K + job.V);
   gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 1023) / 1024)), 256, 0, s>>>(
       job);
@@ -53,7 +57,10 @@ void launch_chunk_states(const GkaJob& job, Stream stream) {
 
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
   if (segmented) launch_chunk_states(job, stream);
-  if (job.direct) return launch_direct(job, stream);
+  if (job.direct) {
+    return device_info().major == 9 ? launch_hopper_direct(job, stream)
+                                    : launch_direct(job, stream);
+  }
   const dim3 grid = grid_with(gka_chunks, job);
   gka_chunks<<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
                static_cast<cudaStream_t>(stream)>>>(job);

@@ -194,7 +194,13 @@ struct DirectBody : DirectSolve<Group> {
       this->measure_keys(scale);
       group.barrier();
       group.new_part();
-      this->plan_chunk(scale);
+      this->plan_chunk(static_cast<float>(this->squares_of_state(false)), [&](int t) {
+        const DirectMeasured& measured = shared.measured;
+        float product = 0;
+        KALMANET_UNROLL
+        for (int w = 0; w < 8; ++w) product += measured.dots[w][t];
+        return product / scale + (measured.gram[0][t] + measured.gram[1][t]);
+      });
       group.barrier();
       if (shared.ill != 0) return true;
       group.new_part();
@@ -249,7 +255,7 @@ KALMANET_KERNEL void run_direct(Group& group, DirectShared& shared, const GkaJob
 #ifdef __CUDACC__
   __builtin_assume(__isGlobal(states));
 #endif
-  DirectBody<Group> body{{{{{{{{group, shared}}}, job, piece, head, states}}}}};
+  DirectBody<Group> body{{{{{{{{{group, shared}}}, job, piece, head, states}}}}}};
   const bool left_over = body.run();
   group.each([&](int thread, DirectRegisters&) {
     if (thread == 0) job.left_over[block] = left_over ? 1 : 0;

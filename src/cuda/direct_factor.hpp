@@ -1,149 +1,18 @@
-// The direct chunk kernel: a chunk's shifts and mu, and the factors that go with them.
+// The direct chunk kernel: a chunk's factors.
 #pragma once
 
-#include "cuda/chunk_body.hpp"
+#include "cuda/direct_plan.hpp"
 #include "cuda/direct_state.hpp"
 
 namespace kalmanet::cuda {
 
-// Truncation relative to x's own components, which U does not magnify: below this, bfloat16's
-// rounding of o (2^-9) hides it.
-inline constexpr double kFinestTolerance = 0x1p-12;
-
-// Products for a relative error `tolerance` where shifts lie within a factor `ratio` of mu.
-KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
-  const float root = sqrtf(ratio);
-  const float r = (root - 1.0f) / (root + 1.0f);
-  if (!(r > 0.0f)) return 1;
-  const float steps = ceilf(logf(0.5f * tolerance) / logf(r));
-  return steps < 1.0f ? 1 : (steps < 1e6f ? static_cast<int>(steps) : 1000000);
-}
-
-// The order in which n nodes are taken, [n][k], so that no product of the first (nu - nu_k) is ever
-// large: 0 .. 31 with their bits reversed, those below n. The first, by which Horner multiplies
-// last, is that nearest to nu = 0: there, where H is large and U does magnify, it wipes out what
-// rounding had left (beside the other end first: half the error at a memory of 20, a third at 3).
-struct NodeOrder {
-  uint8_t at[DirectLayout::kMostSteps + 1][DirectLayout::kMostSteps];
-  constexpr NodeOrder() : at() {
-    for (int n = 1; n <= DirectLayout::kMostSteps; ++n) {
-      int k = 0;
-      for (int c = 0; c < 32; ++c) {
-        const int node = (c & 1) << 4 | (c & 2) << 2 | (c & 4) | (c & 8) >> 2 | (c & 16) >> 4;
-        if (node < n) at[n][k++] = static_cast<uint8_t>(n - 1 - node);
-      }
-    }
-  }
-};
-KALMANET_CONSTANT NodeOrder kNodeOrder;
-
 template <class Group>
-struct DirectFactor : DirectState<Group> {
-  using Base = DirectState<Group>;
+struct DirectFactor : DirectPlan<Group, DirectState<Group>> {
+  using Base = DirectPlan<Group, DirectState<Group>>;
   using Base::group, Base::shared, Base::job, Base::piece, Base::head, Base::states, Base::t0,
       Base::n;
   using L = DirectLayout;
   using Registers = DirectRegisters;
-
-  // Tokens that are computed elsewhere (token_body.hpp, first tokens).
-  KALMANET_KERNEL bool exact(int t) const {
-    return piece.first && job.h0.data == nullptr && t0 + t < piece.begin + kExactTokens;
-  }
-
-  // The first warp, two tokens a lane: f_t, the shifts, mu and all that follows a token. scale:
-  // what measure_keys multiplied H_0 by.
-  KALMANET_KERNEL void plan_chunk(float scale) {
-    group.with_warp(0, [&] {
-      const double start_norm2 = this->squares_of_state(false);
-      group.each([&](int thread, Registers& r) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int t = 2 * thread + i;
-          const DirectMeasured& measured = shared.measured;
-          const float u = shared.weight[t] * shared.unit[0][t] * shared.unit[0][t];
-          float product = 0;
-          KALMANET_UNROLL
-          for (int w = 0; w < 8; ++w) product += measured.dots[w][t];
-          const float own = u * measured.norm2[t];
-          const float gram = measured.gram[0][t] + measured.gram[1][t];
-          r.pair[i] = static_cast<double>(2.0f * u * (product / scale + gram) - own * own);
-        }
-      });
-      this->scan();
-      group.each([&](int thread, Registers& r) {
-        r.extreme[0] = r.extreme[1] = -INFINITY;
-        r.extreme[2] = 0;
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {  // f_t e^{-G_t}
-          const int t = 2 * thread + i;
-          const float root = sqrtf(static_cast<float>(start_norm2 + r.pair[i]));
-          const bool zero =
-              t >= n || root * shared.start[0][t] <= static_cast<float>(kVanishedNorm);
-          const float shift = zero ? 0.0f : shared.ridge[t] * root;
-          if (!(shift >= 0.0f)) shared.ill = 1;
-          r.dot[i] = shift;
-          const bool counts = shift > 0.0f && !exact(t);
-          if (counts) r.extreme[0] = fmaxf(r.extreme[0], shift);
-          if (counts) r.extreme[1] = fmaxf(r.extreme[1], -shift);
-          if (!zero) r.extreme[2] = fmaxf(r.extreme[2], root);
-        }
-      });
-      KALMANET_UNROLL
-      for (int e = 0; e < 3; ++e) {
-        group.max_warp([e](Registers& r) -> float& { return r.extreme[e]; });
-      }
-      group.each([&](int thread, Registers& r) {
-        const float high = r.extreme[0], low = -r.extreme[1];
-        const bool none = !(high > 0.0f);
-        const float mu = none ? 1.0f : sqrtf(high) * sqrtf(low);
-        const float tolerance =
-            static_cast<float>(job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
-        const int steps = none ? 0 : direct_products(sqrtf(high / low), tolerance);
-        KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int t = 2 * thread + i;
-          shared.shift[t] = r.dot[i];
-          shared.key_scale[t] = sqrtf(divide(shared.weight[t], mu)) * shared.unit[0][t];
-        }
-        if (thread != 0) return;
-        shared.mu = mu;
-        shared.steps = steps;
-        if (steps > L::kMostSteps) shared.ill = 1;
-        if (!none && !(r.extreme[2] <= kLargestEntry * mu)) shared.ill = 1;
-      });
-    });
-  }
-
-  // What else follows a token, the polynomial's coefficients and nodes: by the last two warps, a
-  // token a thread, while the others' pivots are under way.
-  KALMANET_KERNEL void plan_tokens() {
-    group.by_warp(6, 8, [&](int) {
-      group.each([&](int thread, Registers&) {
-        const int t = thread % 64;
-        const float shift = shared.shift[t], mu = shared.mu, alpha = shared.alpha[t];
-        const float x_scale = shift == 0.0f ? 0.0f : divide(1.0f, mu * shared.start[0][t]);
-        const float most = fmaxf(fabsf(1.0f - alpha), fabsf(alpha) * x_scale);
-        int exponent = static_cast<int>(bits_of(most) >> 23) - 126;
-        if (!(most > 0.0f && most < INFINITY)) exponent = 0;
-        exponent = exponent < -100 ? -100 : (exponent > 100 ? 100 : exponent);
-        shared.solution_scale[t] = x_scale;
-        shared.query_scale[t] = power_of_two(-exponent);
-        shared.output_scale[t] = static_cast<float>(job.scale) * power_of_two(exponent);
-        // (Of a token computed elsewhere the shift may be far from mu.)
-        const float half = shift == 0.0f || exact(t) ? 0.0f : 0.5f * (divide(shift, mu) - 1.0f);
-        const float angle = divide(3.14159265f, static_cast<float>(shared.steps));
-        float a = 1.0f;
-        KALMANET_LOOP
-        for (int k = 0; k < shared.steps; ++k) {
-          const float at = static_cast<float>(kNodeOrder.at[shared.steps][k]) + 0.5f;
-          const float node = 1.0f + cosine(angle * at);  // 2 nu_k
-          a *= divide(k == 0 ? 1.0f : -half, 1.0f + half * node);
-          shared.coefficient[k][t] = static_cast<uint16_t>(pack_float16(a, a));
-          if (t == 0) shared.node[k] = -node;
-        }
-      });
-    });
-  }
 
   // P, Y, R and the gains Z. H is in h.
   KALMANET_KERNEL void factor() {
@@ -158,7 +27,7 @@ struct DirectFactor : DirectState<Group> {
         }
       }
     });
-    plan_tokens();
+    this->plan_tokens(6);
     this->invert();
     this->put_inverse();
     multiply_keys();
@@ -190,7 +59,7 @@ struct DirectFactor : DirectState<Group> {
   }
   // Q alone, where there is nothing to solve.
   KALMANET_KERNEL void take_queries() {
-    plan_tokens();
+    this->plan_tokens(6);
     group.by_warp(4, 8, [&](int warp) {
       this->fetch_rows_of_half(job.q, head / job.q_group, warp);
       this->put_rows_of_half(warp, 2, shared.queries, 2);
@@ -339,21 +208,21 @@ struct DirectFactor : DirectState<Group> {
     });
     if (warp > b) {
       // B L^{-T}, then that times L^{-1}.
-      pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] {
+      this->pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] {
         return reinterpret_cast<const float (&)[2][4]>(r.h);
       });
       this->load_right(0, [&](int) { return pivot; });
       this->load_right(1, [&](int) { return pivot + 1; });
-      multiply_split();
-      pack_factor(-1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
+      this->multiply_split();
+      this->pack_factor(-1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
       group.each([](int, Registers& r) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) r.g[0][i] = r.g[1][i] = 0;
       });
       this->load_right_transposed(0, [&](int) { return pivot; });
       this->load_right_transposed(1, [&](int) { return pivot + 1; });
-      multiply_split();  // -B D^{-1}
-      pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
+      this->multiply_split();  // -B D^{-1}
+      this->pack_factor(1.0f, [](Registers& r) -> const float (&)[2][4] { return r.g; });
     } else if (warp == b) {
       this->load_left_transposed(0, [&](int) { return pivot; });
       this->load_left_transposed(1, [&](int) { return pivot + 1; });
@@ -396,26 +265,6 @@ struct DirectFactor : DirectState<Group> {
       KALMANET_UNROLL
       for (int i = 0; i < 8; ++i) r.h[6 + i / 4][i % 4] = r.g[i / 4][i % 4];
     });
-  }
-
-  // a <- sign of(registers), 16 x 16, as left factor, high and low.
-  template <class Of>
-  KALMANET_KERNEL void pack_factor(float sign, Of&& of) {
-    group.each([&](int, Registers& r) {
-      const float (&v)[2][4] = of(r);
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        r.a[0][i] =
-            split_float16(sign * v[i / 2][i % 2 * 2], sign * v[i / 2][i % 2 * 2 + 1], r.a[1][i]);
-      }
-    });
-  }
-  // g += a b, both high and low.
-  KALMANET_KERNEL void multiply_split() {
-    const auto to = [](Registers& r, int j) -> float (&)[4] { return r.g[j]; };
-    this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, 0);
-    this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 1);
-    this->add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 0);
   }
 
   // y <- sqrt(2) Z = sqrt(2) Y R^{-T}: the warp's 16 dims.

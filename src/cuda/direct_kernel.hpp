@@ -77,7 +77,7 @@ struct DirectShared {
   Quad inverse[2][DirectLayout::kSymmetric];  // P: high, low. While reading out: V
   Quad pivot[2][2];                           // D^{-1} of this pivot and the next: high, low
   alignas(16) float square[16][20];           // the pivot on its way to another order
-  alignas(16) float line[2][16][2];           // two of its rows
+  alignas(16) float line[2][16][4];           // four of its rows
   uint16_t coefficient[DirectLayout::kMostSteps][DirectLayout::kTokens];  // a_k, then output norms
   float node[DirectLayout::kMostSteps];                                   // -2 nu_k
   float ridge[DirectLayout::kTokens], alpha[DirectLayout::kTokens], beta2[DirectLayout::kTokens];
@@ -111,8 +111,8 @@ struct DirectRegisters {
   uint32_t a[2][4], b[2][2][2];
   uint32_t t[4], most, coefficient[2];
   float g[2][4];
-  float column[8], own[2], pivots[4], rows[8][2], diagonal;  // of a pivot
-  float dot[2], extreme[3], largest;
+  float column[8], own[4], pivots[4][4], diagonal;  // of a pivot
+  float dot[2], part[2], extreme[3], largest;
   double scan, pair[2], since[2][2], other, sum;
 };
 
@@ -129,12 +129,12 @@ KALMANET_KERNEL uint32_t split_scaled(float a, float b, uint32_t& low) {
   return high;
 }
 
-// 2^(log2 - exponent of the largest), for the bits of the largest bfloat16's magnitude.
-KALMANET_KERNEL float power_for(uint32_t largest, int log2) {
+// log2 - exponent of the largest, for the bits of the largest bfloat16's magnitude.
+KALMANET_KERNEL int exponent_for(uint32_t largest, int log2) {
   int exponent = 254 + log2 - static_cast<int>(largest >> 7);
   if (largest == 0) exponent = 127;
   exponent = exponent < 1 ? 1 : (exponent > 253 ? 253 : exponent);
-  return power_of_two(exponent - 127);
+  return exponent - 127;
 }
 
 // Where block (row, column) of a symmetric matrix lies, column <= row.
@@ -142,12 +142,19 @@ KALMANET_KERNEL constexpr int lower_block(int row, int column) {
   return row * (row + 1) / 2 + column;
 }
 
-template <class Group>
-struct DirectProducts {
+// What a kernel that solves directly keeps where, for what such kernels share.
+struct DirectTraits {
   using L = DirectLayout;
+  using Shared = DirectShared;
   using Registers = DirectRegisters;
+};
+
+template <class Group, class Traits = DirectTraits>
+struct DirectProducts {
+  using L = typename Traits::L;
+  using Registers = typename Traits::Registers;
   Group& group;
-  DirectShared& shared;
+  typename Traits::Shared& shared;
 
   // a[part] <- a block X as left factor, or its transpose (`columns`); b[part] <- X as right factor
   // (rows: those of the product's sum), or its transpose (rows: the product's columns). from(warp).
@@ -214,6 +221,26 @@ struct DirectProducts {
         for (int i = 0; i < 4; ++i) r.y[n][i] *= by;
       }
     });
+  }
+
+  // a <- sign of(registers), 16 x 16, as left factor, high and low.
+  template <class Of>
+  KALMANET_KERNEL void pack_factor(float sign, Of&& of) {
+    group.each([&](int, Registers& r) {
+      const float (&v)[2][4] = of(r);
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        r.a[0][i] =
+            split_float16(sign * v[i / 2][i % 2 * 2], sign * v[i / 2][i % 2 * 2 + 1], r.a[1][i]);
+      }
+    });
+  }
+  // g += a b, both high and low.
+  KALMANET_KERNEL void multiply_split() {
+    const auto to = [](Registers& r, int j) -> float (&)[4] { return r.g[j]; };
+    add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, 0);
+    add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 1);
+    add(to, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, 0);
   }
 
   // Row and column of element i of a sum's tile, within the warp's 16 rows.

@@ -3,20 +3,19 @@
 //
 // Lane l has column l % 16 of the matrix, rows 8 (l / 16) .. of it. It is symmetric, so a row that
 // is eliminated lies across the lanes and says at once what every lane needs of it: the multiples
-// (the row's elements of the lane's own rows) and what they multiply (of the lane's column). Two
-// rows at a time go through shared memory: one store and six loads, where shuffles would be 23.
+// (the row's elements of the lane's own rows) and what they multiply (of the lane's column). Four
+// rows at a time go through shared memory; each lane factors their 4 x 4 for itself.
 #pragma once
 
 #include "cuda/direct_kernel.hpp"
 
 namespace kalmanet::cuda {
 
-template <class Group>
-struct DirectPivot : DirectProducts<Group> {
-  using Base = DirectProducts<Group>;
+template <class Group, class Traits = DirectTraits>
+struct DirectPivot : DirectProducts<Group, Traits> {
+  using Base = DirectProducts<Group, Traits>;
   using Base::group, Base::shared;
-  using L = DirectLayout;
-  using Registers = DirectRegisters;
+  using Registers = typename Traits::Registers;
 
   // The warp's sums of(registers, tile), two tiles, by columns.
   template <class Of>
@@ -39,86 +38,106 @@ struct DirectPivot : DirectProducts<Group> {
     });
   }
 
-  // own, pivots, rows <- of rows k = 8 half + 2 pair and k + 1.
-  KALMANET_KERNEL void share_rows(int half, int pair) {
-    const int k = 8 * half + 2 * pair;
-    float (&line)[16][2] = shared.line[pair % 2];
+  // own, pivots <- of rows 4 step .. . Rows go round by four after each step, so that a loop needs
+  // no register by number: column[i] is row i + 4 (step % 2) of the lane's, modulo 8.
+  KALMANET_KERNEL void share_rows(int step) {
+    float (&line)[16][4] = shared.line[step % 2];
     group.each([&](int thread, Registers& r) {
-      if (thread % 32 / 16 != half) return;
-      line[thread % 16][0] = r.column[2 * pair];
-      line[thread % 16][1] = r.column[2 * pair + 1];
+      if (thread % 32 / 16 != step / 2) return;
+      const float v[4] = {r.column[0], r.column[1], r.column[2], r.column[3]};
+      store4(line[thread % 16], v);
     });
     group.barrier_warp();
     group.each([&](int thread, Registers& r) {
-      r.own[0] = line[thread % 16][0], r.own[1] = line[thread % 16][1];
-      load4(line[k], r.pivots);
+      load4(line[thread % 16], r.own);
       KALMANET_UNROLL
-      for (int i = 0; i < 8; i += 2) {
-        float v[4];
-        load4(line[thread % 32 / 16 * 8 + i], v);
-        r.rows[i][0] = v[0], r.rows[i][1] = v[1], r.rows[i + 1][0] = v[2], r.rows[i + 1][1] = v[3];
-      }
+      for (int i = 0; i < 4; ++i) load4(line[4 * step + i], r.pivots[i]);
     });
   }
 
-  // column <- that of minus the inverse: sweeps (direct_inverse.hpp) of two rows and columns.
-  KALMANET_KERNEL void sweep_pivot() {
-    KALMANET_LOOP  // half the code
-        for (int half = 0; half < 2; ++half) {
+  // Rows 4 step .. taken out. L D L^T of their 4 x 4 gives y = L^{-1} own and g = L^{-T} D^{-1} y;
+  // the rows become y (of the rows below alone g's multiples are taken off) or, in a sweep
+  // (direct_inverse.hpp), g. In the rows' own columns `own` counts as a column of I, or of -I.
+  template <bool kSweep>
+  KALMANET_KERNEL void take_out(int step) {
+    share_rows(step);
+    group.each([&](int thread, Registers& r) {
+      const int mine = thread % 32 / 16, column = thread % 16 - 4 * step;
+      const bool pivot = column >= 0 && column < 4;
+      const float one = kSweep ? -1.0f : 1.0f;
       KALMANET_UNROLL
-      for (int pair = 0; pair < 4; ++pair) {
-        share_rows(half, pair);
-        group.each([&](int thread, Registers& r) {
-          const int k = 8 * half + 2 * pair, c = thread % 16;
-          const float a = r.pivots[0], b = r.pivots[1], d = r.pivots[3];
-          const float inverse = divide(1.0f, a * d - b * b);
-          const float e00 = d * inverse, e01 = -b * inverse, e11 = a * inverse;
-          float g0 = r.own[0] * e00 + r.own[1] * e01, g1 = r.own[0] * e01 + r.own[1] * e11;
-          if (c == k) g0 = -e00, g1 = -e01;
-          if (c == k + 1) g0 = -e01, g1 = -e11;
-          const float keep = c == k || c == k + 1 ? 0.0f : 1.0f;
-          KALMANET_UNROLL
-          for (int i = 0; i < 8; ++i) {
-            r.column[i] = keep * r.column[i] - r.rows[i][0] * g0 - r.rows[i][1] * g1;
-          }
-          if (thread % 32 / 16 == half) r.column[2 * pair] = g0, r.column[2 * pair + 1] = g1;
-        });
+      for (int i = 0; i < 4; ++i) {
+        r.own[i] = pivot ? (column == i ? one : 0.0f) : r.own[i];
       }
-    }
+      const float (&p)[4][4] = r.pivots;
+      float d[4], inverse[4], l[4][4];
+      KALMANET_UNROLL
+      for (int k = 0; k < 4; ++k) {  // columns of L; rows below as they are left
+        KALMANET_UNROLL
+        for (int i = k; i < 4; ++i) {
+          float left = p[i][k];
+          KALMANET_UNROLL
+          for (int m = 0; m < k; ++m) left -= l[i][m] * (l[k][m] * d[m]);
+          if (i == k) {
+            d[k] = left;
+            inverse[k] = divide(1.0f, left);
+          } else {
+            l[i][k] = left * inverse[k];
+          }
+        }
+      }
+      float y[4], g[4];
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        y[i] = r.own[i];
+        KALMANET_UNROLL
+        for (int m = 0; m < i; ++m) y[i] -= l[i][m] * y[m];
+      }
+      KALMANET_UNROLL
+      for (int i = 3; i >= 0; --i) {
+        g[i] = y[i] * inverse[i];
+        KALMANET_UNROLL
+        for (int m = i + 1; m < 4; ++m) g[i] -= l[m][i] * g[m];
+      }
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (!kSweep && column == i) r.diagonal = d[i];
+      }
+      const float keep = pivot ? 0.0f : 1.0f;
+      const bool all = kSweep || mine > step / 2;
+      KALMANET_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        float row[4];
+        load4(shared.line[step % 2][8 * mine + (i + 4 * step) % 8], row);
+        const float e =
+            keep * r.column[i] - row[0] * g[0] - row[1] * g[1] - row[2] * g[2] - row[3] * g[3];
+        const bool below = i > 3 && mine == step / 2 && step % 2 == 0;
+        r.column[i] = all || below ? e : r.column[i];
+      }
+      float first[4];
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        first[i] = mine == step / 2 ? (kSweep ? g[i] : y[i]) : r.column[i];
+        r.column[i] = r.column[i + 4];
+      }
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) r.column[i + 4] = first[i];
+    });
   }
 
-  // column <- that of the inverse Cholesky factor, lower triangular: elimination of two rows at a
-  // time from what is below them; where it leaves zeros the unit triangular inverse grows.
+  // column <- that of minus the inverse.
+  KALMANET_KERNEL void sweep_pivot() {
+    KALMANET_LOOP  // a quarter of the code
+        for (int step = 0; step < 4; ++step) take_out<true>(step);
+  }
+
+  // column <- that of the inverse Cholesky factor, lower triangular: elimination; where it leaves
+  // zeros the unit triangular inverse grows.
   KALMANET_KERNEL void eliminate_pivot() {
     KALMANET_LOOP
-    for (int half = 0; half < 2; ++half) {
-      KALMANET_UNROLL
-      for (int pair = 0; pair < 4; ++pair) {
-        share_rows(half, pair);
-        group.each([&](int thread, Registers& r) {
-          const int k = 8 * half + 2 * pair, c = thread % 16, mine = thread % 32 / 16;
-          const float a = r.pivots[0], b = r.pivots[1], d = r.pivots[3];
-          const float inverse = divide(1.0f, a * d - b * b), l = divide(b, a);
-          const float e00 = d * inverse, e01 = -b * inverse, e11 = a * inverse;
-          if (c == k) r.own[0] = 1, r.own[1] = 0, r.diagonal = a;
-          if (c == k + 1) r.own[0] = 0, r.own[1] = 1, r.diagonal = d - l * b;
-          const bool pivot = c == k || c == k + 1;
-          const float g0 = r.own[0] * e00 + r.own[1] * e01, g1 = r.own[0] * e01 + r.own[1] * e11;
-          KALMANET_UNROLL
-          for (int i = 0; i < 8; ++i) {
-            const bool below = mine > half || (mine == half && i > 2 * pair + 1);
-            const float e = r.column[i], kept = pivot ? 0.0f : e;
-            r.column[i] = below ? kept - r.rows[i][0] * g0 - r.rows[i][1] * g1 : e;
-          }
-          if (mine == half) {
-            r.column[2 * pair] = r.own[0];
-            r.column[2 * pair + 1] = r.own[1] - l * r.own[0];
-          }
-        });
-      }
-    }
+    for (int step = 0; step < 4; ++step) take_out<false>(step);
     // Rows divided by sqrt(d), nothing above the diagonal.
-    float (&line)[16][2] = shared.line[0];
+    float (&line)[16][4] = shared.line[0];
     group.each([&](int thread, Registers& r) {
       if (thread % 32 < 16) line[thread % 16][0] = divide(1.0f, sqrtf(r.diagonal));
     });

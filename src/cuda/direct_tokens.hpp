@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/direct_inverse.hpp"
+#include "cuda/direct_rows.hpp"
 #include "cuda/token_body.hpp"
 
 namespace kalmanet::cuda {
@@ -26,60 +27,19 @@ struct DirectTokens : DirectInverse<Group> {
   int64_t t0 = 0;
   int n = 0;  // tokens
 
-  // Rows of a [B,T,heads,128] tensor, on their way into raw: 8 tokens from `first` on, 16 bytes a
-  // load, eight lanes beside each other in as many rows. (So that eight lanes' stores are a
-  // matrix.)
+  // Tokens first .. first + 7 of a tensor on their way, and into a tile (direct_rows.hpp).
   KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head, int first, int at) {
-    const uint16_t* const base =
-        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
-    const int64_t left = piece.end - t0;
-    group.each([&](int thread, Registers& r) {
-      const int token = first + thread % 8;
-      const uint16_t* const row = base + token * a.stride[1] + thread % 32 / 8 * 8;
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if (token < left) {
-          load16(row + i * 32, r.raw[at + i]);
-        } else {
-          r.raw[at + i][0] = r.raw[at + i][1] = r.raw[at + i][2] = r.raw[at + i][3] = 0;
-        }
-      }
-    });
+    fetch_token_rows(
+        group, static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head),
+        a.stride[1], piece.end - t0, [first](int) { return first; }, at);
   }
-  // They, scaled to float16 by a power of two a token, into a tile; tokens from n on are zero. unit
-  // <- what a number there stands for.
   KALMANET_KERNEL void put_rows(int first, int at, int log2, Quad* to, float* unit) {
-    group.each([&](int, Registers& r) {
-      uint32_t most = 0;
-      KALMANET_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        const uint32_t v = r.raw[at + i / 4][i % 4];
-        const uint32_t low = v & 0x7fff, high = v >> 16 & 0x7fff;
-        most = low > most ? low : most;
-        most = high > most ? high : most;
-      }
-      r.most = most;
-    });
-    group.template max_apart<8>([](Registers& r) -> uint32_t& { return r.most; });
-    group.each([&](int thread, Registers& r) {
-      const int token = first + thread % 8;
-      const float power = token < n ? power_for(r.most, log2) : 0.0f;
-      if (token < n && r.most >= 0x7f80) shared.ill = 1;
-      if (thread % 32 < 8) unit[token] = token < n && r.most > 0 ? 1.0f / power : 0.0f;
-      KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        uint32_t v[4];
-        KALMANET_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const uint32_t both = token < n ? r.raw[at + i][e] : 0;
-          v[e] = pack_float16(low_bfloat16(both) * power, high_bfloat16(both) * power);
-        }
-        const int column = thread % 32 / 8 + i * 4;  // of 16 of 8 dims
-        store16(
-            &to[token / 16 * 8 + column / 2].word[token / 8 % 2 * 2 + column % 2][token % 8 * 4],
-            v);
-      }
-    });
+    put_token_rows(
+        group, n, [first](int) { return first; }, at, log2, unit, shared.ill,
+        [=](int token, int column) {
+          return &to[token / 16 * 8 + column / 2]
+                      .word[token / 8 % 2 * 2 + column % 2][token % 8 * 4];
+        });
   }
 
   // By the last four warps: 16 tokens each, the others have work.
@@ -111,7 +71,7 @@ struct DirectTokens : DirectInverse<Group> {
             r.pair[i] = static_cast<double>(at(which == 0 ? job.gk : job.g, 2 * thread + i, 0.0));
           }
         });
-        scan();
+        scan_pairs(group);
         group.each([&](int, Registers& r) {
           r.since[which][0] = r.pair[0], r.since[which][1] = r.pair[1];
         });
@@ -165,28 +125,6 @@ struct DirectTokens : DirectInverse<Group> {
         });
       }
     });
-  }
-
-  // pair <- the sums over the warp's pairs up to and with each.
-  KALMANET_KERNEL void scan() {
-    group.each([](int, Registers& r) { r.scan = r.pair[0] + r.pair[1]; });
-    KALMANET_UNROLL
-    for (int step = 1; step < 32; step *= 2) {
-      add_before(step, [&](int thread, Registers& r) {
-        if (thread % 32 >= step) r.scan += r.other;
-      });
-    }
-    add_before(1, [](int thread, Registers& r) {
-      r.pair[0] = thread % 32 == 0 ? r.pair[0] : r.other + r.pair[0];
-      r.pair[1] += r.pair[0];
-    });
-  }
-  template <class F>
-  KALMANET_KERNEL void add_before(int step, F&& f) {
-    group.shuffle([](Registers& r) -> double& { return r.other; },
-                  [](Registers& r) { return r.scan; },
-                  [step](int thread) { return thread - step; });
-    group.each(f);
   }
 
   // The next chunk's rows towards L2: by the last four warps, half a row a thread.

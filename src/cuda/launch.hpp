@@ -47,7 +47,10 @@ int64_t chunk_shared_bytes();
 void launch_chunk_states(const GkaJob& job, Stream stream);
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream);
 int64_t direct_shared_bytes();
-void launch_direct(const GkaJob& job, Stream stream);  // (called by launch_chunks)
+// (Called by these.) Those for Hopper on compute capability 9.0 alone.
+void launch_direct(const GkaJob& job, Stream stream);
+void launch_hopper_states(const GkaJob& job, Stream stream);
+void launch_hopper_direct(const GkaJob& job, Stream stream);
 // Pieces [job.num_pieces, num_pieces): sequences' first tokens.
 void launch_first_tokens(const GkaJob& job, int64_t num_pieces, Stream stream);
 

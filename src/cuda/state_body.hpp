@@ -39,6 +39,73 @@ struct StateRegisters {
   double scan, other, gate[2];
 };
 
+// shared.weight; returns the piece's whole log decay. Thread i has tokens 2 i and 2 i + 1.
+template <class Group, class Shared>
+KALMANET_KERNEL double load_state_weights(Group& group, Shared& shared, const GkaJob& job,
+                                          const Piece& piece, int64_t head, bool u) {
+  const Array gate = u ? job.g : job.gk;
+  const int64_t n = piece.end - piece.begin;
+  group.each([&](int thread, auto& r) {
+    KALMANET_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int64_t t = 2 * thread + i;
+      r.gate[i] =
+          t < n ? static_cast<double>(scalar_at<float>(gate, piece.row, piece.begin + t, head, 0.0))
+                : 0.0;
+      // (Of -infinity no difference could be taken.)
+      if (r.gate[i] < kWiped) r.gate[i] = kWiped;
+    }
+    r.scan = r.gate[0] + r.gate[1];
+  });
+  KALMANET_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    group.shuffle([](auto& r) -> double& { return r.other; }, [](auto& r) { return r.scan; },
+                  [step](int thread) { return thread - step; });
+    group.each([&](int thread, auto& r) {
+      if (thread % 32 >= step) r.scan += r.other;
+    });
+  }
+  group.each([&](int thread, auto& r) {
+    if (thread % 32 == 31) shared.warp[thread / 32] = r.scan;
+  });
+  group.barrier();
+  double total = 0.0;
+  for (int w = 0; w < StateLayout::kThreads / 32; ++w) total += shared.warp[w];
+  group.each([&](int thread, auto& r) {
+    double after = total - r.scan;  // of the gates after token 2 i + 1
+    for (int w = 0; w < thread / 32; ++w) after -= shared.warp[w];
+    KALMANET_UNROLL
+    for (int i = 1; i >= 0; --i) {
+      const int64_t t = 2 * thread + i;
+      const float beta =
+          t < n ? scalar_at<float>(job.beta, piece.row, piece.begin + t, head, 1.0) : 0.0f;
+      shared.weight[t] = beta * beta * static_cast<float>(exp(after));
+      after += r.gate[i];
+    }
+  });
+  return total;
+}
+
+// What the piece adds, of(registers) 64 numbers a thread in the order of a warp's sums, and its
+// decay into its slot.
+template <class Group, class Of>
+KALMANET_KERNEL void store_state_sums(Group& group, const GkaJob& job, const Piece& piece,
+                                      int64_t head, bool u, double total, Of&& of) {
+  const StateView<float> to = slot_view<float>(job, piece.slot + 1, head, u);
+  group.each([&](int thread, auto& r) {
+    KALMANET_UNROLL
+    for (int e = 0; e < 64; ++e) {
+      const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8;
+      const int column = e / 4 * 8 + thread % 4 * 2 + e % 2;
+      to.data[to.at(row, column)] = of(r, e);
+    }
+    if (thread == 0) {
+      job.decays[(static_cast<int64_t>(piece.slot + 1) * job.H + head) * 2 + (u ? 1 : 0)] =
+          exp(total);
+    }
+  });
+}
+
 template <class Group>
 struct StateBody {
   using L = StateLayout;
@@ -49,53 +116,6 @@ struct StateBody {
   Piece piece;
   int64_t head;
   bool u;
-
-  // shared.weight; returns the piece's whole log decay. Thread i has tokens 2 i and 2 i + 1.
-  KALMANET_KERNEL double load_weights() {
-    const Array gate = u ? job.g : job.gk;
-    const int64_t n = piece.end - piece.begin;
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int64_t t = 2 * thread + i;
-        r.gate[i] =
-            t < n
-                ? static_cast<double>(scalar_at<float>(gate, piece.row, piece.begin + t, head, 0.0))
-                : 0.0;
-        // (Of -infinity no difference could be taken.)
-        if (r.gate[i] < kWiped) r.gate[i] = kWiped;
-      }
-      r.scan = r.gate[0] + r.gate[1];
-    });
-    KALMANET_UNROLL
-    for (int step = 1; step < 32; step *= 2) {
-      group.shuffle([](Registers& r) -> double& { return r.other; },
-                    [](Registers& r) { return r.scan; },
-                    [step](int thread) { return thread - step; });
-      group.each([&](int thread, Registers& r) {
-        if (thread % 32 >= step) r.scan += r.other;
-      });
-    }
-    group.each([&](int thread, Registers& r) {
-      if (thread % 32 == 31) shared.warp[thread / 32] = r.scan;
-    });
-    group.barrier();
-    double total = 0.0;
-    for (int w = 0; w < L::kThreads / 32; ++w) total += shared.warp[w];
-    group.each([&](int thread, Registers& r) {
-      double after = total - r.scan;  // of the gates after token 2 i + 1
-      for (int w = 0; w < thread / 32; ++w) after -= shared.warp[w];
-      KALMANET_UNROLL
-      for (int i = 1; i >= 0; --i) {
-        const int64_t t = 2 * thread + i;
-        const float beta =
-            t < n ? scalar_at<float>(job.beta, piece.row, piece.begin + t, head, 1.0) : 0.0f;
-        shared.weight[t] = beta * beta * static_cast<float>(exp(after));
-        after += r.gate[i];
-      }
-    });
-    return total;
-  }
 
   // Tokens t0.. of a [B,T,heads,128] tensor, on their way.
   KALMANET_KERNEL void fetch(const Array& a, int64_t a_head, int64_t t0, int which) {
@@ -160,7 +180,7 @@ struct StateBody {
     const int64_t k_head = head / job.k_group, v_head = head / job.v_group;
     fetch(job.k, k_head, piece.begin, 0);
     if (u) fetch(job.v, v_head, piece.begin, 1);
-    const double total = load_weights();
+    const double total = load_state_weights(group, shared, job, piece, head, u);
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < 16; ++tile) {
@@ -183,22 +203,8 @@ struct StateBody {
       group.barrier();
       add_step(static_cast<int>(t0 - piece.begin));
     }
-    const StateView<float> to = slot_view<float>(job, piece.slot + 1, head, u);
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int tile = 0; tile < 16; ++tile) {
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8;
-          const int column = tile * 8 + thread % 4 * 2 + i % 2;
-          to.data[to.at(row, column)] = r.sum[tile][i];
-        }
-      }
-      if (thread == 0) {
-        job.decays[(static_cast<int64_t>(piece.slot + 1) * job.H + head) * 2 + (u ? 1 : 0)] =
-            exp(total);
-      }
-    });
+    store_state_sums(group, job, piece, head, u, total,
+                     [](Registers& r, int e) { return r.sum[e / 4][e % 4]; });
   }
 };
 

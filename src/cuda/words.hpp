@@ -115,6 +115,23 @@ KALMANET_KERNEL float divide(float a, float b) {
   return a / b;
 #endif
 }
+// sqrt(a) and log(a), to some units in the last place; of 0, 0.
+KALMANET_KERNEL float root(float a) {
+#ifdef __CUDACC__
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(a));
+  return y;
+#else
+  return std::sqrt(a);
+#endif
+}
+KALMANET_KERNEL float logarithm(float a) {
+#ifdef __CUDACC__
+  return __logf(a);
+#else
+  return std::log(a);
+#endif
+}
 // cos(a), 0 <= a <= pi, to 1e-6.
 KALMANET_KERNEL float cosine(float a) {
 #ifdef __CUDACC__
@@ -134,6 +151,14 @@ KALMANET_KERNEL int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
 #endif
   return x;
+}
+
+// In a branch that a whole warp takes or does not: what follows is skipped, not done and thrown
+// away.
+KALMANET_KERNEL void only_here() {
+#ifdef __CUDACC__
+  asm volatile("");
+#endif
 }
 
 // 16 bytes, aligned.

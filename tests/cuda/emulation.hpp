@@ -12,6 +12,8 @@
 #include "cuda/direct_body.hpp"
 #include "cuda/few_body.hpp"
 #include "cuda/first_body.hpp"
+#include "cuda/hopper_direct_body.hpp"
+#include "cuda/hopper_state_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
@@ -36,6 +38,7 @@ class Poisoned {
 struct Emulation {
   bool backwards = false;        // the order in which a block's threads run
   bool spill_is_shared = false;  // as on a chip with room for it
+  bool hopper = false;           // the kernels for that chip, where there are such
 };
 
 template <class S, int KP>
@@ -88,6 +91,12 @@ void emulate_segments(const GkaJob& job, const Emulation& how) {
 inline void emulate_chunk_blocks(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
+      if (job.direct && how.hopper) {
+        Poisoned shared(sizeof(HopperShared));
+        HostGroup<HopperRegisters> group(HopperLayout::kThreads, how.backwards);
+        run_hopper_direct(group, *reinterpret_cast<HopperShared*>(shared.data()), job, piece, head);
+        continue;
+      }
       if (job.direct) {
         Poisoned shared(sizeof(DirectShared));
         HostGroup<DirectRegisters> group(DirectLayout::kThreads, how.backwards);
@@ -105,6 +114,13 @@ inline void emulate_states(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
       for (bool u : {false, true}) {
+        if (how.hopper) {
+          Poisoned shared(sizeof(HopperStateShared));
+          HostGroup<HopperStateRegisters> group(StateLayout::kThreads, how.backwards);
+          run_hopper_states(group, *reinterpret_cast<HopperStateShared*>(shared.data()), job, piece,
+                            head, u);
+          continue;
+        }
         Poisoned shared(sizeof(StateShared));
         HostGroup<StateRegisters> group(StateLayout::kThreads, how.backwards);
         run_states(group, *reinterpret_cast<StateShared*>(shared.data()), job, piece, head, u);

@@ -80,8 +80,8 @@ TEST(CudaEmulation, PackedSequences) {
 
 // T tokens by the matrix-unit kernels; relative errors of o by token against the oracle.
 template <class G>
-void check_chunks(const CaseSpec& spec, const GkaOptions& with, double bound,
-                  double left_over = 0) {
+void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound, double left_over,
+                     bool hopper) {
   GkaOptions options = with;
   options.backend = Backend::cuda;
   Case<BFloat16, G> c(spec), other(spec);
@@ -92,9 +92,10 @@ void check_chunks(const CaseSpec& spec, const GkaOptions& with, double bound,
     ASSERT_TRUE(cuda::fits_chunks(problem, outputs)) << describe(spec);
     EXPECT_EQ(cuda::emulate_chunks(problem, outputs, how), left_over) << describe(spec);
   };
-  emulate(c, {});
-  emulate(other, {.backwards = true});
-  const Where where{"emulated forward by chunks", name(options.solver), describe(spec)};
+  emulate(c, {.hopper = hopper});
+  emulate(other, {.backwards = true, .hopper = hopper});
+  const Where where{hopper ? "emulated forward by chunks on Hopper" : "emulated forward by chunks",
+                    name(options.solver), describe(spec)};
   for_each_output(c, other, [&](const char* tensor, ConstView a, ConstView b) {
     EXPECT_TRUE(identical(where, tensor, a, b)) << "depends on the order of threads";
   });
@@ -111,12 +112,21 @@ void check_chunks(const CaseSpec& spec, const GkaOptions& with, double bound,
         relative_error(std::span(got).subspan(t * row, row), std::span(want).subspan(t * row, row));
     if (error > worst) worst = error, worst_token = t;
   }
-  std::printf("%s: o %.2e, worst token %zu: %.2e\n", describe(spec).c_str(),
-              relative_error(got, want), worst_token, worst);
+  std::printf("%s%s: o %.2e, worst token %zu: %.2e\n", describe(spec).c_str(),
+              hopper ? " (Hopper)" : "", relative_error(got, want), worst_token, worst);
   EXPECT_TRUE(within(where, "o", got, want, bound));
   EXPECT_LE(worst, 4 * bound) << text(where, "o") << ", token " << worst_token;
   EXPECT_TRUE(within(where, "h_final", c.h_final.view(), d.h_final.view(), 2e-5));
   EXPECT_TRUE(within(where, "u_final", c.u_final.view(), d.u_final.view(), 2e-5));
+}
+template <class G>
+void check_chunks(const CaseSpec& spec, const GkaOptions& options, double bound,
+                  double left_over = 0) {
+  check_chunks_on<G>(spec, options, bound, left_over, false);
+  // (Of chebyshev that chip has the states before pieces alone.)
+  if (options.solver == Solver::direct || spec.T > kSegmentTokens) {
+    check_chunks_on<G>(spec, options, bound, left_over, true);
+  }
 }
 
 TEST(CudaEmulation, ChunksMatchTheOracle) {
@@ -170,6 +180,9 @@ TEST(CudaEmulation, ChunksOfCutAndPackedSequences) {
   spec.K = spec.V = 128, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
   spec.B = 1, spec.T = kSegmentTokens + 70;
   check_chunks<float>(spec, {}, 2e-3);
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  check_chunks<float>(spec, direct, 2e-3);
   spec.lengths = {0, 70, 1, 130};
   check_chunks<float>(spec, {}, 2e-3);
   spec.lengths = {70, 130};

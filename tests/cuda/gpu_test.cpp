@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdio>
 #include <vector>
 
@@ -172,6 +173,42 @@ TEST_F(CudaGpu, DirectOnMatrixUnitsMatchesTheOracleAndTheTokenKernel) {
   check_chunks<BFloat16>(packed, direct, 2 * 1.7e-3);
   packed.memory = 3;  // shorter chunks
   check_chunks<float>(packed, direct, 2 * 1.7e-3);
+}
+
+// A piece that a matrix-unit kernel gives up is the token kernel's, which answers as well and takes
+// dozens of times as long: an error that sets it off would not show in any answer.
+TEST_F(CudaGpu, OrdinaryPiecesAreNotLeftToTheTokenKernel) {
+  CaseSpec spec = small_case(3);
+  spec.B = 1, spec.T = 4096, spec.H = 16, spec.Hq = spec.Hk = spec.Hv = 0, spec.K = spec.V = 128;
+  spec.strided = false, spec.g = spec.gk = spec.same_gate = true;
+  spec.alpha = spec.beta = spec.h0 = spec.u0 = false;
+  spec.ridge_ratio = 0.02, spec.memory = 30;
+  for (Solver solver : {Solver::chebyshev, Solver::direct}) {
+    GkaOptions options;
+    options.backend = Backend::cuda;
+    options.solver = solver;
+    Case<BFloat16, float> c(spec);
+    DeviceCase<BFloat16, float> on_gpu(c);
+    const auto median = [&](bool by_tokens) {
+      GkaOutputs outputs = on_gpu.outputs();
+      outputs.residual = View();
+      if (!by_tokens) outputs.x = View();
+      std::array<double, 4> seconds{};
+      for (double& e : seconds) {
+        const auto start = std::chrono::steady_clock::now();
+        gka_forward(on_gpu.inputs(), outputs, options);
+        float last = 0;  // (waits)
+        cuda::copy_to_host(&last, outputs.o.data, sizeof last, nullptr);
+        e = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      }
+      std::sort(seconds.begin() + 1, seconds.end());  // (the first has code to load)
+      return seconds[2];
+    };
+    const double tokens = median(true), chunks = median(false);
+    std::printf("%s: token kernel %.2f ms, chunks %.2f ms\n", name(solver), 1e3 * tokens,
+                1e3 * chunks);
+    EXPECT_LT(chunks, 0.5 * tokens) << name(solver) << " " << describe(spec);
+  }
 }
 
 TEST_F(CudaGpu, MatrixUnitsMatchTheOracleAndTheTokenKernel) {

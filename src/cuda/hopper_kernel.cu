@@ -1,0 +1,52 @@
+// The kernels for Hopper alone, compiled and launched.
+#include "cuda/check.hpp"
+#include "cuda/hopper_direct_body.hpp"
+#include "cuda/hopper_state_body.hpp"
+#include "cuda/launch.hpp"
+
+namespace kalmanet::cuda {
+namespace {
+
+__global__ void __launch_bounds__(HopperLayout::kThreads, 2)
+    gka_hopper_direct([[maybe_unused]] const __grid_constant__ GkaJob job) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // (elsewhere it is never launched)
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<HopperRegisters> group;
+  run_hopper_direct(group, *reinterpret_cast<HopperShared*>(shared_memory), job, blockIdx.x,
+                    blockIdx.y);
+#endif
+}
+
+__global__ void __launch_bounds__(StateLayout::kThreads, 2)
+    gka_hopper_states([[maybe_unused]] const __grid_constant__ GkaJob job) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(128) char shared_memory[];
+  DeviceGroup<HopperStateRegisters> group;
+  run_hopper_states(group, *reinterpret_cast<HopperStateShared*>(shared_memory), job, blockIdx.x,
+                    blockIdx.y, blockIdx.z == 1);
+#endif
+}
+
+}  // namespace
+
+void launch_hopper_states(const GkaJob& job, Stream stream) {
+  constexpr int kShared = static_cast<int>(sizeof(HopperStateShared));
+  check(
+      cudaFuncSetAttribute(gka_hopper_states, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+      "cudaFuncSetAttribute");
+  gka_hopper_states<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H), 2),
+                      StateLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  check(cudaGetLastError(), "launch of gka_hopper_states");
+}
+
+void launch_hopper_direct(const GkaJob& job, Stream stream) {
+  constexpr int kShared = static_cast<int>(sizeof(HopperShared));
+  check(
+      cudaFuncSetAttribute(gka_hopper_direct, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+      "cudaFuncSetAttribute");
+  gka_hopper_direct<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)),
+                      HopperLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  check(cudaGetLastError(), "launch of gka_hopper_direct");
+}
+
+}  // namespace kalmanet::cuda
