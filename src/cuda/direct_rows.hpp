@@ -11,8 +11,7 @@ namespace kalmanet::cuda {
 // Rows of a [B,T,heads,128] tensor, `left` of them, on their way into raw[at ..]: a warp's 8 tokens
 // from first(thread) on, 16 bytes a load, eight lanes beside each other in as many rows. (So that
 // eight lanes' stores are a matrix.) base: row 0. Beyond the last row that one again, which is
-// thrown away later: a branch that some lanes take could be drawn out by the compiler over
-// instructions that a warp must execute together.
+// thrown away later.
 template <class Group, class First>
 KALMANET_KERNEL void fetch_token_rows(Group& group, const uint16_t* base, int64_t stride,
                                       int64_t left, First&& first, int at) {
