@@ -1,6 +1,7 @@
 """GatedKalmaNet against a plain PyTorch layer, in every setting; caches, padding, packing."""
 
 import collections
+import copy
 import inspect
 import re
 
@@ -300,9 +301,11 @@ def same_results(layer, compiled, T):
     named = [*layer.parameters()]
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, want = compiled(a)[0], layer(b)[0]
-    # (On a GPU Inductor's gates are other kernels than PyTorch's: on one H200 either was within
-    # 1.2e-6 of float64, over eight inputs of 20 tokens.)
-    assert relative(got, want) <= (1e-6 if DEVICE == "cpu" else 2.4e-6), f"T = {T}"
+    if DEVICE == "cpu":
+        assert relative(got, want) <= 1e-6, f"T = {T}"
+    else:  # Inductor's gates are other kernels than PyTorch's there: no further from float64
+        exact = copy.deepcopy(layer).double()(x.double())[0]
+        assert relative(got, exact) <= max(1e-6, 2 * relative(want, exact)), f"T = {T}"
     for g, w in zip(*(torch.autograd.grad(o.sum(), [t, *named]) for o, t in ((got, a), (want, b)))):
         assert relative(g, w) <= 1e-5, f"T = {T}"
 
