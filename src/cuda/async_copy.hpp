@@ -27,6 +27,37 @@ KALMANET_KERNEL void wait_copies() {
 #endif
 }
 
+// Of each thread that wrote to shared memory what store_bulk will read, before the barrier between.
+KALMANET_KERNEL void before_bulk() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+#endif
+}
+// So many bytes (of 16) from shared memory to the GPU's, by Hopper's copy engine at one thread's
+// word; they are there after its wait_bulk().
+KALMANET_KERNEL void store_bulk(void* to, const void* from, int bytes) {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))), "r"(bytes)
+      : "memory");
+#endif
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+KALMANET_KERNEL void wait_bulk() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+#endif
+}
+
 // Two neighbours, aligned. Where many lanes read the same, shared memory serves 8 bytes a lane in
 // one turn, and 16 in four.
 KALMANET_KERNEL void load2(const float* p, float (&out)[2]) {

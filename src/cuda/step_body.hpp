@@ -27,7 +27,9 @@ struct StepBody : StepStates<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < L::kRows; ++i) {
           KALMANET_UNROLL
-          for (int j = 0; j < 4; ++j) r.h[p][i][j] = now.decay * r.h[p][i][j] + row[i] * k[j];
+          for (int j = 0; j < 4; ++j) {
+            r.h[p][i][j] = fused(now.decay, r.h[p][i][j], row[i] * k[j]);
+          }
         }
       }
     });
@@ -42,7 +44,7 @@ struct StepBody : StepStates<Group> {
         float u[4];
         load4(at, u);
         KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) u[j] = now.u_decay * u[j] + k * v[j];
+        for (int j = 0; j < 4; ++j) u[j] = fused(now.u_decay, u[j], k * v[j]);
         store4(at, u);
       }
     });
@@ -50,7 +52,9 @@ struct StepBody : StepStates<Group> {
   }
 
   // H past a token; registers.product <- H q on the way. Returns |H|_F, 0 where it has vanished.
-  KALMANET_KERNEL float update_h() {
+  // before_barrier: what is done with H before the barrier that this takes.
+  template <class F>
+  KALMANET_KERNEL float update_h(F&& before_barrier) {
     group.each([&](int thread, Registers& r) {
       float row[L::kRows], squares[4] = {};
       this->weighted_rows(thread, row);
@@ -65,7 +69,7 @@ struct StepBody : StepStates<Group> {
         for (int i = 0; i < L::kRows; ++i) {
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
-            const float h = now.decay * r.h[p][i][j] + row[i] * k[j];
+            const float h = fused(now.decay, r.h[p][i][j], row[i] * k[j]);
             r.h[p][i][j] = h;
             squares[j] += h * h;
             r.sum[i] += h * q[j];
@@ -75,6 +79,7 @@ struct StepBody : StepStates<Group> {
       r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
       r.q = shared.x[0][L::place(L::own_row(thread))];
     });
+    before_barrier();
     this->put_squares(0, [](Registers& r) -> float& { return r.squares; });
     this->add_sums();
     group.barrier();
@@ -118,6 +123,7 @@ struct StepBody : StepStates<Group> {
     });
     this->multiply(x);
   }
+  template <bool kStores>
   KALMANET_KERNEL void solve(float f, int num_iter, bool store) {
     Iteration it;
     it.lambda = now.ridge * f;
@@ -125,7 +131,7 @@ struct StepBody : StepStates<Group> {
     const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f);
     it.rho2 = rho * rho;
     it.w = reciprocal(1.0f - 2.0f * it.rho2);
-    if (f == 0.0f || num_iter <= L::kPieces) {
+    if (kStores && (f == 0.0f || num_iter <= L::kPieces)) {
       if (store) store_h();
       store = false;
     }
@@ -138,7 +144,7 @@ struct StepBody : StepStates<Group> {
     });
     if (f != 0.0f) {
       int left = num_iter - 1, k = 0;
-      if (store) {
+      if (kStores && store) {
         KALMANET_UNROLL
         for (int p = 0; p < L::kPieces; ++p) {
           finish_step(it, shared.x[1 - p % 2]);
@@ -219,7 +225,7 @@ struct StepBody : StepStates<Group> {
         for (int i = 0; i < 4; ++i) {
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
-            u[i][j] = now.u_decay * u[i][j] + k[i] * v[j];
+            u[i][j] = fused(now.u_decay, u[i][j], k[i] * v[j]);
             r.o[j] += m[i] * u[i][j];
             squares[j] += u[i][j] * u[i][j];
           }
@@ -234,6 +240,11 @@ struct StepBody : StepStates<Group> {
       store4(shared.partial[thread / 32] + thread % 32 * 4, r.o);
     });
     this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
+    put_outputs(t);
+    group.barrier();
+  }
+  // o of its parts, stored; |o|^2 into squares[3]. Begins with a barrier.
+  KALMANET_KERNEL void put_outputs(int64_t t) {
     group.barrier();
     const int64_t at = offset_of(job.o, sequence, t, head);
     group.each([&](int thread, Registers& r) {
@@ -247,7 +258,6 @@ struct StepBody : StepStates<Group> {
       r.squares = o * o;
     });
     this->put_squares(3, [](Registers& r) -> float& { return r.squares; });
-    group.barrier();
   }
 
   // o once more, of x64[0] and the U that read_out has made.
@@ -286,12 +296,15 @@ struct StepBody : StepStates<Group> {
     return o2 > 0.0 && scaled > limit * limit * L::kDim * o2;
   }
 
-  KALMANET_KERNEL void token(int64_t t, bool keeps) {
-    const int num_iter = job.num_iter != 0
-                             ? job.num_iter
+  KALMANET_KERNEL int count_steps() const {
+    return job.num_iter != 0 ? job.num_iter
                              : counted_steps(static_cast<double>(now.ridge), job.tolerance);
-    const float f = update_h();
-    solve(f, num_iter, keeps && h_to != nullptr);
+  }
+
+  KALMANET_KERNEL void token(int64_t t, bool keeps) {
+    const int num_iter = count_steps();
+    const float f = update_h([] {});
+    this->template solve<true>(f, num_iter, keeps && h_to != nullptr);
     const bool store = keeps && u_to != nullptr;
     read_out(t, store);
     if (f != 0.0f && amplified()) {

@@ -2,6 +2,7 @@
 #include "cuda/check.hpp"
 #include "cuda/few_body.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/step_wide.hpp"
 
 namespace kalmanet::cuda {
 namespace {
@@ -29,6 +30,24 @@ __global__ void __launch_bounds__(StepLayout::kThreads, 2)
   wait_for_the_kernel_before(job);
   DeviceGroup<StepRegisters> group;
   run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
+}
+
+// One block a multiprocessor: 128 registers for each of its threads, and two states' shared memory.
+__global__ void __launch_bounds__(StepWideLayout::kThreads, 1)
+    gka_step_wide([[maybe_unused]] const __grid_constant__ GkaJob job) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char shared_memory[];
+  auto& shared = *reinterpret_cast<StepWideShared*>(shared_memory);
+  wait_for_the_kernel_before(job);
+  const auto barrier = [] { __syncthreads(); };
+  if (threadIdx.x < StepLayout::kThreads) {
+    DevicePart<StepRegisters, StepLayout::kThreads, 0> group;
+    run_step_wide<StepRole::solver>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier);
+  } else {
+    DevicePart<StepRegisters, StepLayout::kThreads, 1> group;
+    run_step_wide<StepRole::reader>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier);
+  }
+#endif
 }
 
 constexpr size_t kFewShared = sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared)
@@ -81,6 +100,9 @@ void launch_step(const GkaJob& job, bool few, Stream stream) {
   if (few) {
     launch(is_long(job) ? gka_step_few<true> : gka_step_few<false>, FewLayout::kThreads, kFewShared,
            job, stream);
+  } else if (is_one_token(job) && device_info().major == 9 &&
+             job.num_pieces * job.H <= device_info().multiprocessors) {
+    launch(gka_step_wide, StepWideLayout::kThreads, sizeof(StepWideShared), job, stream);
   } else if (is_one_token(job)) {
     launch(gka_step_tokens<true>, StepLayout::kThreads, sizeof(StepShared), job, stream);
   } else {

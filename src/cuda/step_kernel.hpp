@@ -9,7 +9,7 @@
 // A Chebyshev step costs a warp 64 multiply-adds, 4 loads of the iterate and one barrier. A thread
 // has 4 rows of H and of each 16 columns, in 4 pieces of 4 that the 8 threads of a row take in
 // turn: a piece's loads and stores are whole lines of 128 bytes, and so are the reads of the
-// iterate. The 8 partial sums of 4 rows are added by halves (step_sums): 2 + 1 + 1 exchanges.
+// iterate. The 8 partial sums of 4 rows are added by halves first, then four at once (add_sums).
 #pragma once
 
 #include <cmath>
@@ -107,9 +107,9 @@ struct StepShared {
 
 struct StepRegisters {
   float h[StepLayout::kPieces][StepLayout::kRows][4];
-  float sum[StepLayout::kRows], sent[2], got[2], product;
+  float sum[StepLayout::kRows], sent[2], got[3], product;
   float x, previous, q, rest, carried;  // of own_row
-  double sum64[StepLayout::kRows], sent64[2], got64[2], product64;
+  double sum64[StepLayout::kRows], sent64[2], got64[3], product64;
   double x_64, previous64;
   float squares, o[4];
   double o64[4];
@@ -150,12 +150,16 @@ struct StepProducts {
       sent(r)[0] = upper ? s[0] : s[1];
       s[0] = upper ? s[1] : s[0];
     });
-    group.template exchange<2>([&](Registers& r) -> auto& { return got(r)[0]; },
-                               [&](Registers& r) { return sent(r)[0]; });
-    group.each([&](int, Registers& r) { sum(r)[0] += got(r)[0]; });
+    // Of the row's other three lanes, all on their way at once.
     group.template exchange<1>([&](Registers& r) -> auto& { return got(r)[0]; },
                                [&](Registers& r) { return sum(r)[0]; });
-    group.each([&](int, Registers& r) { product(r) = sum(r)[0] + got(r)[0]; });
+    group.template exchange<2>([&](Registers& r) -> auto& { return got(r)[1]; },
+                               [&](Registers& r) { return sent(r)[0]; });
+    group.template exchange<3>([&](Registers& r) -> auto& { return got(r)[2]; },
+                               [&](Registers& r) { return sent(r)[0]; });
+    group.each([&](int, Registers& r) {
+      product(r) = (sum(r)[0] + got(r)[0]) + (got(r)[1] + got(r)[2]);
+    });
   }
   KALMANET_KERNEL void add_sums() {
     add_sums([](Registers& r) -> auto& { return r.sum; },

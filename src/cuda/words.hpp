@@ -115,6 +115,15 @@ KALMANET_KERNEL float divide(float a, float b) {
   return a / b;
 #endif
 }
+// a * b + c, rounded once on the GPU: where a sum of two products must be the same bits wherever it
+// is compiled.
+KALMANET_KERNEL float fused(float a, float b, float c) {
+#ifdef __CUDACC__
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 // cos(a), 0 <= a <= pi, to 1e-6.
 KALMANET_KERNEL float cosine(float a) {
 #ifdef __CUDACC__
