@@ -8,12 +8,13 @@ namespace kalmanet::cuda {
 template <class Group>
 struct FewBody : FewSolve<Group> {
   using Base = FewSolve<Group>;
-  using Base::group, Base::shared, Base::job, Base::sequence, Base::head, Base::n, Base::scale;
+  using Base::group, Base::shared, Base::job, Base::sequence, Base::head, Base::n, Base::scale,
+      Base::total, Base::weights;
   using L = FewLayout;
   using Registers = FewRegisters;
   float *h_to = nullptr, *u_to = nullptr;
 
-  // ---- tokens
+  // ---- tokens: warp t has token t
 
   // Four numbers of 16 bits, dense and aligned.
   KALMANET_KERNEL static void load_four(const Array& a, int64_t at, uint32_t (&bits)[2]) {
@@ -23,9 +24,12 @@ struct FewBody : FewSolve<Group> {
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) x[i] = from_bits(job.k.dtype, bits[i / 2] >> i % 2 * 16 & 0xffff);
   }
+  KALMANET_KERNEL static float square(const float (&x)[4]) {
+    return (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
+  }
 
-  // Tokens t0 .. t0 + n of the call, or of the last draft, on their way: warps 0 to 3 bring q and v
-  // of a token each, 4 to 7 its k. (Of tokens that are not there: zeros.)
+  // Tokens t0 .. t0 + n of the call, or of the last draft, on their way. (Of tokens that are not
+  // there: zeros.)
   template <bool kDraft>
   KALMANET_KERNEL void fetch(int64_t t0) {
     const Array& k = kDraft ? job.draft_k : job.k;
@@ -33,15 +37,13 @@ struct FewBody : FewSolve<Group> {
     const int64_t k_head = grouped(head, job.k_group), v_head = grouped(head, job.v_group);
     const int64_t q_head = grouped(head, job.q_group);
     group.each([&](int thread, Registers& r) {
-      const int t = thread / 32 % 4, c = thread % 32 * 4;
-      r.first[0] = r.first[1] = r.second[0] = r.second[1] = r.scalar = 0;
+      const int t = thread / 32, c = thread % 32 * 4;
+      r.q_bits[0] = r.q_bits[1] = r.k_bits[0] = r.k_bits[1] = 0;
+      r.v_bits[0] = r.v_bits[1] = r.scalar = 0;
       if (t < n) {
-        if (thread >= 128) {
-          load_four(k, offset_of(k, sequence, t0 + t, k_head) + c, r.first);
-        } else {
-          load_four(v, offset_of(v, sequence, t0 + t, v_head) + c, r.second);
-          if (!kDraft) load_four(job.q, offset_of(job.q, sequence, t0 + t, q_head) + c, r.first);
-        }
+        load_four(k, offset_of(k, sequence, t0 + t, k_head) + c, r.k_bits);
+        load_four(v, offset_of(v, sequence, t0 + t, v_head) + c, r.v_bits);
+        if (!kDraft) load_four(job.q, offset_of(job.q, sequence, t0 + t, q_head) + c, r.q_bits);
       }
       if (thread < 4 * kStepScalars && thread % 4 < n) {
         const Array& a = job.scalars[kDraft ? 1 : 0][thread / 4];
@@ -55,11 +57,17 @@ struct FewBody : FewSolve<Group> {
   template <bool kDraft>
   KALMANET_KERNEL void take() {
     group.each([&](int thread, Registers& r) {
-      const int t = thread / 32 % 4, c = thread % 32 * 4;
+      const int t = thread / 32, c = thread % 32 * 4;
       float x[4];
-      unpack_four(r.first, x);
-      store4((thread >= 128 ? shared.k : shared.q)[t] + c, x);
-      r.sum = (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
+      unpack_four(r.q_bits, x);
+      store4(shared.q[t] + c, x);
+      r.sums[0] = square(x);
+      unpack_four(r.k_bits, x);
+      store4(shared.k[t] + c, x);
+      r.sums[1] = square(x);
+      unpack_four(r.v_bits, x);
+      store4(shared.v[t] + c, x);
+      r.sums[2] = square(x);
       if (thread >= 4 * kStepScalars) return;
       const Array& a = job.scalars[kDraft ? 1 : 0][thread / 4];
       const int which = thread / 4;
@@ -76,37 +84,43 @@ struct FewBody : FewSolve<Group> {
       }
       shared.scalar[which][thread % 4] = scalar;
     });
-    group.template sum_lanes<32>([](Registers& r) -> float& { return r.sum; });
+    KALMANET_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      group.template sum_lanes<32>([i](Registers& r) -> float& { return r.sums[i]; });
+    }
     group.each([&](int thread, Registers& r) {
       if (thread % 32 != 0) return;
-      (thread < 128 ? shared.query_norm : shared.key_norm)[thread / 32 % 4] = sqrtf(r.sum);
+      shared.query_norm[thread / 32] = sqrtf(r.sums[0]);
+      shared.key_norm[thread / 32] = sqrtf(r.sums[1]);
+      shared.value_norm[thread / 32] = sqrtf(r.sums[2]);
     });
     group.barrier();
-    group.each([&](int thread, Registers& r) {
-      const int t = thread / 32 % 4, c = thread % 32 * 4;
-      if (thread >= 128) return;
-      float v[4];
-      unpack_four(r.second, v);
+    group.each([&](int thread, Registers&) {
+      float k[L::kTokens];
       KALMANET_UNROLL
-      for (int i = 0; i < 4; ++i) v[i] *= shared.scalar[kStepBeta][t];
-      store4(shared.v[t] + c, v);
+      for (int t = 0; t < L::kTokens; ++t) k[t] = shared.k[t][thread];
+      store4(shared.k_rows[thread], k);
     });
-    this->split_keys();
+    if (!kDraft) this->split_keys();
     group.barrier();
   }
 
-  // ---- H in float32
+  // ---- H in float32, in registers
 
   KALMANET_KERNEL void load_h(const float* from) {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int tile = 0; tile < L::kTiles; ++tile) {
+      for (int m = 0; m < L::kRowTiles; ++m) {
         KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          if (from != nullptr) {
-            load4(from + (L::row(thread) + i) * L::kDim + L::column(thread, tile), r.raw[tile][i]);
-          } else {
-            r.raw[tile][i][0] = r.raw[tile][i][1] = r.raw[tile][i][2] = r.raw[tile][i][3] = 0;
+        for (int tile = 0; tile < L::kTiles; ++tile) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            float(&h)[4] = r.raw[m][tile][i];
+            if (from != nullptr) {
+              load4(from + (L::row(thread, m) + i) * L::kDim + L::column(thread, tile), h);
+            } else {
+              h[0] = h[1] = h[2] = h[3] = 0;
+            }
           }
         }
       }
@@ -116,10 +130,14 @@ struct FewBody : FewSolve<Group> {
     if (h_to == nullptr) return;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
-      for (int tile = 0; tile < L::kTiles; ++tile) {
+      for (int m = 0; m < L::kRowTiles; ++m) {
         KALMANET_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          store4(h_to + (L::row(thread) + i) * L::kDim + L::column(thread, tile), r.raw[tile][i]);
+        for (int tile = 0; tile < L::kTiles; ++tile) {
+          KALMANET_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            store4(h_to + (L::row(thread, m) + i) * L::kDim + L::column(thread, tile),
+                   r.raw[m][tile][i]);
+          }
         }
       }
     });
@@ -130,17 +148,21 @@ struct FewBody : FewSolve<Group> {
     for (int t = 0; t < n; ++t) {
       group.each([&](int thread, Registers& r) {
         const float decay = shared.scalar[kStepDecay][t], beta2 = shared.scalar[kStepBeta][t];
-        const float row[2] = {beta2 * shared.k[t][L::row(thread)],
-                              beta2 * shared.k[t][L::row(thread) + 1]};
+        float row[L::kRowTiles][2];
+        KALMANET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          row[e / 2][e % 2] = beta2 * shared.k[t][L::first_row(thread) + e];
+        }
         KALMANET_UNROLL
         for (int tile = 0; tile < L::kTiles; ++tile) {
           float k[4];
           load4(shared.k[t] + L::column(thread, tile), k);
           KALMANET_UNROLL
-          for (int i = 0; i < 2; ++i) {
+          for (int e = 0; e < 4; ++e) {
             KALMANET_UNROLL
             for (int j = 0; j < 4; ++j) {
-              r.raw[tile][i][j] = decay * r.raw[tile][i][j] + row[i] * k[j];
+              float& h = r.raw[e / 2][tile][e % 2][j];
+              h = decay * h + row[e / 2][e % 2] * k[j];
             }
           }
         }
@@ -148,124 +170,216 @@ struct FewBody : FewSolve<Group> {
     }
   }
 
-  // ---- U in shared memory; a thread works on what it copied
+  // ---- a state in shared memory (U; H, once there is no need of it in registers): a thread works
+  // on what it brought
 
+  KALMANET_KERNEL static int at(int thread, int i, int half) {
+    return (L::state_row(thread) + i) * L::kDim + L::half_column(thread, half);
+  }
+  // f(i, half) for each of its pieces of four.
+  template <class F>
+  KALMANET_KERNEL static void for_pieces(F&& f) {
+    KALMANET_LOOP
+    for (int i0 = 0; i0 < L::kRows; i0 += 4) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) f(i0 + i, 0), f(i0 + i, 1);
+    }
+  }
+  KALMANET_KERNEL static void bring(float* to, const float* from) {
+    if (from != nullptr) {
+      copy16(to, from);
+    } else {
+      store4(to, {0, 0, 0, 0});
+    }
+  }
   KALMANET_KERNEL void start_u(const float* from) {
     group.each([&](int thread, Registers&) {
-      const int at = StepLayout::u_begin(thread);
-      KALMANET_LOOP
-      for (int i = 0; i < StepLayout::kUSteps; ++i) {
-        float* const to = shared.u + at + i * L::kDim;
-        if (from != nullptr) {
-          copy16(to, from + at + i * L::kDim);
-        } else {
-          store4(to, {0, 0, 0, 0});
-        }
-      }
+      for_pieces([&](int i, int half) {
+        const int e = at(thread, i, half);
+        bring(shared.u + e, from == nullptr ? nullptr : from + e);
+      });
     });
   }
   KALMANET_KERNEL void store_u() {
     if (u_to == nullptr) return;
     wait_copies();
     group.each([&](int thread, Registers&) {
-      const int at = StepLayout::u_begin(thread);
-      KALMANET_LOOP
-      for (int i = 0; i < StepLayout::kUSteps; ++i) {
+      for_pieces([&](int i, int half) {
         float u[4];
-        load4(shared.u + at + i * L::kDim, u);
-        store4(u_to + at + i * L::kDim, u);
+        load4(shared.u + at(thread, i, half), u);
+        store4(u_to + at(thread, i, half), u);
+      });
+    });
+  }
+  // The state in shared memory past all tokens at work: by the decays of `which`, outer products
+  // of keys and `right`. To `to`, which may be shared memory itself. kBrings: and `next` begun in
+  // its place.
+  template <bool kBrings>
+  KALMANET_KERNEL void advance(StepScalar which, const float (&right)[L::kTokens][L::kDim],
+                               float* to, const float* next) {
+    wait_copies();
+    group.each([&](int thread, Registers&) {
+      float weight[L::kTokens], columns[L::kTokens][8];
+      const float decay = weights(which, L::kTokens - 1, weight);
+      KALMANET_UNROLL
+      for (int t = 0; t < L::kTokens; ++t) {
+        KALMANET_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float x[4];
+          load4(right[t] + L::half_column(thread, half), x);
+          KALMANET_UNROLL
+          for (int j = 0; j < 4; ++j) columns[t][half * 4 + j] = weight[t] * x[j];
+        }
+      }
+      KALMANET_LOOP
+      for (int i0 = 0; i0 < L::kRows; i0 += 4) {
+        float s[4][2][4];
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          KALMANET_UNROLL
+          for (int half = 0; half < 2; ++half) load4(shared.u + at(thread, i0 + i, half), s[i][half]);
+        }
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float k[4];
+          load4(shared.k_rows[L::state_row(thread) + i0 + i], k);
+          KALMANET_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            KALMANET_UNROLL
+            for (int j = 0; j < 4; ++j) {
+              float& e = s[i][half][j];
+              e = decay * e;
+              KALMANET_UNROLL
+              for (int t = 0; t < L::kTokens; ++t) e += k[t] * columns[t][half * 4 + j];
+            }
+            const int place = at(thread, i0 + i, half);
+            if (to != nullptr) store4(to + place, s[i][half]);
+            if (kBrings) bring(shared.u + place, next == nullptr ? nullptr : next + place);
+          }
+        }
       }
     });
   }
-  // U past the tokens at work; kOutputs: and o = scale U_t^T m_t, stored, |U_t|^2 and |o_t|^2.
-  template <bool kOutputs>
-  KALMANET_KERNEL void advance_u(int64_t t0) {
+
+  // ---- outputs
+
+  // U_0^T m_t by sixteens of rows into shared.partial, |U_0|^2 by warps; in warp t the dots of m_t
+  // with the keys into registers.sums.
+  KALMANET_KERNEL void read_u() {
     wait_copies();
     group.each([&](int thread, Registers& r) {
-      const int column = thread % 32 * 4;
       KALMANET_UNROLL
       for (int t = 0; t < L::kTokens; ++t) {
-        r.sums[t] = 0;
         KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) r.o[t][j] = 0;
+        for (int j = 0; j < 8; ++j) r.o[t][j] = 0;
       }
+      float squares[4] = {};
       KALMANET_LOOP
-      for (int i0 = 0; i0 < StepLayout::kUSteps; i0 += 4) {
-        const int row = thread / 32 * StepLayout::kUSteps + i0;
-        float u[4][4];
+      for (int i0 = 0; i0 < L::kRows; i0 += 4) {
+        float u[4][2][4];
         KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) load4(shared.u + (row + i) * L::kDim + column, u[i]);
-        KALMANET_UNROLL
-        for (int t = 0; t < L::kTokens; ++t) {
-          if (t >= n) break;
-          float m[4] = {}, k[4], v[4];
-          if constexpr (kOutputs) load4(shared.m[t] + row, m);
-          load4(shared.k[t] + row, k);
-          load4(shared.v[t] + column, v);
-          const float decay = shared.scalar[kStepUDecay][t];
+        for (int i = 0; i < 4; ++i) {
           KALMANET_UNROLL
-          for (int i = 0; i < 4; ++i) {
+          for (int half = 0; half < 2; ++half) load4(shared.u + at(thread, i0 + i, half), u[i][half]);
+        }
+        KALMANET_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float m[4];
+          load4(shared.m_rows[L::state_row(thread) + i0 + i], m);
+          KALMANET_UNROLL
+          for (int half = 0; half < 2; ++half) {
             KALMANET_UNROLL
             for (int j = 0; j < 4; ++j) {
-              u[i][j] = decay * u[i][j] + k[i] * v[j];
-              if constexpr (kOutputs) {
-                r.o[t][j] += m[i] * u[i][j];
-                r.sums[t] += u[i][j] * u[i][j];
-              }
+              const float e = u[i][half][j];
+              squares[j] += e * e;
+              KALMANET_UNROLL
+              for (int t = 0; t < L::kTokens; ++t) r.o[t][half * 4 + j] += m[t] * e;
             }
           }
         }
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) store4(shared.u + (row + i) * L::kDim + column, u[i]);
       }
-      if constexpr (kOutputs) {
+      KALMANET_UNROLL
+      for (int t = 0; t < L::kTokens; ++t) {
         KALMANET_UNROLL
-        for (int t = 0; t < L::kTokens; ++t) {
-          store4(shared.partial[thread / 32][t] + column, r.o[t]);
+        for (int half = 0; half < 2; ++half) {
+          store4(shared.partial[thread / 16][t] + L::half_column(thread, half),
+                 {r.o[t][half * 4], r.o[t][half * 4 + 1], r.o[t][half * 4 + 2],
+                  r.o[t][half * 4 + 3]});
         }
       }
-    });
-    if constexpr (kOutputs) store_outputs(t0);
-  }
-
-  // Of the parts that advance_u left. Ends with a barrier.
-  KALMANET_KERNEL void store_outputs(int64_t t0) {
-    this->put_squares(2);
-    group.barrier();
-    group.each([&](int thread, Registers& r) {
+      r.sum = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+      float m[4];
+      load4(shared.m[thread / 32] + thread % 32 * 4, m);
       KALMANET_UNROLL
-      for (int t = 0; t < L::kTokens; ++t) r.sums[t] = 0;
-      KALMANET_UNROLL
-      for (int half = 0; half < 2; ++half) {  // tokens 0 and 1, or 2 and 3
-        const int t = 2 * half + thread / L::kDim, c = thread % L::kDim;
-        if (t >= n) continue;
-        float o = 0;
-        KALMANET_UNROLL
-        for (int w = 0; w < 8; ++w) o += shared.partial[w][t][c];
-        o *= static_cast<float>(job.scale);
-        store_element(job.o, offset_of(job.o, sequence, t0 + t, head) + c * job.o.stride[3], o);
-        const float square = o * o;
-        r.sums[2 * half] = thread < L::kDim ? square : 0.0f;
-        r.sums[2 * half + 1] = thread < L::kDim ? 0.0f : square;
+      for (int j = 0; j < L::kTokens; ++j) {
+        float k[4];
+        load4(shared.k[j] + thread % 32 * 4, k);
+        r.sums[j] = (m[0] * k[0] + m[1] * k[1]) + (m[2] * k[2] + m[3] * k[3]);
       }
     });
-    this->put_squares(3);
+    group.template sum_lanes<32>([](Registers& r) -> float& { return r.sum; });
+    KALMANET_UNROLL
+    for (int j = 0; j < L::kTokens; ++j) {
+      group.template sum_lanes<32>([j](Registers& r) -> float& { return r.sums[j]; });
+    }
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 == 0) shared.squares[2][0][thread / 32] = r.sum;
+    });
+  }
+  // o of token t by warp t, stored, and whether its amplification is more than this arithmetic
+  // bears. For |U_t| stands a bound: the norm of U_0 and of each outer product.
+  KALMANET_KERNEL void put_outputs(int64_t t0) {
+    group.barrier();
+    group.each([&](int thread, Registers& r) {
+      const int t = thread / 32, c = thread % 32 * 4;
+      float weight[L::kTokens], o[4] = {};
+      const float start = weights(kStepUDecay, t, weight);
+      KALMANET_UNROLL
+      for (int g = 0; g < L::kThreads / 16; ++g) {
+        float part[4];
+        load4(shared.partial[g][t] + c, part);
+        KALMANET_UNROLL
+        for (int e = 0; e < 4; ++e) o[e] += part[e];
+      }
+      KALMANET_UNROLL
+      for (int e = 0; e < 4; ++e) o[e] *= start;
+      KALMANET_UNROLL
+      for (int j = 0; j < L::kTokens; ++j) {
+        float v[4];
+        load4(shared.v[j] + c, v);
+        KALMANET_UNROLL
+        for (int e = 0; e < 4; ++e) o[e] += weight[j] * r.sums[j] * v[e];
+      }
+      const int64_t at = offset_of(job.o, sequence, t0 + t, head);
+      KALMANET_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        o[e] *= static_cast<float>(job.scale);
+        if (t < n) store_element(job.o, at + (c + e) * job.o.stride[3], o[e]);
+      }
+      r.sum = square(o);
+    });
+    group.template sum_lanes<32>([](Registers& r) -> float& { return r.sum; });
+    group.each([&](int thread, Registers& r) {
+      if (thread % 32 != 0) return;
+      const int t = thread / 32;
+      float weight[L::kTokens];
+      float norm = weights(kStepUDecay, t, weight) * sqrtf(total(2, 0));
+      KALMANET_UNROLL
+      for (int j = 0; j < L::kTokens; ++j) {
+        norm += weight[j] * shared.key_norm[j] * shared.value_norm[j];
+      }
+      const double limit = largest_amplification(job.o.dtype) / 4;
+      const double scaled = static_cast<double>(shared.scalar[kStepAlpha][t]) * job.scale *
+                            static_cast<double>(norm);
+      const double o2 = static_cast<double>(r.sum);
+      shared.ill[t] = t < n && o2 > 0.0 &&
+                      scaled * scaled * static_cast<double>(total(1, t)) >
+                          limit * limit * L::kDim * o2;
+    });
     group.barrier();
   }
-
-  // Whether a token's amplification is more than this arithmetic bears.
   KALMANET_KERNEL bool amplified() const {
-    const double limit = largest_amplification(job.o.dtype) / 4;
-    bool ill = false;
-    KALMANET_LOOP
-    for (int t = 0; t < n; ++t) {
-      const double weight = static_cast<double>(shared.scalar[kStepAlpha][t]) * job.scale;
-      const double scaled = weight * weight * static_cast<double>(this->total(1, t)) *
-                            static_cast<double>(this->total(2, t));
-      const double o2 = static_cast<double>(this->total(3, t));
-      if (o2 > 0.0 && scaled > limit * limit * L::kDim * o2) ill = true;
-    }
-    return ill;
+    return (shared.ill[0] | shared.ill[1] | shared.ill[2] | shared.ill[3]) != 0;
   }
 
   // Returns whether the step kernel must do it instead. Written are then outputs, and of a draft
@@ -281,15 +395,17 @@ struct FewBody : FewSolve<Group> {
     h_to = dense_state(job.h_final, row, head);
     u_to = dense_state(job.u_final, row, head);
     const int64_t accepted = accepted_of(job, sequence);
-    load_h(h_from);
     KALMANET_LOOP
     for (int64_t t0 = 0; t0 < accepted; t0 += n) {
       n = static_cast<int>(accepted - t0 < L::kTokens ? accepted - t0 : L::kTokens);
       fetch<true>(t0);
-      if (t0 == 0) start_u(u_from);
+      if (t0 == 0) {
+        load_h(h_from);
+        start_u(u_from);
+      }
       group.barrier();  // (the tokens before are done with)
       take<true>();
-      advance_u<false>(0);
+      advance<false>(kStepUDecay, shared.v, shared.u, nullptr);
       advance_h();
     }
     int64_t t0 = 0;
@@ -298,7 +414,10 @@ struct FewBody : FewSolve<Group> {
       n = static_cast<int>(!kLong || job.T - t0 < L::kTokens ? job.T - t0 : L::kTokens);
       fetch<false>(t0);
       if (t0 == 0) {
-        if (accepted == 0) start_u(u_from);
+        if (accepted == 0) {
+          load_h(h_from);
+          start_u(u_from);
+        }
         if (job.is_draft) {  // what the states become is known before the new tokens
           if (accepted > 0 || h_from != h_to) store_h();
           if (accepted > 0 || u_from != u_to) store_u();
@@ -309,19 +428,24 @@ struct FewBody : FewSolve<Group> {
       this->split_h();
       this->norms();
       this->solve();
-      advance_u<true>(t0);
+      read_u();
+      put_outputs(t0);
       if (amplified()) return true;
       t0 += n;
       if (t0 == job.T && job.is_draft) return false;
       if constexpr (kLong) {
+        advance<false>(kStepUDecay, shared.v, shared.u, nullptr);
         this->unsplit_h();
+        advance_h();
       } else {
-        load_h(h_from);
+        advance<true>(kStepUDecay, shared.v, u_to, h_from);
+        if (h_to != nullptr) advance<false>(kStepDecay, shared.k, h_to, nullptr);
       }
-      advance_h();
     } while (kLong && t0 < job.T);
-    store_h();
-    store_u();
+    if constexpr (kLong) {
+      store_h();
+      store_u();
+    }
     return false;
   }
 };

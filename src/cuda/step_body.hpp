@@ -51,10 +51,10 @@ struct StepBody : StepStates<Group> {
     group.barrier();
   }
 
-  // H past a token; registers.product <- H q on the way. Returns |H|_F, 0 where it has vanished.
-  // before_barrier: what is done with H before the barrier that this takes.
-  template <class F>
-  KALMANET_KERNEL float update_h(F&& before_barrier) {
+  // H past a token, each piece `used` once it is; registers.product <- H q on the way. After a
+  // barrier norm() is |H|_F, 0 where it has vanished.
+  template <class Used>
+  KALMANET_KERNEL void update_h(Used&& used) {
     group.each([&](int thread, Registers& r) {
       float row[L::kRows], squares[4] = {};
       this->weighted_rows(thread, row);
@@ -75,14 +75,15 @@ struct StepBody : StepStates<Group> {
             r.sum[i] += h * q[j];
           }
         }
+        used(thread, r, p);
       }
       r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
       r.q = shared.x[0][L::place(L::own_row(thread))];
     });
-    before_barrier();
     this->put_squares(0, [](Registers& r) -> float& { return r.squares; });
     this->add_sums();
-    group.barrier();
+  }
+  KALMANET_KERNEL float norm() const {
     const float f2 = this->total(0);
     constexpr float kVanished = static_cast<float>(kVanishedNorm * kVanishedNorm);
     return f2 <= kVanished ? 0.0f : sqrtf(f2);
@@ -303,7 +304,9 @@ struct StepBody : StepStates<Group> {
 
   KALMANET_KERNEL void token(int64_t t, bool keeps) {
     const int num_iter = count_steps();
-    const float f = update_h([] {});
+    update_h([](int, Registers&, int) {});
+    group.barrier();
+    const float f = norm();
     this->template solve<true>(f, num_iter, keeps && h_to != nullptr);
     const bool store = keeps && u_to != nullptr;
     read_out(t, store);

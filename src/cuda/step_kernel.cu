@@ -1,5 +1,6 @@
 // The step kernel, compiled and launched.
 #include "cuda/check.hpp"
+#include "cuda/doubled_group.hpp"
 #include "cuda/few_body.hpp"
 #include "cuda/launch.hpp"
 #include "cuda/step_wide.hpp"
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(StepWideLayout::kThreads, 1)
 constexpr size_t kFewShared = sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared)
                                                                      : sizeof(StepShared);
 
-// Two blocks again: 102 KB.
+// Two blocks again: 102 KB, and twice as many registers for half as many threads.
 template <bool kLong>
 __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     gka_step_few(const __grid_constant__ GkaJob job) {
@@ -65,8 +66,10 @@ __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     auto& shared = *reinterpret_cast<FewShared*>(shared_memory);
     if (!run_few<kLong>(group, shared, job, sequence, head)) return;
   }
+  wait_copies();
   __syncthreads();
-  DeviceGroup<StepRegisters> group;
+  DoubledGroup<StepRegisters, FewLayout::kThreads> group;
+  static_assert(StepLayout::kThreads == 2 * FewLayout::kThreads);
   run_step<false>(group, *reinterpret_cast<StepShared*>(shared_memory), job, sequence, head,
                   job.is_draft);
 }

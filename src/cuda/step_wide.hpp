@@ -1,7 +1,9 @@
 // The decode step where a launch has fewer blocks than the GPU has multiprocessors, and latency is
 // all that counts: 512 threads a sequence and head, in two halves. One has H in registers and
-// solves; the other brings the token, keeps U in registers, updates and stores it meanwhile, and
-// reads it out once there is an m. H goes back by the copy engine.
+// solves; the other brings the token, updates U meanwhile, keeps it in registers too, and reads it
+// out once there is an m. But for H's way into registers, which nothing else may delay, states
+// travel by the copy engine: what takes the path of shared memory holds up the solver's reads of
+// the iterate.
 //
 // Each sum is made by the functions of the step kernel (step_body.hpp), by a half's 256 threads in
 // the same order: the same bits, whichever of the two kernels a batch's size chooses.
@@ -17,55 +19,31 @@ struct StepWideLayout {
 
 struct StepWideShared : StepShared {
   alignas(128) float h[StepLayout::kDim * StepLayout::kDim];  // on its way back
+  uint64_t u_arrival;
 };
 
 // What a half does. In the reader's, registers.h holds U: row u_begin + i is h[i / 4][i % 4].
 template <class Group>
 struct StepHalf : StepBody<Group> {
   using Base = StepBody<Group>;
-  using Base::group, Base::shared, Base::job, Base::now, Base::u_to;
+  using Base::group, Base::shared, Base::job, Base::now;
   using L = StepLayout;
   using Registers = StepRegisters;
 
-  // The solver's: its part of H to `to`, for the copy engine.
-  KALMANET_KERNEL void put_h(float* to) {
-    group.each([&](int thread, Registers& r) {
-      const int at = L::row(thread) * L::kDim;
+  // The solver's: H past the token, and, where it `stores`, in `to` for the copy engine.
+  template <bool kStores>
+  KALMANET_KERNEL void update_h(float* to) {
+    Base::update_h([&](int thread, Registers& r, int p) {
+      if (!kStores) return;
+      const int at = L::row(thread) * L::kDim + L::column(thread, p);
       KALMANET_UNROLL
-      for (int p = 0; p < L::kPieces; ++p) {
-        KALMANET_UNROLL
-        for (int i = 0; i < L::kRows; ++i) {
-          store4(to + at + L::column(thread, p) + i * L::kDim, r.h[p][i]);
-        }
-      }
-      before_bulk();
+      for (int i = 0; i < L::kRows; ++i) store4(to + at + i * L::kDim, r.h[p][i]);
     });
+    if (kStores) before_bulk();
   }
 
-  // The reader's.
-  KALMANET_KERNEL void load_u(const float* from) {
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int i = 0; i < L::kUSteps; ++i) {
-        float(&u)[4] = r.h[i / 4][i % 4];
-        if (from != nullptr) {
-          load4(from + L::u_begin(thread) + i * L::kDim, u);
-        } else {
-          u[0] = u[1] = u[2] = u[3] = 0;
-        }
-      }
-    });
-  }
-  KALMANET_KERNEL void put_u(float* to) {
-    group.each([&](int thread, Registers& r) {
-      KALMANET_UNROLL
-      for (int i = 0; i < L::kUSteps; ++i) {
-        store4(to + L::u_begin(thread) + i * L::kDim, r.h[i / 4][i % 4]);
-      }
-    });
-  }
-  // U past the token, and where it belongs; |U|^2 into squares[2].
-  KALMANET_KERNEL void update_u() {
+  // The reader's: U, in shared memory, past the token; |U|^2 into squares[2].
+  KALMANET_KERNEL void update_u(bool is_zero) {
     group.each([&](int thread, Registers& r) {
       float v[4], squares[4] = {};
       this->weighted_values(thread, v);
@@ -75,18 +53,26 @@ struct StepHalf : StepBody<Group> {
         load4(shared.k + thread / 32 * L::kUSteps + i0, k);
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
+          float(&u)[4] = r.h[i0 / 4][i];
+          float* const at = shared.u + L::u_begin(thread) + (i0 + i) * L::kDim;
+          if (is_zero) {
+            u[0] = u[1] = u[2] = u[3] = 0;
+          } else {
+            load4(at, u);
+          }
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
-            float& u = r.h[i0 / 4][i][j];
-            u = fused(now.u_decay, u, k[i] * v[j]);
-            squares[j] += u * u;
+            u[j] = fused(now.u_decay, u[j], k[i] * v[j]);
+            squares[j] += u[j] * u[j];
           }
+          store4(at, u);
         }
       }
+      before_bulk();
       r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
     });
-    if (u_to != nullptr) put_u(u_to);
     this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
+    group.barrier();
   }
   KALMANET_KERNEL void read_u(int64_t t) {
     group.each([&](int thread, Registers& r) {
@@ -105,6 +91,13 @@ struct StepHalf : StepBody<Group> {
       store4(shared.partial[thread / 32] + thread % 32 * 4, r.o);
     });
     this->put_outputs(t);
+  }
+
+  template <class F>
+  KALMANET_KERNEL void by_one_thread(F&& f) {
+    group.each([&](int thread, Registers&) {
+      if (thread == 0) f();
+    });
   }
 };
 
@@ -136,51 +129,48 @@ KALMANET_KERNEL void run_step_wide(Group& solver_group, Group& reader_group, Ste
       solves();
       if (!reader_first) reads();
     }
+    barrier();
   };
   float* const h_to = dense_state(job.h_final, row, head);
-  float f = 0;
+  float* const u_to = dense_state(job.u_final, row, head);
   int num_iter = 0;
   side_by_side([&] { solver.load_h(dense_state(job.h0, row, head)); },
                [&] {
                  reader.template fetch<false>(0);
+                 reader.by_one_thread([&] { begin_arrival(&shared.u_arrival); });
                  reader.template put_token<false>();
                });
-  barrier();
   side_by_side(
       [&] {
         solver.read_scalars();
         num_iter = solver.count_steps();
-        f = solver.update_h([&] {
-          if (h_to != nullptr) solver.put_h(shared.h);
-        });
-        solver.group.each([&](int thread, StepRegisters&) {
-          if (thread == 0 && h_to != nullptr) store_bulk(h_to, shared.h, sizeof(shared.h));
-        });
-        solver.template solve<false>(f, num_iter, false);
+        solver.template update_h<true>(shared.h);
       },
-      [&] {
-        reader.load_u(dense_state(job.u0, row, head));
-        reader.u_to = dense_state(job.u_final, row, head);
-        reader.read_scalars();
-        reader.update_u();
-      });
-  barrier();
+      [&] { reader.read_scalars(); });
+  side_by_side([&] { solver.template solve<false>(solver.norm(), num_iter, false); },
+               [&] {
+                 const float* const from = dense_state(job.u0, row, head);
+                 reader.by_one_thread([&] {
+                   if (from != nullptr) {
+                     load_bulk(shared.u, from, sizeof(shared.u), &shared.u_arrival);
+                   }
+                   if (h_to != nullptr) store_bulk(h_to, shared.h, sizeof(shared.h));
+                 });
+                 if (from != nullptr) wait_arrival(&shared.u_arrival);
+                 reader.update_u(from == nullptr);
+                 reader.by_one_thread([&] {
+                   if (u_to != nullptr) store_bulk(u_to, shared.u, sizeof(shared.u));
+                 });
+               });
   side_by_side([] {}, [&] { reader.read_u(0); });
-  barrier();
   bool ill = false;
-  side_by_side([&] { ill = solver.amplified(); }, [&] { ill = reader.amplified(); });
+  if (kRole != StepRole::reader) ill = solver.amplified();
+  if (kRole == StepRole::reader) ill = reader.amplified();
   if (ill) {
-    side_by_side([&] { solver.solve64(f, num_iter); }, [&] { reader.put_u(shared.u); });
-    barrier();
-    side_by_side([] {}, [&] { reader.read_out64(0, false); });
+    side_by_side([&] { solver.solve64(solver.norm(), num_iter); }, [] {});
+    if (kRole != StepRole::solver) reader.read_out64(0, false);
   }
-  side_by_side(
-      [&] {
-        solver.group.each([&](int thread, StepRegisters&) {
-          if (thread == 0) wait_bulk();
-        });
-      },
-      [] {});
+  if (kRole != StepRole::solver) reader.by_one_thread([] { wait_bulk_stores(); });
 }
 
 }  // namespace kalmanet::cuda

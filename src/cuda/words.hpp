@@ -162,6 +162,14 @@ KALMANET_KERNEL void store16(void* p, const uint32_t (&in)[4]) {
 #endif
 }
 
+KALMANET_KERNEL void store8(void* p, const uint32_t (&in)[2]) {
+#ifdef __CUDACC__
+  *static_cast<uint2*>(p) = make_uint2(in[0], in[1]);
+#else
+  std::memcpy(p, in, 8);
+#endif
+}
+
 KALMANET_KERNEL void prefetch([[maybe_unused]] const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
