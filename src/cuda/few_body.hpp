@@ -382,6 +382,11 @@ struct FewBody : FewSolve<Group> {
     return (shared.ill[0] | shared.ill[1] | shared.ill[2] | shared.ill[3]) != 0;
   }
 
+  KALMANET_KERNEL void find_results(int64_t row) {
+    h_to = dense_state(job.h_final, row, head);
+    u_to = dense_state(job.u_final, row, head);
+  }
+
   // Returns whether the step kernel must do it instead. Written are then outputs, and of a draft
   // the states before its tokens.
   //
@@ -392,8 +397,10 @@ struct FewBody : FewSolve<Group> {
   KALMANET_KERNEL bool run(int64_t row) {
     const float* const h_from = dense_state(job.h0, row, head);
     const float* const u_from = dense_state(job.u0, row, head);
-    h_to = dense_state(job.h_final, row, head);
-    u_to = dense_state(job.u_final, row, head);
+    find_results(row);
+    group.each([&](int thread, Registers&) {
+      if (thread == 0) shared.row = row;
+    });
     const int64_t accepted = accepted_of(job, sequence);
     KALMANET_LOOP
     for (int64_t t0 = 0; t0 < accepted; t0 += n) {
@@ -438,11 +445,13 @@ struct FewBody : FewSolve<Group> {
         this->unsplit_h();
         advance_h();
       } else {
-        advance<true>(kStepUDecay, shared.v, u_to, h_from);
+        find_results(shared.row);
+        advance<true>(kStepUDecay, shared.v, u_to, dense_state(job.h0, shared.row, head));
         if (h_to != nullptr) advance<false>(kStepDecay, shared.k, h_to, nullptr);
       }
     } while (kLong && t0 < job.T);
     if constexpr (kLong) {
+      find_results(shared.row);
       store_h();
       store_u();
     }

@@ -9,7 +9,7 @@
 //
 // so a product of Chebyshev's iteration for all of them is one product with H_0 and a few dots, and
 // each state is brought past all tokens in one pass. H_0, in registers, is split into two float16
-// (high + low / 2^11: 22 bits, as many registers as float32), and so is d, whose two parts are two
+// (high + low: 22 bits, as many registers as float32), and so is d, whose two parts are two
 // columns of the same right factor: 4 tokens fill an m16n8k16 exactly. The iteration carries its
 // residual (r -= A d, x += d): a product's error of 2^-22 is one of d, not of x.
 //
@@ -33,7 +33,6 @@ struct FewLayout {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kTiles = 8;     // of 16 columns
   static constexpr int kRowTiles = 2;  // of 16 rows, a warp's
-  static constexpr float kLow = 0x1p11f;  // low parts are stored so much larger
 
   // H as left factors. A lane has four rows in turn: the first two are fragment rows g and g + 8 of
   // its warp's first tile, the others of the second. Of tile t its four columns lie together.
@@ -48,13 +47,16 @@ struct FewLayout {
   // lie together, and so do the two that it writes. High and low parts (n even, odd) are 16 banks
   // apart, for the eight lanes that read together, and so is a token from the next, for the sixteen
   // that write.
-  static constexpr int kRight = 4 * 144;
+  static constexpr int kRight = 1024;  // of which 4 * 144 are used: two of them differ in one bit
+  static constexpr int kTurn = kRight * sizeof(uint32_t);
   KALMANET_KERNEL static int right_column(int n) { return n / 2 * 144 + n % 2 * 80; }
-  KALMANET_KERNEL static int right_words(int thread, int pair) {
-    return right_column(thread % 32 / 4) + pair * 16 + thread % 4 * 4;
+  KALMANET_KERNEL static int read_byte(int thread) {
+    return (right_column(thread % 32 / 4) + thread % 4 * 4) * 4;
   }
-  KALMANET_KERNEL static int own_words(int thread) {
-    return thread / 32 * 16 + thread % 16 / 4 * 4 + thread % 32 / 16 * 2;
+  KALMANET_KERNEL static int own_byte(int thread) {
+    return (right_column(thread % 4 * 2) + thread / 32 * 16 + thread % 16 / 4 * 4 +
+            thread % 32 / 16 * 2) *
+           4;
   }
   // The key that is j-th to a lane: fragment row g is key g % 4, g + 8 its neighbour; the other two
   // are another lane's.
@@ -87,6 +89,7 @@ struct FewShared {
   float query_norm[FewLayout::kTokens], key_norm[FewLayout::kTokens];
   float value_norm[FewLayout::kTokens];
   int steps[FewLayout::kTokens], ill[FewLayout::kTokens];
+  int64_t row;  // of the states: no register holds it, or what follows from it, through the solve
 };
 
 struct FewRegisters {
@@ -95,22 +98,25 @@ struct FewRegisters {
   uint32_t low[FewLayout::kRowTiles][FewLayout::kTiles][4];
   uint32_t key[FewLayout::kTiles][4], b[FewLayout::kTiles][2];
   float y[FewLayout::kRowTiles][4], z[FewLayout::kRowTiles][4], c[4];
-  // Of a lane's token thread % 4, at its four rows; times into.
+  // Of a lane's token thread % 4, at its four rows; times into, and r times step.
   float r[4], d[4], x[4], product[4];
   float dots[FewLayout::kTokens], here[FewLayout::kTokens][4], dot_scale[2];
   float w, rho2, step, lambda, start, into;
+  int own_byte, read_byte;  // of the right factor; kept, as StepRegisters'
   float sum, sums[FewLayout::kTokens], o[FewLayout::kTokens][8];
   uint32_t q_bits[2], k_bits[2], v_bits[2], scalar;  // on their way
   int steps;
 };
 
-// The power of two that brings a positive number to 1..2; 1 for 0.
-KALMANET_KERNEL float to_one(float x) {
+// The power of two that brings a positive number to 2^14 .. 2^15; 1 for 0. (A vector of that norm
+// fits float16, and what it leaves of a float32 does not fall below float16's range.)
+KALMANET_KERNEL float to_size(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
-  const uint32_t exponent = bits >> 23 & 255;
+  const int exponent = static_cast<int>(bits >> 23 & 255);
   if (exponent == 0) return 1.0f;
-  bits = (exponent < 254 ? 254 - exponent : 1) << 23;
+  const int wanted = 254 + 14 - exponent;
+  bits = static_cast<uint32_t>(wanted < 1 ? 1 : wanted > 253 ? 253 : wanted) << 23;
   float y;
   memcpy(&y, &bits, 4);
   return y;

@@ -33,13 +33,13 @@ struct FewSolve {
     return through;
   }
 
-  // The keys as left factors, each brought to about 1.
+  // The keys as left factors, each brought to one size.
   KALMANET_KERNEL void split_keys() {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
         const int key = L::key(thread, i);
-        const float size = to_one(shared.key_norm[key]);
+        const float size = to_size(shared.key_norm[key]);
         KALMANET_UNROLL
         for (int tile = 0; tile < L::kTiles; ++tile) {
           float k[4];
@@ -73,7 +73,7 @@ struct FewSolve {
       if (thread % 32 == 0) shared.squares[1][0][thread / 32] = r.sum;
     });
     group.barrier();
-    scale = to_one(sqrtf(total(1, 0)));
+    scale = to_size(sqrtf(total(1, 0)));
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int m = 0; m < L::kRowTiles; ++m) {
@@ -91,7 +91,7 @@ struct FewSolve {
   }
   KALMANET_KERNEL static void split(float a, float b, uint32_t& high, uint32_t& low) {
     high = pack_float16(a, b);
-    low = pack_float16((a - low_float16(high)) * L::kLow, (b - high_float16(high)) * L::kLow);
+    low = pack_float16(a - low_float16(high), b - high_float16(high));
   }
   KALMANET_KERNEL void unsplit_h() {
     const float back = power_inverse(scale);
@@ -104,36 +104,44 @@ struct FewSolve {
           for (int i = 0; i < 4; ++i) {
             const uint32_t high = r.high[m][tile][i], low = r.low[m][tile][i];
             float* const to = r.raw[m][tile][i % 2] + i / 2 * 2;
-            to[0] = (low_float16(high) + low_float16(low) * (1.0f / L::kLow)) * back;
-            to[1] = (high_float16(high) + high_float16(low) * (1.0f / L::kLow)) * back;
+            to[0] = (low_float16(high) + low_float16(low)) * back;
+            to[1] = (high_float16(high) + high_float16(low)) * back;
           }
         }
       }
     });
   }
 
-  // d as two columns of the right factor. Ends with a barrier.
-  KALMANET_KERNEL void put_right(uint32_t* right) {
+  // d as two columns of the right factor, in the one of two places whose turn it is. Ends with a
+  // barrier.
+  KALMANET_KERNEL void begin_right() {
     group.each([&](int thread, Registers& r) {
+      r.own_byte = kept(L::own_byte(thread));
+      r.read_byte = kept(L::read_byte(thread));
+    });
+  }
+  KALMANET_KERNEL void put_right() {
+    group.each([&](int, Registers& r) {
       uint32_t high[2], low[2];
       KALMANET_UNROLL
       for (int m = 0; m < L::kRowTiles; ++m) {
         split(r.d[2 * m], r.d[2 * m + 1], high[m], low[m]);
       }
-      uint32_t* const to = right + L::own_words(thread);
-      store8(to + L::right_column(thread % 4 * 2), high);
-      store8(to + L::right_column(thread % 4 * 2 + 1), low);
+      uint32_t* const to = StepLayout::at_byte(shared.right[0], r.own_byte);
+      store8(to, high);
+      store8(to + L::right_column(1), low);
+      r.own_byte = kept(r.own_byte ^ L::kTurn);
     });
     group.barrier();
   }
   // Of the right factor: its products with H_0 into registers.product, times scale, and with the
   // keys into registers.dots, times dot_scale of the lane that makes them.
-  KALMANET_KERNEL void multiply(const uint32_t* right) {
-    group.each([&](int thread, Registers& r) {
+  KALMANET_KERNEL void multiply() {
+    group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int pair = 0; pair < L::kTiles / 2; ++pair) {
         uint32_t words[4];
-        load16(right + L::right_words(thread, pair), words);
+        load16(StepLayout::at_byte(shared.right[0], r.read_byte) + pair * 16, words);
         r.b[2 * pair][0] = words[0], r.b[2 * pair][1] = words[1];
         r.b[2 * pair + 1][0] = words[2], r.b[2 * pair + 1][1] = words[3];
       }
@@ -143,6 +151,7 @@ struct FewSolve {
         KALMANET_UNROLL
         for (int m = 0; m < L::kRowTiles; ++m) r.y[m][i] = r.z[m][i] = 0;
       }
+      r.read_byte = kept(r.read_byte ^ L::kTurn);
     });
     KALMANET_UNROLL
     for (int tile = 0; tile < L::kTiles; ++tile) {
@@ -163,7 +172,7 @@ struct FewSolve {
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 2; ++i) {
-        r.dots[i] = (r.c[2 * i] + r.c[2 * i + 1] * (1.0f / L::kLow)) * r.dot_scale[i];
+        r.dots[i] = (r.c[2 * i] + r.c[2 * i + 1]) * r.dot_scale[i];
       }
     });
     KALMANET_UNROLL
@@ -175,7 +184,7 @@ struct FewSolve {
       KALMANET_UNROLL
       for (int e = 0; e < 4; ++e) {
         const int m = e / 2, f = e % 2 * 2;
-        r.product[e] = r.y[m][f] + (r.y[m][f + 1] + r.z[m][f]) * (1.0f / L::kLow);
+        r.product[e] = (r.y[m][f] + r.y[m][f + 1]) + (r.z[m][f] + r.z[m][f + 1]);
       }
     });
   }
@@ -187,18 +196,19 @@ struct FewSolve {
   KALMANET_KERNEL void norms() {
     group.each([&](int thread, Registers& r) {
       const int i = thread % 4;
-      r.into = to_one(shared.key_norm[i]);
+      r.into = to_size(shared.key_norm[i]);
       load4(shared.k[i] + L::first_row(thread), r.d);
       KALMANET_UNROLL
       for (int e = 0; e < 4; ++e) r.d[e] *= r.into;
       KALMANET_UNROLL
       for (int j = 0; j < 2; ++j) {
         r.dot_scale[j] =
-            power_inverse(r.into) * power_inverse(to_one(shared.key_norm[L::key(thread, j)]));
+            power_inverse(r.into) * power_inverse(to_size(shared.key_norm[L::key(thread, j)]));
       }
     });
-    put_right(shared.right[0]);
-    multiply(shared.right[0]);
+    begin_right();
+    put_right();
+    multiply();
     group.each([&](int thread, Registers& r) {
       r.sum = ((r.d[0] * r.product[0] + r.d[1] * r.product[1]) +
                (r.d[2] * r.product[2] + r.d[3] * r.product[3])) *
@@ -245,23 +255,23 @@ struct FewSolve {
       r.lambda = idle ? 0.0f : ridge * f;
       r.step = idle ? 0.0f : divide(2.0f, 2.0f * r.lambda + f);
       r.steps = shared.steps[i];
-      r.into = to_one(r.step * shared.query_norm[i]);
+      r.into = to_size(r.step * shared.query_norm[i]);
       float weight[L::kTokens];
-      r.start = -weights(kStepDecay, i, weight) * power_inverse(scale);
+      r.start = -weights(kStepDecay, i, weight) * power_inverse(scale) * r.step;
       r.dot_scale[0] = r.dot_scale[1] = 0;
       KALMANET_UNROLL
       for (int j = 0; j < L::kTokens; ++j) {
-        const float scaled = -weight[j] * power_inverse(to_one(shared.key_norm[j]));
+        const float scaled = -weight[j] * power_inverse(to_size(shared.key_norm[j])) * r.step;
         if (j == L::key(thread, 0)) r.dot_scale[0] = scaled;
         if (j == L::key(thread, 1)) r.dot_scale[1] = scaled;
         load4(shared.k[L::key(thread, j)] + L::first_row(thread), r.here[j]);
       }
       r.w = reciprocal(1.0f - 2.0f * r.rho2);
+      r.lambda *= r.step;
       load4(shared.q[i] + L::first_row(thread), r.r);
       KALMANET_UNROLL
       for (int e = 0; e < 4; ++e) {
-        r.r[e] *= r.into;
-        r.x[e] = r.d[e] = r.step * r.r[e];
+        r.x[e] = r.d[e] = r.r[e] *= r.into * r.step;
       }
     });
   }
@@ -273,14 +283,14 @@ struct FewSolve {
     KALMANET_UNROLL
     for (int t = 0; t < L::kTokens; ++t) most = shared.steps[t] > most ? shared.steps[t] : most;
     KALMANET_LOOP
-    for (int k = 0; k < most; ++k) {
-      uint32_t* const right = shared.right[k % 2];
-      put_right(right);
-      multiply(right);
+    for (most = uniform(most); most > 0; --most) {
+      put_right();
+      multiply();
       group.each([&](int, Registers& r) {
         // (A token with fewer steps than another has its answer.)
-        const float gain = k < r.steps ? r.step * r.w : 0.0f;
-        const float momentum = k < r.steps ? r.w - 1.0f : 0.0f;
+        const float gain = r.steps > 0 ? r.w : 0.0f;
+        const float momentum = r.steps > 0 ? r.w - 1.0f : 0.0f;
+        --r.steps;
         KALMANET_UNROLL
         for (int e = 0; e < 4; ++e) {  // (start and dots are negative)
           r.r[e] = fused(r.start, r.product[e], r.r[e] - r.lambda * r.d[e]);

@@ -64,7 +64,7 @@ struct StepBody : StepStates<Group> {
       for (int p = 0; p < L::kPieces; ++p) {
         float k[4], q[4];
         load4(shared.k + L::column(thread, p), k);
-        L::load_piece(shared.x[0], thread, p, q);
+        L::load_piece(L::at_byte(shared.x[0], L::read_byte(thread)), p, q);
         KALMANET_UNROLL
         for (int i = 0; i < L::kRows; ++i) {
           KALMANET_UNROLL
@@ -106,61 +106,61 @@ struct StepBody : StepStates<Group> {
   struct Iteration {
     float lambda, step, rho2, w;
   };
-  // Step k up to x_{k+1}; unless it is the last one, its place is out.
-  KALMANET_KERNEL void finish_step(const Iteration& it, float* out) {
+  // A step up to the next x, which lies where the last but one did.
+  KALMANET_KERNEL void finish_step(const Iteration& it) {
     const float gain = it.step * it.w;
     group.each([&](int, Registers& r) {
       r.previous = r.x;
       r.x = r.carried - gain * (r.rest + r.product);
-      out[r.own_place] = r.x;
+      *L::at_byte(shared.x[0], r.own_byte) = r.x;
+      r.own_byte = kept(r.own_byte ^ L::kTurn);
     });
   }
-  KALMANET_KERNEL void begin_step(Iteration& it, const float* x) {
+  KALMANET_KERNEL void begin_step(Iteration& it) {
     group.barrier();
     it.w = reciprocal(1.0f - it.rho2 * it.w);
     group.each([&](int, Registers& r) {
       r.rest = it.lambda * r.x - r.q;
       r.carried = (it.w - 1.0f) * (r.x - r.previous) + r.x;
     });
-    this->multiply(x);
+    this->multiply();
   }
+  // kStores: H stored, a piece each of the first steps.
   template <bool kStores>
   KALMANET_KERNEL void solve(float f, int num_iter, bool store) {
     Iteration it;
     it.lambda = now.ridge * f;
-    it.step = divide(2.0f, 2.0f * it.lambda + f);
+    it.step = f == 0.0f ? 0.0f : divide(2.0f, 2.0f * it.lambda + f);  // (then x stays 0)
     const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f);
     it.rho2 = rho * rho;
     it.w = reciprocal(1.0f - 2.0f * it.rho2);
-    if (kStores && (f == 0.0f || num_iter <= L::kPieces)) {
+    if (kStores && num_iter <= L::kPieces) {
       if (store) store_h();
       store = false;
     }
     group.each([&](int thread, Registers& r) {
-      r.own_place = kept(L::own_place(thread));
-      r.x = f == 0.0f ? 0.0f : it.step * r.q;
+      r.own_byte = kept(L::own_byte(thread) ^ L::kTurn);
+      r.read_byte = kept(L::read_byte(thread) ^ L::kTurn);
+      r.x = it.step * r.q;
       r.product *= it.step;
       r.rest = it.lambda * r.x - r.q;
       r.carried = it.w * r.x;  // (of a step before it there was none)
     });
-    if (f != 0.0f) {
-      int left = num_iter - 1, k = 0;
-      if (kStores && store) {
-        KALMANET_UNROLL
-        for (int p = 0; p < L::kPieces; ++p) {
-          finish_step(it, shared.x[1 - p % 2]);
-          begin_step(it, shared.x[1 - p % 2]);
-          store_piece(p);
-        }
-        left -= L::kPieces;
+    int left = num_iter - 1;
+    if (kStores && store) {
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        finish_step(it);
+        begin_step(it);
+        store_piece(p);
       }
-      KALMANET_LOOP
-      for (;; ++k) {
-        float* const out = shared.x[1 - k % 2];
-        finish_step(it, out);
-        if (left-- == 0) break;
-        begin_step(it, out);
-      }
+      left -= L::kPieces;
+    }
+    KALMANET_LOOP
+    for (;;) {
+      finish_step(it);
+      if (left-- == 0) break;
+      begin_step(it);
     }
     group.each([&](int thread, Registers& r) {
       if (thread % 2 == 0) shared.m[L::own_row(thread)] = now.alpha * (r.x - r.q) + r.q;
@@ -298,8 +298,8 @@ struct StepBody : StepStates<Group> {
   }
 
   KALMANET_KERNEL int count_steps() const {
-    return job.num_iter != 0 ? job.num_iter
-                             : counted_steps(static_cast<double>(now.ridge), job.tolerance);
+    if (job.num_iter != 0) return job.num_iter;
+    return uniform(counted_steps(static_cast<double>(now.ridge), job.tolerance));
   }
 
   KALMANET_KERNEL void token(int64_t t, bool keeps) {

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(StepWideLayout::kThreads, 1)
   auto& shared = *reinterpret_cast<StepWideShared*>(shared_memory);
   wait_for_the_kernel_before(job);
   const auto barrier = [] { __syncthreads(); };
-  if (threadIdx.x < StepLayout::kThreads) {
+  if (uniform(static_cast<int>(threadIdx.x) / StepLayout::kThreads) == 0) {
     DevicePart<StepRegisters, StepLayout::kThreads, 0> group;
     run_step_wide<StepRole::solver>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier);
   } else {
@@ -103,8 +103,7 @@ void launch_step(const GkaJob& job, bool few, Stream stream) {
   if (few) {
     launch(is_long(job) ? gka_step_few<true> : gka_step_few<false>, FewLayout::kThreads, kFewShared,
            job, stream);
-  } else if (is_one_token(job) && device_info().major == 9 &&
-             job.num_pieces * job.H <= device_info().multiprocessors) {
+  } else if (device_info().major == 9 && is_wide(job, device_info().multiprocessors)) {
     launch(gka_step_wide, StepWideLayout::kThreads, sizeof(StepWideShared), job, stream);
   } else if (is_one_token(job)) {
     launch(gka_step_tokens<true>, StepLayout::kThreads, sizeof(StepShared), job, stream);

@@ -14,6 +14,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/async_copy.hpp"
 #include "cuda/group.hpp"
@@ -42,10 +43,24 @@ struct StepLayout {
   KALMANET_KERNEL static int own_place(int thread) {
     return place(own_row(thread)) + thread % 2 * kDim;
   }
-  KALMANET_KERNEL static void load_piece(const float* x, int thread, int piece, float (&out)[4]) {
+  // The iterate lies in one of two places in turn, so many bytes apart. (Places in bytes are what a
+  // load takes as it is.)
+  static constexpr int kTurn = 2 * kDim * sizeof(float);
+  KALMANET_KERNEL static int read_byte(int thread) {
+    return thread % 8 * 2 * static_cast<int>(sizeof(float));
+  }
+  KALMANET_KERNEL static int own_byte(int thread) {
+    return own_place(thread) * static_cast<int>(sizeof(float));
+  }
+  template <class T>
+  KALMANET_KERNEL static T* at_byte(T* p, int byte) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + byte);
+  }
+  KALMANET_KERNEL static void load_piece(const float* x, int piece, float (&out)[4]) {
     float a[2], b[2];
-    load2(x + (piece * 8 + thread % 8) * 2, a);
-    load2(x + kDim / 2 + (piece * 8 + thread % 8) * 2, b);
+    load2(x + piece * 16, a);
+    load2(x + piece * 16 + kDim / 2, b);
     out[0] = a[0], out[1] = a[1], out[2] = b[0], out[3] = b[1];
   }
   // The row whose sum a thread (and its neighbour) ends with.
@@ -72,6 +87,15 @@ KALMANET_KERNEL int kept(int x) {
   asm volatile("" : "+r"(x));
 #endif
   return x;
+}
+
+// x, which is the same in all lanes of a warp, known to be: what branches on it stays together.
+KALMANET_KERNEL int uniform(int x) {
+#ifdef __CUDACC__
+  return __shfl_sync(~0u, x, 0);
+#else
+  return x;
+#endif
 }
 
 // A token's own numbers, as GkaJob::scalars has them.
@@ -113,7 +137,7 @@ struct StepRegisters {
   double x_64, previous64;
   float squares, o[4];
   double o64[4];
-  int own_place;                   // kept: four instructions that would be in a step's way
+  int own_byte, read_byte;         // of the iterate; kept: nothing before a step's loads
   uint32_t first, second, scalar;  // of the next token: bits of k and q, or v; one of its numbers
 };
 
@@ -168,21 +192,22 @@ struct StepProducts {
              [](Registers& r) -> auto& { return r.product; });
   }
 
-  // registers.product <- own_row of H y, y in shared memory.
-  KALMANET_KERNEL void multiply(const float* y) {
-    group.each([&](int thread, Registers& r) {
+  // registers.product <- own_row of H x, of the x that read_byte says; which then is the other.
+  KALMANET_KERNEL void multiply() {
+    group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < L::kRows; ++i) r.sum[i] = 0;
       KALMANET_UNROLL
       for (int p = 0; p < L::kPieces; ++p) {
         float y4[4];
-        L::load_piece(y, thread, p, y4);
+        L::load_piece(L::at_byte(const_cast<const float*>(shared.x[0]), r.read_byte), p, y4);
         KALMANET_UNROLL
         for (int j = 0; j < 4; ++j) {
           KALMANET_UNROLL
           for (int i = 0; i < L::kRows; ++i) r.sum[i] += r.h[p][i][j] * y4[j];
         }
       }
+      r.read_byte = kept(r.read_byte ^ L::kTurn);
     });
     add_sums();
   }

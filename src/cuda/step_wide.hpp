@@ -101,6 +101,12 @@ struct StepHalf : StepBody<Group> {
   }
 };
 
+// Whether run_step_wide does a job: every block has a multiprocessor to itself. (A block of the step
+// kernel leaves room for a second one, which is what many sequences need.)
+inline bool is_wide(const GkaJob& job, int multiprocessors) {
+  return is_one_token(job) && job.num_pieces * job.H <= multiprocessors;
+}
+
 // Which half a thread belongs to; the CPU plays both, one after the other.
 enum class StepRole { both, solver, reader };
 
