@@ -99,7 +99,7 @@ struct StepBody : StepStates<Group> {
   }
 
   // x into registers: Chebyshev's iteration from the product H q on. m = q + alpha (x - q) into
-  // shared memory, |x|^2 into squares[1]. Ends with a barrier.
+  // shared memory; then put_solution_squares: |x|^2 into squares[1].
   //
   // What a step needs beside its product is made while that is on its way. So is H stored, a piece
   // each of the first four steps: all at once would hold up the loads of x for a thousand cycles.
@@ -166,8 +166,9 @@ struct StepBody : StepStates<Group> {
       if (thread % 2 == 0) shared.m[L::own_row(thread)] = now.alpha * (r.x - r.q) + r.q;
       r.squares = thread % 2 == 0 ? r.x * r.x : 0.0f;
     });
+  }
+  KALMANET_KERNEL void put_solution_squares() {
     this->put_squares(1, [](Registers& r) -> float& { return r.squares; });
-    group.barrier();
   }
 
   // The same in float64; m into x64[0].
@@ -241,13 +242,12 @@ struct StepBody : StepStates<Group> {
       store4(shared.partial[thread / 32] + thread % 32 * 4, r.o);
     });
     this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
-    put_outputs(t);
+    put_outputs(offset_of(job.o, sequence, t, head));
     group.barrier();
   }
-  // o of its parts, stored; |o|^2 into squares[3]. Begins with a barrier.
-  KALMANET_KERNEL void put_outputs(int64_t t) {
+  // o of its parts, stored from element `at` on; |o|^2 into squares[3]. Begins with a barrier.
+  KALMANET_KERNEL void put_outputs(int64_t at) {
     group.barrier();
-    const int64_t at = offset_of(job.o, sequence, t, head);
     group.each([&](int thread, Registers& r) {
       r.squares = 0;
       if (thread >= L::kDim) return;
@@ -287,14 +287,18 @@ struct StepBody : StepStates<Group> {
     group.barrier();
   }
 
-  // Whether the amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears.
-  KALMANET_KERNEL bool amplified() {
+  // The amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears where |o|^2
+  // is less than this (and not 0).
+  KALMANET_KERNEL double least_o2() const {
     const double weight = static_cast<double>(now.alpha) * job.scale;
     const double scaled =
         weight * weight * static_cast<double>(this->total(1)) * static_cast<double>(this->total(2));
-    const double o2 = static_cast<double>(this->total(3));
     const double limit = largest_amplification(job.o.dtype);
-    return o2 > 0.0 && scaled > limit * limit * L::kDim * o2;
+    return scaled * (1.0 / (limit * limit * L::kDim));
+  }
+  KALMANET_KERNEL bool amplified(double least) const {
+    const double o2 = static_cast<double>(this->total(3));
+    return o2 > 0.0 && least > o2;
   }
 
   KALMANET_KERNEL int count_steps() const {
@@ -308,9 +312,11 @@ struct StepBody : StepStates<Group> {
     group.barrier();
     const float f = norm();
     this->template solve<true>(f, num_iter, keeps && h_to != nullptr);
+    put_solution_squares();
+    group.barrier();
     const bool store = keeps && u_to != nullptr;
     read_out(t, store);
-    if (f != 0.0f && amplified()) {
+    if (f != 0.0f && amplified(least_o2())) {
       solve64(f, num_iter);
       read_out64(t, store);
     }

@@ -11,7 +11,7 @@ namespace {
 // Programmatic dependent launch (Hopper): the next such kernel may be brought to the
 // multiprocessors while this one is at work, and waits there for its end before it reads anything
 // but its job, whose 64-byte lines it has in its constant cache by then.
-__device__ __forceinline__ void wait_for_the_kernel_before([[maybe_unused]] const GkaJob& job) {
+__device__ __forceinline__ void launch_the_kernel_after([[maybe_unused]] const GkaJob& job) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   const auto* const words = reinterpret_cast<const uint32_t*>(&job);
@@ -19,6 +19,10 @@ __device__ __forceinline__ void wait_for_the_kernel_before([[maybe_unused]] cons
 #pragma unroll
   for (size_t i = 0; i < sizeof(GkaJob) / 4; i += 16) all ^= words[i];
   if (all == 1) asm volatile("nanosleep.u32 0;");  // (so that it is read: this does nothing)
+#endif
+}
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -28,7 +32,8 @@ template <bool kOne>
 __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  wait_for_the_kernel_before(job);
+  launch_the_kernel_after(job);
+  wait_for_the_kernel_before();
   DeviceGroup<StepRegisters> group;
   run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
 }
@@ -39,14 +44,17 @@ __global__ void __launch_bounds__(StepWideLayout::kThreads, 1)
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared_memory[];
   auto& shared = *reinterpret_cast<StepWideShared*>(shared_memory);
-  wait_for_the_kernel_before(job);
+  launch_the_kernel_after(job);
   const auto barrier = [] { __syncthreads(); };
+  const auto wait = [] { wait_for_the_kernel_before(); };
   if (uniform(static_cast<int>(threadIdx.x) / StepLayout::kThreads) == 0) {
     DevicePart<StepRegisters, StepLayout::kThreads, 0> group;
-    run_step_wide<StepRole::solver>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier);
+    run_step_wide<StepRole::solver>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier,
+                                    wait);
   } else {
     DevicePart<StepRegisters, StepLayout::kThreads, 1> group;
-    run_step_wide<StepRole::reader>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier);
+    run_step_wide<StepRole::reader>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier,
+                                    wait);
   }
 #endif
 }
@@ -59,7 +67,8 @@ template <bool kLong>
 __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     gka_step_few(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  wait_for_the_kernel_before(job);
+  launch_the_kernel_after(job);
+  wait_for_the_kernel_before();
   const int64_t sequence = blockIdx.y, head = blockIdx.x;
   {
     DeviceGroup<FewRegisters> group;

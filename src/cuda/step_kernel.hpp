@@ -89,6 +89,13 @@ KALMANET_KERNEL int kept(int x) {
   return x;
 }
 
+template <class T>
+KALMANET_KERNEL T* kept(T* x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
 // x, which is the same in all lanes of a warp, known to be: what branches on it stays together.
 KALMANET_KERNEL int uniform(int x) {
 #ifdef __CUDACC__
@@ -127,6 +134,7 @@ struct StepShared {
   alignas(16) double partial64[StepLayout::kWarps][StepLayout::kDim];
   alignas(16) float squares[4][StepLayout::kWarps];  // of H, x, U and o
   alignas(16) float scalar[8];
+  double least_o2;  // |o|^2 below which a token is amplified
 };
 
 struct StepRegisters {
@@ -137,6 +145,7 @@ struct StepRegisters {
   double x_64, previous64;
   float squares, o[4];
   double o64[4];
+  int place;                       // of its first piece of H
   int own_byte, read_byte;         // of the iterate; kept: nothing before a step's loads
   uint32_t first, second, scalar;  // of the next token: bits of k and q, or v; one of its numbers
 };

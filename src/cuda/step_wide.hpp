@@ -30,7 +30,28 @@ struct StepHalf : StepBody<Group> {
   using L = StepLayout;
   using Registers = StepRegisters;
 
-  // The solver's: H past the token, and, where it `stores`, in `to` for the copy engine.
+  // The solver's.
+  KALMANET_KERNEL void find_place() {
+    group.each([&](int thread, Registers& r) {
+      r.place = kept(L::row(thread) * L::kDim + L::column(thread, 0));
+    });
+  }
+  KALMANET_KERNEL void load_h(const float* from) {
+    group.each([&](int, Registers& r) {
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        KALMANET_UNROLL
+        for (int i = 0; i < L::kRows; ++i) {
+          if (from != nullptr) {
+            load4(from + r.place + p * 32 + i * L::kDim, r.h[p][i]);
+          } else {
+            r.h[p][i][0] = r.h[p][i][1] = r.h[p][i][2] = r.h[p][i][3] = 0;
+          }
+        }
+      }
+    });
+  }
+  // H past the token, and, where it `stores`, in `to` for the copy engine.
   template <bool kStores>
   KALMANET_KERNEL void update_h(float* to) {
     Base::update_h([&](int thread, Registers& r, int p) {
@@ -74,7 +95,8 @@ struct StepHalf : StepBody<Group> {
     this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
     group.barrier();
   }
-  KALMANET_KERNEL void read_u(int64_t t) {
+  // o, stored from element `at` on.
+  KALMANET_KERNEL void read_u(int64_t at) {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int j = 0; j < 4; ++j) r.o[j] = 0;
@@ -90,7 +112,7 @@ struct StepHalf : StepBody<Group> {
       }
       store4(shared.partial[thread / 32] + thread % 32 * 4, r.o);
     });
-    this->put_outputs(t);
+    this->put_outputs(at);
   }
 
   template <class F>
@@ -111,18 +133,12 @@ inline bool is_wide(const GkaJob& job, int multiprocessors) {
 enum class StepRole { both, solver, reader };
 
 // The work of block (sequence, head): one token that is no draft's. `barrier`: of both halves.
+// `wait`: for what the kernel before has written; before it comes what needs nothing of that.
 // `reader_first`: the order of the two on the CPU.
-template <StepRole kRole, class Group, class Barrier>
+template <StepRole kRole, class Group, class Barrier, class Wait>
 KALMANET_KERNEL void run_step_wide(Group& solver_group, Group& reader_group, StepWideShared& shared,
                                    const GkaJob& job, int64_t sequence, int64_t head,
-                                   Barrier&& barrier, bool reader_first = false) {
-  const int64_t row = state_row(job, sequence);
-  if (!has_states(job, row)) {
-    if (kRole != StepRole::solver) {
-      answer_nothing(reader_group, job, {sequence, 0, 1, 0, 1, 1, 0}, head, row);
-    }
-    return;
-  }
+                                   Barrier&& barrier, Wait&& wait, bool reader_first = false) {
   StepHalf<Group> solver{{{{solver_group, shared}, job, sequence, head}}};
   StepHalf<Group> reader{{{{reader_group, shared}, job, sequence, head}}};
   const auto side_by_side = [&](auto&& solves, auto&& reads) {
@@ -137,15 +153,30 @@ KALMANET_KERNEL void run_step_wide(Group& solver_group, Group& reader_group, Ste
     }
     barrier();
   };
-  float* const h_to = dense_state(job.h_final, row, head);
-  float* const u_to = dense_state(job.u_final, row, head);
-  int num_iter = 0;
-  side_by_side([&] { solver.load_h(dense_state(job.h0, row, head)); },
+  int64_t row = sequence;
+  const float* h_from = nullptr;
+  if (kRole != StepRole::reader) {
+    h_from = kept(dense_state(job.h0, row, head));
+    solver.find_place();
+  }
+  wait();
+  if (job.slots != nullptr) {
+    row = state_row(job, sequence);
+    if (!has_states(job, row)) {
+      if (kRole != StepRole::solver) {
+        answer_nothing(reader_group, job, {sequence, 0, 1, 0, 1, 1, 0}, head, row);
+      }
+      return;
+    }
+    h_from = dense_state(job.h0, row, head);
+  }
+  side_by_side([&] { solver.load_h(h_from); },
                [&] {
                  reader.template fetch<false>(0);
                  reader.by_one_thread([&] { begin_arrival(&shared.u_arrival); });
                  reader.template put_token<false>();
                });
+  int num_iter = 0;
   side_by_side(
       [&] {
         solver.read_scalars();
@@ -153,26 +184,32 @@ KALMANET_KERNEL void run_step_wide(Group& solver_group, Group& reader_group, Ste
         solver.template update_h<true>(shared.h);
       },
       [&] { reader.read_scalars(); });
-  side_by_side([&] { solver.template solve<false>(solver.norm(), num_iter, false); },
-               [&] {
-                 const float* const from = dense_state(job.u0, row, head);
-                 reader.by_one_thread([&] {
-                   if (from != nullptr) {
-                     load_bulk(shared.u, from, sizeof(shared.u), &shared.u_arrival);
-                   }
-                   if (h_to != nullptr) store_bulk(h_to, shared.h, sizeof(shared.h));
-                 });
-                 if (from != nullptr) wait_arrival(&shared.u_arrival);
-                 reader.update_u(from == nullptr);
-                 reader.by_one_thread([&] {
-                   if (u_to != nullptr) store_bulk(u_to, shared.u, sizeof(shared.u));
-                 });
-               });
-  side_by_side([] {}, [&] { reader.read_u(0); });
-  bool ill = false;
-  if (kRole != StepRole::reader) ill = solver.amplified();
-  if (kRole == StepRole::reader) ill = reader.amplified();
-  if (ill) {
+  int64_t o_at = 0;
+  side_by_side(
+      [&] { solver.template solve<false>(solver.norm(), num_iter, false); },
+      [&] {
+        const float* const from = dense_state(job.u0, row, head);
+        float* const h_to = dense_state(job.h_final, row, head);
+        float* const u_to = dense_state(job.u_final, row, head);
+        reader.by_one_thread([&] {
+          if (from != nullptr) load_bulk(shared.u, from, sizeof(shared.u), &shared.u_arrival);
+          if (h_to != nullptr) store_bulk(h_to, shared.h, sizeof(shared.h));
+        });
+        if (from != nullptr) wait_arrival(&shared.u_arrival);
+        reader.update_u(from == nullptr);
+        reader.by_one_thread([&] {
+          if (u_to != nullptr) store_bulk(u_to, shared.u, sizeof(shared.u));
+        });
+        o_at = opaque(offset_of(job.o, sequence, 0, head));
+      });
+  side_by_side(
+      [&] {
+        solver.put_solution_squares();
+        solver.group.barrier();
+        solver.by_one_thread([&] { shared.least_o2 = solver.least_o2(); });
+      },
+      [&] { reader.read_u(o_at); });
+  if ((kRole == StepRole::reader ? reader : solver).amplified(shared.least_o2)) {
     side_by_side([&] { solver.solve64(solver.norm(), num_iter); }, [] {});
     if (kRole != StepRole::solver) reader.read_out64(0, false);
   }

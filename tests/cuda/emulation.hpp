@@ -178,7 +178,7 @@ inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& o
         HostGroup<StepRegisters> reader(StepLayout::kThreads, how.backwards);
         run_step_wide<StepRole::both>(solver, reader,
                                       *reinterpret_cast<StepWideShared*>(shared.data()), job,
-                                      sequence, head, [] {}, how.backwards);
+                                      sequence, head, [] {}, [] {}, how.backwards);
         continue;
       }
       Poisoned shared(sizeof(StepShared));

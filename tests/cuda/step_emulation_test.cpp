@@ -1,6 +1,8 @@
 // The decode kernels' bodies, run by the CPU: the step kernel, and slots and drafts in both.
 #include <gtest/gtest.h>
 
+#include <utility>
+
 #include "cuda/emulation.hpp"
 #include "cuda/gka_cases.hpp"
 #include "support/decode.hpp"
@@ -162,7 +164,7 @@ TEST(CudaStepEmulation, DraftsMatchTheOracle) {
 }
 
 TEST(CudaStepEmulation, ASlotThatThePoolDoesNotHaveAnswersNaN) {
-  for (const bool fits : {true, false}) {
+  for (const auto& [fits, wide] : {std::pair{true, false}, {true, true}, {false, false}}) {
     CaseSpec spec = step_case(1);
     spec.B = 2, spec.T = 1, spec.h0 = spec.u0 = true;
     if (!fits) spec.K = 20;
@@ -178,7 +180,7 @@ TEST(CudaStepEmulation, ASlotThatThePoolDoesNotHaveAnswersNaN) {
     const core::GkaProblem problem = core::validate_step(in, out, options);
     ASSERT_EQ(cuda::fits_step(problem, out), fits);
     if (fits) {
-      cuda::emulate_step(problem, out, {});
+      cuda::emulate_step(problem, out, {.wide = wide});
     } else {
       cuda::emulate(problem, out, true, {});
     }
