@@ -418,6 +418,7 @@ struct FewBody : FewSolve<Group> {
     int64_t t0 = 0;
     KALMANET_LOOP
     do {
+      new_part<kLong>();
       n = static_cast<int>(!kLong || job.T - t0 < L::kTokens ? job.T - t0 : L::kTokens);
       fetch<false>(t0);
       if (t0 == 0) {
@@ -431,10 +432,14 @@ struct FewBody : FewSolve<Group> {
         }
       }
       group.barrier();
+      new_part<kLong>();
       take<false>();
       this->split_h();
+      new_part<kLong>();
       this->norms();
+      new_part<kLong>();
       this->solve();
+      new_part<kLong>();
       read_u();
       put_outputs(t0);
       if (amplified()) return true;
@@ -456,6 +461,11 @@ struct FewBody : FewSolve<Group> {
       store_u();
     }
     return false;
+  }
+  // (Where the parts are in a loop, which the compiler would take all their addresses out of.)
+  template <bool kLong>
+  KALMANET_KERNEL void new_part() {
+    if (kLong) group.new_part();
   }
 };
 

@@ -95,6 +95,9 @@ struct FewSolve {
   }
   KALMANET_KERNEL void unsplit_h() {
     const float back = power_inverse(scale);
+    // (0, which the compiler does not know: it would keep the halves of each word apart, in twice as
+    // many registers, from split_h on.)
+    const uint32_t nothing = static_cast<uint32_t>(n) >> 8;
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int m = 0; m < L::kRowTiles; ++m) {
@@ -102,7 +105,7 @@ struct FewSolve {
         for (int tile = 0; tile < L::kTiles; ++tile) {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {
-            const uint32_t high = r.high[m][tile][i], low = r.low[m][tile][i];
+            const uint32_t high = r.high[m][tile][i] ^ nothing, low = r.low[m][tile][i] ^ nothing;
             float* const to = r.raw[m][tile][i % 2] + i / 2 * 2;
             to[0] = (low_float16(high) + low_float16(low)) * back;
             to[1] = (high_float16(high) + high_float16(low)) * back;
