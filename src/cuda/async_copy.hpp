@@ -27,8 +27,8 @@ KALMANET_KERNEL void wait_copies() {
 #endif
 }
 
-// Hopper's copy engine: whole pieces of memory at one thread's word, past the registers and past the
-// path that loads and stores of shared memory take. (On other chips these do nothing: no kernel
+// Hopper's copy engine: whole pieces of memory at one thread's word, past the registers and past
+// the path that loads and stores of shared memory take. (On other chips these do nothing: no kernel
 // there calls them.)
 #if !defined(__CUDACC__) || __CUDA_ARCH__ >= 900
 #define KALMANET_BULK(...) __VA_ARGS__
@@ -44,7 +44,7 @@ KALMANET_KERNEL uint32_t shared_address(const void* p) {
 // Of each thread that wrote to shared memory what store_bulk will read, before the barrier between.
 KALMANET_KERNEL void before_bulk() {
 #ifdef __CUDACC__
-  KALMANET_BULK(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
+  KALMANET_BULK(asm volatile("fence.proxy.async.shared::cta;" :: : "memory");)
 #endif
 }
 // So many bytes (of 16) from shared memory to the GPU's; they are there after the thread's
@@ -54,15 +54,14 @@ KALMANET_KERNEL void store_bulk([[maybe_unused]] void* to, [[maybe_unused]] cons
 #ifdef __CUDACC__
   KALMANET_BULK(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
                              "cp.async.bulk.commit_group;" ::"l"(to),
-                             "r"(shared_address(from)), "r"(bytes)
-                             : "memory");)
+                             "r"(shared_address(from)), "r"(bytes) : "memory");)
 #else
   std::memcpy(to, from, static_cast<size_t>(bytes));
 #endif
 }
 KALMANET_KERNEL void wait_bulk_stores() {
 #ifdef __CUDACC__
-  KALMANET_BULK(asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");)
+  KALMANET_BULK(asm volatile("cp.async.bulk.wait_group 0;" :: : "memory");)
 #endif
 }
 // The other way. `arrival`, in shared memory, is begun by one thread, before a barrier; whoever
@@ -70,19 +69,18 @@ KALMANET_KERNEL void wait_bulk_stores() {
 KALMANET_KERNEL void begin_arrival([[maybe_unused]] uint64_t* arrival) {
 #ifdef __CUDACC__
   KALMANET_BULK(asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n"
-                             "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrival))
-                             : "memory");)
+                             "fence.mbarrier_init.release.cluster;" ::"r"(
+                                 shared_address(arrival)) : "memory");)
 #endif
 }
 KALMANET_KERNEL void load_bulk([[maybe_unused]] void* to, [[maybe_unused]] const void* from,
                                [[maybe_unused]] int bytes, [[maybe_unused]] uint64_t* arrival) {
 #ifdef __CUDACC__
-  KALMANET_BULK(asm volatile(
-                    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
-                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                    "%3, [%2];" ::"r"(shared_address(to)),
-                    "l"(from), "r"(shared_address(arrival)), "r"(bytes)
-                    : "memory");)
+  KALMANET_BULK(
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%2], %3;\n"
+                   "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
+                   "%3, [%2];" ::"r"(shared_address(to)),
+                   "l"(from), "r"(shared_address(arrival)), "r"(bytes) : "memory");)
 #else
   std::memcpy(to, from, static_cast<size_t>(bytes));
 #endif
@@ -91,7 +89,8 @@ KALMANET_KERNEL void wait_arrival([[maybe_unused]] uint64_t* arrival) {
 #ifdef __CUDACC__
   KALMANET_BULK(uint32_t done; do {
     asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; "
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, "
+        "p; "
         "}"
         : "=r"(done)
         : "r"(shared_address(arrival))

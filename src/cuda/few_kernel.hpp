@@ -93,7 +93,7 @@ struct FewShared {
 };
 
 struct FewRegisters {
-  float raw[FewLayout::kRowTiles][FewLayout::kTiles][2][4];  // H: rows, columns
+  float raw[FewLayout::kRowTiles][FewLayout::kTiles][2][4];   // H: rows, columns
   uint32_t high[FewLayout::kRowTiles][FewLayout::kTiles][4];  // the same, split
   uint32_t low[FewLayout::kRowTiles][FewLayout::kTiles][4];
   uint32_t key[FewLayout::kTiles][4], b[FewLayout::kTiles][2];

@@ -95,8 +95,8 @@ struct FewSolve {
   }
   KALMANET_KERNEL void unsplit_h() {
     const float back = power_inverse(scale);
-    // (0, which the compiler does not know: it would keep the halves of each word apart, in twice as
-    // many registers, from split_h on.)
+    // (0, which the compiler does not know: it would keep the halves of each word apart, in twice
+    // as many registers, from split_h on.)
     const uint32_t nothing = static_cast<uint32_t>(n) >> 8;
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL

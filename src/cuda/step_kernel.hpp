@@ -190,9 +190,8 @@ struct StepProducts {
                                [&](Registers& r) { return sent(r)[0]; });
     group.template exchange<3>([&](Registers& r) -> auto& { return got(r)[2]; },
                                [&](Registers& r) { return sent(r)[0]; });
-    group.each([&](int, Registers& r) {
-      product(r) = (sum(r)[0] + got(r)[0]) + (got(r)[1] + got(r)[2]);
-    });
+    group.each(
+        [&](int, Registers& r) { product(r) = (sum(r)[0] + got(r)[0]) + (got(r)[1] + got(r)[2]); });
   }
   KALMANET_KERNEL void add_sums() {
     add_sums([](Registers& r) -> auto& { return r.sum; },

@@ -74,7 +74,7 @@ struct StepHalf : StepBody<Group> {
         load4(shared.k + thread / 32 * L::kUSteps + i0, k);
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float(&u)[4] = r.h[i0 / 4][i];
+          float (&u)[4] = r.h[i0 / 4][i];
           float* const at = shared.u + L::u_begin(thread) + (i0 + i) * L::kDim;
           if (is_zero) {
             u[0] = u[1] = u[2] = u[3] = 0;
@@ -123,8 +123,8 @@ struct StepHalf : StepBody<Group> {
   }
 };
 
-// Whether run_step_wide does a job: every block has a multiprocessor to itself. (A block of the step
-// kernel leaves room for a second one, which is what many sequences need.)
+// Whether run_step_wide does a job: every block has a multiprocessor to itself. (A block of the
+// step kernel leaves room for a second one, which is what many sequences need.)
 inline bool is_wide(const GkaJob& job, int multiprocessors) {
   return is_one_token(job) && job.num_pieces * job.H <= multiprocessors;
 }
@@ -185,23 +185,23 @@ KALMANET_KERNEL void run_step_wide(Group& solver_group, Group& reader_group, Ste
       },
       [&] { reader.read_scalars(); });
   int64_t o_at = 0;
-  side_by_side(
-      [&] { solver.template solve<false>(solver.norm(), num_iter, false); },
-      [&] {
-        const float* const from = dense_state(job.u0, row, head);
-        float* const h_to = dense_state(job.h_final, row, head);
-        float* const u_to = dense_state(job.u_final, row, head);
-        reader.by_one_thread([&] {
-          if (from != nullptr) load_bulk(shared.u, from, sizeof(shared.u), &shared.u_arrival);
-          if (h_to != nullptr) store_bulk(h_to, shared.h, sizeof(shared.h));
-        });
-        if (from != nullptr) wait_arrival(&shared.u_arrival);
-        reader.update_u(from == nullptr);
-        reader.by_one_thread([&] {
-          if (u_to != nullptr) store_bulk(u_to, shared.u, sizeof(shared.u));
-        });
-        o_at = opaque(offset_of(job.o, sequence, 0, head));
-      });
+  side_by_side([&] { solver.template solve<false>(solver.norm(), num_iter, false); },
+               [&] {
+                 const float* const from = dense_state(job.u0, row, head);
+                 float* const h_to = dense_state(job.h_final, row, head);
+                 float* const u_to = dense_state(job.u_final, row, head);
+                 reader.by_one_thread([&] {
+                   if (from != nullptr)
+                     load_bulk(shared.u, from, sizeof(shared.u), &shared.u_arrival);
+                   if (h_to != nullptr) store_bulk(h_to, shared.h, sizeof(shared.h));
+                 });
+                 if (from != nullptr) wait_arrival(&shared.u_arrival);
+                 reader.update_u(from == nullptr);
+                 reader.by_one_thread([&] {
+                   if (u_to != nullptr) store_bulk(u_to, shared.u, sizeof(shared.u));
+                 });
+                 o_at = opaque(offset_of(job.o, sequence, 0, head));
+               });
   side_by_side(
       [&] {
         solver.put_solution_squares();

@@ -176,9 +176,9 @@ inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& o
         Poisoned shared(sizeof(StepWideShared));
         HostGroup<StepRegisters> solver(StepLayout::kThreads, how.backwards);
         HostGroup<StepRegisters> reader(StepLayout::kThreads, how.backwards);
-        run_step_wide<StepRole::both>(solver, reader,
-                                      *reinterpret_cast<StepWideShared*>(shared.data()), job,
-                                      sequence, head, [] {}, [] {}, how.backwards);
+        run_step_wide<StepRole::both>(
+            solver, reader, *reinterpret_cast<StepWideShared*>(shared.data()), job, sequence, head,
+            [] {}, [] {}, how.backwards);
         continue;
       }
       Poisoned shared(sizeof(StepShared));
