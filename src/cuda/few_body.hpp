@@ -238,7 +238,7 @@ KALMANET_KERNEL bool run_few(Group& group, FewShared& shared, const GkaJob& job,
     answer_nothing(group, job, {sequence, 0, job.T, 0, 1, 1, 0}, head, row);
     return false;
   }
-  FewBody<Group> body{{group, shared, job, sequence, head}};
+  FewBody<Group> body{{{group, shared, job, sequence, head}}};
   return body.template run<kLong>(row);
 }
 
