@@ -30,7 +30,8 @@ struct alignas(16) Quad {
 template <class Registers>
 class DeviceGroup {
  public:
-  __device__ __forceinline__ DeviceGroup() : thread_(static_cast<int>(threadIdx.x)) {}
+  __device__ __forceinline__ explicit DeviceGroup(int thread = static_cast<int>(threadIdx.x))
+      : thread_(thread) {}
   template <class F>
   __device__ __forceinline__ void each(F&& f) {
     __builtin_assume(thread_ >= 0 && thread_ < 1024);
@@ -178,6 +179,17 @@ class DeviceGroup {
  private:
   int thread_;
   Registers registers_;
+};
+
+// Threads kPart kThreads .. (kPart + 1) kThreads of a block as a group of their own.
+template <class Registers, int kThreads, int kPart>
+class DevicePart : public DeviceGroup<Registers> {
+ public:
+  __device__ __forceinline__ DevicePart()
+      : DeviceGroup<Registers>(static_cast<int>(threadIdx.x) - kPart * kThreads) {}
+  __device__ __forceinline__ void barrier() {
+    asm volatile("bar.sync %0, %1;" ::"n"(1 + kPart), "n"(kThreads) : "memory");
+  }
 };
 #endif
 

@@ -27,7 +27,9 @@ struct StepBody : StepStates<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < L::kRows; ++i) {
           KALMANET_UNROLL
-          for (int j = 0; j < 4; ++j) r.h[p][i][j] = now.decay * r.h[p][i][j] + row[i] * k[j];
+          for (int j = 0; j < 4; ++j) {
+            r.h[p][i][j] = fused(now.decay, r.h[p][i][j], row[i] * k[j]);
+          }
         }
       }
     });
@@ -42,15 +44,17 @@ struct StepBody : StepStates<Group> {
         float u[4];
         load4(at, u);
         KALMANET_UNROLL
-        for (int j = 0; j < 4; ++j) u[j] = now.u_decay * u[j] + k * v[j];
+        for (int j = 0; j < 4; ++j) u[j] = fused(now.u_decay, u[j], k * v[j]);
         store4(at, u);
       }
     });
     group.barrier();
   }
 
-  // H past a token; registers.product <- H q on the way. Returns |H|_F, 0 where it has vanished.
-  KALMANET_KERNEL float update_h() {
+  // H past a token, each piece `used` once it is; registers.product <- H q on the way. After a
+  // barrier norm() is |H|_F, 0 where it has vanished.
+  template <class Used>
+  KALMANET_KERNEL void update_h(Used&& used) {
     group.each([&](int thread, Registers& r) {
       float row[L::kRows], squares[4] = {};
       this->weighted_rows(thread, row);
@@ -60,24 +64,26 @@ struct StepBody : StepStates<Group> {
       for (int p = 0; p < L::kPieces; ++p) {
         float k[4], q[4];
         load4(shared.k + L::column(thread, p), k);
-        L::load_piece(shared.x[0], thread, p, q);
+        L::load_piece(L::at_byte(shared.x[0], L::read_byte(thread)), p, q);
         KALMANET_UNROLL
         for (int i = 0; i < L::kRows; ++i) {
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
-            const float h = now.decay * r.h[p][i][j] + row[i] * k[j];
+            const float h = fused(now.decay, r.h[p][i][j], row[i] * k[j]);
             r.h[p][i][j] = h;
             squares[j] += h * h;
             r.sum[i] += h * q[j];
           }
         }
+        used(thread, r, p);
       }
       r.squares = (squares[0] + squares[1]) + (squares[2] + squares[3]);
       r.q = shared.x[0][L::place(L::own_row(thread))];
     });
     this->put_squares(0, [](Registers& r) -> float& { return r.squares; });
     this->add_sums();
-    group.barrier();
+  }
+  KALMANET_KERNEL float norm() const {
     const float f2 = this->total(0);
     constexpr float kVanished = static_cast<float>(kVanishedNorm * kVanishedNorm);
     return f2 <= kVanished ? 0.0f : sqrtf(f2);
@@ -93,74 +99,76 @@ struct StepBody : StepStates<Group> {
   }
 
   // x into registers: Chebyshev's iteration from the product H q on. m = q + alpha (x - q) into
-  // shared memory, |x|^2 into squares[1]. Ends with a barrier.
+  // shared memory; then put_solution_squares: |x|^2 into squares[1].
   //
   // What a step needs beside its product is made while that is on its way. So is H stored, a piece
   // each of the first four steps: all at once would hold up the loads of x for a thousand cycles.
   struct Iteration {
     float lambda, step, rho2, w;
   };
-  // Step k up to x_{k+1}; unless it is the last one, its place is out.
-  KALMANET_KERNEL void finish_step(const Iteration& it, float* out) {
+  // A step up to the next x, which lies where the last but one did.
+  KALMANET_KERNEL void finish_step(const Iteration& it) {
     const float gain = it.step * it.w;
     group.each([&](int, Registers& r) {
       r.previous = r.x;
       r.x = r.carried - gain * (r.rest + r.product);
-      out[r.own_place] = r.x;
+      *L::at_byte(shared.x[0], r.own_byte) = r.x;
+      r.own_byte = kept(r.own_byte ^ L::kTurn);
     });
   }
-  KALMANET_KERNEL void begin_step(Iteration& it, const float* x) {
+  KALMANET_KERNEL void begin_step(Iteration& it) {
     group.barrier();
     it.w = reciprocal(1.0f - it.rho2 * it.w);
     group.each([&](int, Registers& r) {
       r.rest = it.lambda * r.x - r.q;
       r.carried = (it.w - 1.0f) * (r.x - r.previous) + r.x;
     });
-    this->multiply(x);
+    this->multiply();
   }
+  // kStores: H stored, a piece each of the first steps.
+  template <bool kStores>
   KALMANET_KERNEL void solve(float f, int num_iter, bool store) {
     Iteration it;
     it.lambda = now.ridge * f;
-    it.step = divide(2.0f, 2.0f * it.lambda + f);
+    it.step = f == 0.0f ? 0.0f : divide(2.0f, 2.0f * it.lambda + f);  // (then x stays 0)
     const float rho = divide(0.5f, 2.0f * now.ridge + 1.0f);
     it.rho2 = rho * rho;
     it.w = reciprocal(1.0f - 2.0f * it.rho2);
-    if (f == 0.0f || num_iter <= L::kPieces) {
+    if (kStores && num_iter <= L::kPieces) {
       if (store) store_h();
       store = false;
     }
     group.each([&](int thread, Registers& r) {
-      r.own_place = kept(L::own_place(thread));
-      r.x = f == 0.0f ? 0.0f : it.step * r.q;
+      r.own_byte = kept(L::own_byte(thread) ^ L::kTurn);
+      r.read_byte = kept(L::read_byte(thread) ^ L::kTurn);
+      r.x = it.step * r.q;
       r.product *= it.step;
       r.rest = it.lambda * r.x - r.q;
       r.carried = it.w * r.x;  // (of a step before it there was none)
     });
-    if (f != 0.0f) {
-      int left = num_iter - 1, k = 0;
-      if (store) {
-        KALMANET_UNROLL
-        for (int p = 0; p < L::kPieces; ++p) {
-          finish_step(it, shared.x[1 - p % 2]);
-          begin_step(it, shared.x[1 - p % 2]);
-          store_piece(p);
-        }
-        left -= L::kPieces;
+    int left = num_iter - 1;
+    if (kStores && store) {
+      KALMANET_UNROLL
+      for (int p = 0; p < L::kPieces; ++p) {
+        finish_step(it);
+        begin_step(it);
+        store_piece(p);
       }
-      KALMANET_LOOP
-      for (;; ++k) {
-        float* const out = shared.x[1 - k % 2];
-        finish_step(it, out);
-        if (left-- == 0) break;
-        begin_step(it, out);
-      }
+      left -= L::kPieces;
+    }
+    KALMANET_LOOP
+    for (;;) {
+      finish_step(it);
+      if (left-- == 0) break;
+      begin_step(it);
     }
     group.each([&](int thread, Registers& r) {
       if (thread % 2 == 0) shared.m[L::own_row(thread)] = now.alpha * (r.x - r.q) + r.q;
       r.squares = thread % 2 == 0 ? r.x * r.x : 0.0f;
     });
+  }
+  KALMANET_KERNEL void put_solution_squares() {
     this->put_squares(1, [](Registers& r) -> float& { return r.squares; });
-    group.barrier();
   }
 
   // The same in float64; m into x64[0].
@@ -219,7 +227,7 @@ struct StepBody : StepStates<Group> {
         for (int i = 0; i < 4; ++i) {
           KALMANET_UNROLL
           for (int j = 0; j < 4; ++j) {
-            u[i][j] = now.u_decay * u[i][j] + k[i] * v[j];
+            u[i][j] = fused(now.u_decay, u[i][j], k[i] * v[j]);
             r.o[j] += m[i] * u[i][j];
             squares[j] += u[i][j] * u[i][j];
           }
@@ -234,8 +242,12 @@ struct StepBody : StepStates<Group> {
       store4(shared.partial[thread / 32] + thread % 32 * 4, r.o);
     });
     this->put_squares(2, [](Registers& r) -> float& { return r.squares; });
+    put_outputs(offset_of(job.o, sequence, t, head));
     group.barrier();
-    const int64_t at = offset_of(job.o, sequence, t, head);
+  }
+  // o of its parts, stored from element `at` on; |o|^2 into squares[3]. Begins with a barrier.
+  KALMANET_KERNEL void put_outputs(int64_t at) {
+    group.barrier();
     group.each([&](int thread, Registers& r) {
       r.squares = 0;
       if (thread >= L::kDim) return;
@@ -247,7 +259,6 @@ struct StepBody : StepStates<Group> {
       r.squares = o * o;
     });
     this->put_squares(3, [](Registers& r) -> float& { return r.squares; });
-    group.barrier();
   }
 
   // o once more, of x64[0] and the U that read_out has made.
@@ -276,25 +287,36 @@ struct StepBody : StepStates<Group> {
     group.barrier();
   }
 
-  // Whether the amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears.
-  KALMANET_KERNEL bool amplified() {
+  // The amplification alpha scale |x| |U|_F / (sqrt(K) |o|) is more than float32 bears where |o|^2
+  // is less than this (and not 0).
+  KALMANET_KERNEL double least_o2() const {
     const double weight = static_cast<double>(now.alpha) * job.scale;
     const double scaled =
         weight * weight * static_cast<double>(this->total(1)) * static_cast<double>(this->total(2));
-    const double o2 = static_cast<double>(this->total(3));
     const double limit = largest_amplification(job.o.dtype);
-    return o2 > 0.0 && scaled > limit * limit * L::kDim * o2;
+    return scaled * (1.0 / (limit * limit * L::kDim));
+  }
+  KALMANET_KERNEL bool amplified(double least) const {
+    const double o2 = static_cast<double>(this->total(3));
+    return o2 > 0.0 && least > o2;
+  }
+
+  KALMANET_KERNEL int count_steps() const {
+    if (job.num_iter != 0) return job.num_iter;
+    return uniform(counted_steps(static_cast<double>(now.ridge), job.tolerance));
   }
 
   KALMANET_KERNEL void token(int64_t t, bool keeps) {
-    const int num_iter = job.num_iter != 0
-                             ? job.num_iter
-                             : counted_steps(static_cast<double>(now.ridge), job.tolerance);
-    const float f = update_h();
-    solve(f, num_iter, keeps && h_to != nullptr);
+    const int num_iter = count_steps();
+    update_h([](int, Registers&, int) {});
+    group.barrier();
+    const float f = norm();
+    this->template solve<true>(f, num_iter, keeps && h_to != nullptr);
+    put_solution_squares();
+    group.barrier();
     const bool store = keeps && u_to != nullptr;
     read_out(t, store);
-    if (f != 0.0f && amplified()) {
+    if (f != 0.0f && amplified(least_o2())) {
       solve64(f, num_iter);
       read_out64(t, store);
     }

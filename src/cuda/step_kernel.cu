@@ -1,7 +1,9 @@
 // The step kernel, compiled and launched.
 #include "cuda/check.hpp"
+#include "cuda/doubled_group.hpp"
 #include "cuda/few_body.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/step_wide.hpp"
 
 namespace kalmanet::cuda {
 namespace {
@@ -9,7 +11,7 @@ namespace {
 // Programmatic dependent launch (Hopper): the next such kernel may be brought to the
 // multiprocessors while this one is at work, and waits there for its end before it reads anything
 // but its job, whose 64-byte lines it has in its constant cache by then.
-__device__ __forceinline__ void wait_for_the_kernel_before([[maybe_unused]] const GkaJob& job) {
+__device__ __forceinline__ void launch_the_kernel_after([[maybe_unused]] const GkaJob& job) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   const auto* const words = reinterpret_cast<const uint32_t*>(&job);
@@ -17,6 +19,10 @@ __device__ __forceinline__ void wait_for_the_kernel_before([[maybe_unused]] cons
 #pragma unroll
   for (size_t i = 0; i < sizeof(GkaJob) / 4; i += 16) all ^= words[i];
   if (all == 1) asm volatile("nanosleep.u32 0;");  // (so that it is read: this does nothing)
+#endif
+}
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -26,28 +32,53 @@ template <bool kOne>
 __global__ void __launch_bounds__(StepLayout::kThreads, 2)
     gka_step_tokens(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  wait_for_the_kernel_before(job);
+  launch_the_kernel_after(job);
+  wait_for_the_kernel_before();
   DeviceGroup<StepRegisters> group;
   run_step<kOne>(group, *reinterpret_cast<StepShared*>(shared_memory), job, blockIdx.y, blockIdx.x);
+}
+
+// One block a multiprocessor: 128 registers for each of its threads, and two states' shared memory.
+__global__ void __launch_bounds__(StepWideLayout::kThreads, 1)
+    gka_step_wide([[maybe_unused]] const __grid_constant__ GkaJob job) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char shared_memory[];
+  auto& shared = *reinterpret_cast<StepWideShared*>(shared_memory);
+  launch_the_kernel_after(job);
+  const auto barrier = [] { __syncthreads(); };
+  const auto wait = [] { wait_for_the_kernel_before(); };
+  if (uniform(static_cast<int>(threadIdx.x) / StepLayout::kThreads) == 0) {
+    DevicePart<StepRegisters, StepLayout::kThreads, 0> group;
+    run_step_wide<StepRole::solver>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier,
+                                    wait);
+  } else {
+    DevicePart<StepRegisters, StepLayout::kThreads, 1> group;
+    run_step_wide<StepRole::reader>(group, group, shared, job, blockIdx.y, blockIdx.x, barrier,
+                                    wait);
+  }
+#endif
 }
 
 constexpr size_t kFewShared = sizeof(FewShared) > sizeof(StepShared) ? sizeof(FewShared)
                                                                      : sizeof(StepShared);
 
-// Two blocks again: 102 KB.
+// Two blocks again: 102 KB, and twice as many registers for half as many threads.
 template <bool kLong>
 __global__ void __launch_bounds__(FewLayout::kThreads, 2)
     gka_step_few(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  wait_for_the_kernel_before(job);
+  launch_the_kernel_after(job);
+  wait_for_the_kernel_before();
   const int64_t sequence = blockIdx.y, head = blockIdx.x;
   {
     DeviceGroup<FewRegisters> group;
     auto& shared = *reinterpret_cast<FewShared*>(shared_memory);
     if (!run_few<kLong>(group, shared, job, sequence, head)) return;
   }
+  wait_copies();
   __syncthreads();
-  DeviceGroup<StepRegisters> group;
+  DoubledGroup<StepRegisters, FewLayout::kThreads> group;
+  static_assert(StepLayout::kThreads == 2 * FewLayout::kThreads);
   run_step<false>(group, *reinterpret_cast<StepShared*>(shared_memory), job, sequence, head,
                   job.is_draft);
 }
@@ -81,6 +112,8 @@ void launch_step(const GkaJob& job, bool few, Stream stream) {
   if (few) {
     launch(is_long(job) ? gka_step_few<true> : gka_step_few<false>, FewLayout::kThreads, kFewShared,
            job, stream);
+  } else if (device_info().major == 9 && is_wide(job, device_info().multiprocessors)) {
+    launch(gka_step_wide, StepWideLayout::kThreads, sizeof(StepWideShared), job, stream);
   } else if (is_one_token(job)) {
     launch(gka_step_tokens<true>, StepLayout::kThreads, sizeof(StepShared), job, stream);
   } else {

@@ -9,11 +9,12 @@
 // A Chebyshev step costs a warp 64 multiply-adds, 4 loads of the iterate and one barrier. A thread
 // has 4 rows of H and of each 16 columns, in 4 pieces of 4 that the 8 threads of a row take in
 // turn: a piece's loads and stores are whole lines of 128 bytes, and so are the reads of the
-// iterate. The 8 partial sums of 4 rows are added by halves (step_sums): 2 + 1 + 1 exchanges.
+// iterate. The 8 partial sums of 4 rows are added by halves first, then four at once (add_sums).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/async_copy.hpp"
 #include "cuda/group.hpp"
@@ -42,10 +43,24 @@ struct StepLayout {
   KALMANET_KERNEL static int own_place(int thread) {
     return place(own_row(thread)) + thread % 2 * kDim;
   }
-  KALMANET_KERNEL static void load_piece(const float* x, int thread, int piece, float (&out)[4]) {
+  // The iterate lies in one of two places in turn, so many bytes apart. (Places in bytes are what a
+  // load takes as it is.)
+  static constexpr int kTurn = 2 * kDim * sizeof(float);
+  KALMANET_KERNEL static int read_byte(int thread) {
+    return thread % 8 * 2 * static_cast<int>(sizeof(float));
+  }
+  KALMANET_KERNEL static int own_byte(int thread) {
+    return own_place(thread) * static_cast<int>(sizeof(float));
+  }
+  template <class T>
+  KALMANET_KERNEL static T* at_byte(T* p, int byte) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + byte);
+  }
+  KALMANET_KERNEL static void load_piece(const float* x, int piece, float (&out)[4]) {
     float a[2], b[2];
-    load2(x + (piece * 8 + thread % 8) * 2, a);
-    load2(x + kDim / 2 + (piece * 8 + thread % 8) * 2, b);
+    load2(x + piece * 16, a);
+    load2(x + piece * 16 + kDim / 2, b);
     out[0] = a[0], out[1] = a[1], out[2] = b[0], out[3] = b[1];
   }
   // The row whose sum a thread (and its neighbour) ends with.
@@ -72,6 +87,22 @@ KALMANET_KERNEL int kept(int x) {
   asm volatile("" : "+r"(x));
 #endif
   return x;
+}
+
+template <class T>
+KALMANET_KERNEL T* kept(T* x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+// x, which is the same in all lanes of a warp, known to be: what branches on it stays together.
+KALMANET_KERNEL int uniform(int x) {
+#ifdef __CUDACC__
+  return __shfl_sync(~0u, x, 0);
+#else
+  return x;
+#endif
 }
 
 // A token's own numbers, as GkaJob::scalars has them.
@@ -103,17 +134,19 @@ struct StepShared {
   alignas(16) double partial64[StepLayout::kWarps][StepLayout::kDim];
   alignas(16) float squares[4][StepLayout::kWarps];  // of H, x, U and o
   alignas(16) float scalar[8];
+  double least_o2;  // |o|^2 below which a token is amplified
 };
 
 struct StepRegisters {
   float h[StepLayout::kPieces][StepLayout::kRows][4];
-  float sum[StepLayout::kRows], sent[2], got[2], product;
+  float sum[StepLayout::kRows], sent[2], got[3], product;
   float x, previous, q, rest, carried;  // of own_row
-  double sum64[StepLayout::kRows], sent64[2], got64[2], product64;
+  double sum64[StepLayout::kRows], sent64[2], got64[3], product64;
   double x_64, previous64;
   float squares, o[4];
   double o64[4];
-  int own_place;                   // kept: four instructions that would be in a step's way
+  int place;                       // of its first piece of H
+  int own_byte, read_byte;         // of the iterate; kept: nothing before a step's loads
   uint32_t first, second, scalar;  // of the next token: bits of k and q, or v; one of its numbers
 };
 
@@ -150,12 +183,15 @@ struct StepProducts {
       sent(r)[0] = upper ? s[0] : s[1];
       s[0] = upper ? s[1] : s[0];
     });
-    group.template exchange<2>([&](Registers& r) -> auto& { return got(r)[0]; },
-                               [&](Registers& r) { return sent(r)[0]; });
-    group.each([&](int, Registers& r) { sum(r)[0] += got(r)[0]; });
+    // Of the row's other three lanes, all on their way at once.
     group.template exchange<1>([&](Registers& r) -> auto& { return got(r)[0]; },
                                [&](Registers& r) { return sum(r)[0]; });
-    group.each([&](int, Registers& r) { product(r) = sum(r)[0] + got(r)[0]; });
+    group.template exchange<2>([&](Registers& r) -> auto& { return got(r)[1]; },
+                               [&](Registers& r) { return sent(r)[0]; });
+    group.template exchange<3>([&](Registers& r) -> auto& { return got(r)[2]; },
+                               [&](Registers& r) { return sent(r)[0]; });
+    group.each(
+        [&](int, Registers& r) { product(r) = (sum(r)[0] + got(r)[0]) + (got(r)[1] + got(r)[2]); });
   }
   KALMANET_KERNEL void add_sums() {
     add_sums([](Registers& r) -> auto& { return r.sum; },
@@ -164,21 +200,22 @@ struct StepProducts {
              [](Registers& r) -> auto& { return r.product; });
   }
 
-  // registers.product <- own_row of H y, y in shared memory.
-  KALMANET_KERNEL void multiply(const float* y) {
-    group.each([&](int thread, Registers& r) {
+  // registers.product <- own_row of H x, of the x that read_byte says; which then is the other.
+  KALMANET_KERNEL void multiply() {
+    group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < L::kRows; ++i) r.sum[i] = 0;
       KALMANET_UNROLL
       for (int p = 0; p < L::kPieces; ++p) {
         float y4[4];
-        L::load_piece(y, thread, p, y4);
+        L::load_piece(L::at_byte(const_cast<const float*>(shared.x[0]), r.read_byte), p, y4);
         KALMANET_UNROLL
         for (int j = 0; j < 4; ++j) {
           KALMANET_UNROLL
           for (int i = 0; i < L::kRows; ++i) r.sum[i] += r.h[p][i][j] * y4[j];
         }
       }
+      r.read_byte = kept(r.read_byte ^ L::kTurn);
     });
     add_sums();
   }

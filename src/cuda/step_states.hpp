@@ -100,14 +100,16 @@ struct StepStates : StepProducts<Group> {
       } else {
         r.first = load_bits(v, v_at + i * v.stride[3]);
       }
-      if (thread < kStepScalars) {
-        const Array& a = job.scalars[kDraft ? 1 : 0][thread];
+      const int which = thread - L::kDim;
+      if (which >= 0 && which < kStepScalars) {
+        const Array& a = job.scalars[kDraft ? 1 : 0][which];
         r.scalar = a.data == nullptr ? 0u : load_bits(a, offset_of(a, sequence, t, head));
       }
     });
   }
+  // Into shared memory.
   template <bool kDraft>
-  KALMANET_KERNEL void take() {
+  KALMANET_KERNEL void put_token() {
     group.each([&](int thread, Registers& r) {
       const float first = from_bits(job.k.dtype, r.first);  // (k, q and v have one dtype)
       if (thread < L::kDim) {
@@ -116,13 +118,15 @@ struct StepStates : StepProducts<Group> {
       } else {
         shared.v[thread - L::kDim] = first;
       }
-      if (thread < kStepScalars) {
-        const Array& a = job.scalars[kDraft ? 1 : 0][thread];
-        shared.scalar[thread] =
-            a.data == nullptr ? absent_scalar(job, thread) : from_bits(a.dtype, r.scalar);
+      const int which = thread - L::kDim;
+      if (which >= 0 && which < kStepScalars) {
+        const Array& a = job.scalars[kDraft ? 1 : 0][which];
+        shared.scalar[which] =
+            a.data == nullptr ? absent_scalar(job, which) : from_bits(a.dtype, r.scalar);
       }
     });
-    group.barrier();
+  }
+  KALMANET_KERNEL void read_scalars() {
     now.decay = exp_of(shared.scalar[kStepDecay]);
     now.u_decay = exp_of(shared.scalar[kStepUDecay]);
     now.beta2 = shared.scalar[kStepBeta] * shared.scalar[kStepBeta];
@@ -130,6 +134,12 @@ struct StepStates : StepProducts<Group> {
     now.ridge = shared.scalar[kStepRidge];
     // A ratio that is not positive has no answer, and must not look as if it had one.
     if (!(now.ridge > 0.0f)) now.ridge = NAN;
+  }
+  template <bool kDraft>
+  KALMANET_KERNEL void take() {
+    put_token<kDraft>();
+    group.barrier();
+    read_scalars();
   }
 
   // A thread's rows of beta^2 k.

@@ -132,6 +132,15 @@ KALMANET_KERNEL float logarithm(float a) {
   return std::log(a);
 #endif
 }
+// a * b + c, rounded once on the GPU: where a sum of two products must be the same bits wherever it
+// is compiled.
+KALMANET_KERNEL float fused(float a, float b, float c) {
+#ifdef __CUDACC__
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 // cos(a), 0 <= a <= pi, to 1e-6.
 KALMANET_KERNEL float cosine(float a) {
 #ifdef __CUDACC__
@@ -175,6 +184,14 @@ KALMANET_KERNEL void store16(void* p, const uint32_t (&in)[4]) {
   *static_cast<uint4*>(p) = make_uint4(in[0], in[1], in[2], in[3]);
 #else
   std::memcpy(p, in, 16);
+#endif
+}
+
+KALMANET_KERNEL void store8(void* p, const uint32_t (&in)[2]) {
+#ifdef __CUDACC__
+  *static_cast<uint2*>(p) = make_uint2(in[0], in[1]);
+#else
+  std::memcpy(p, in, 8);
 #endif
 }
 

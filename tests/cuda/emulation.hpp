@@ -17,6 +17,7 @@
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
 #include "cuda/state_body.hpp"
+#include "cuda/step_wide.hpp"
 #include "cuda/token_run.hpp"
 
 namespace kalmanet::cuda {
@@ -39,6 +40,7 @@ struct Emulation {
   bool backwards = false;        // the order in which a block's threads run
   bool spill_is_shared = false;  // as on a chip with room for it
   bool hopper = false;           // the kernels for that chip, where there are such
+  bool wide = false;             // one token by the kernel for few sequences
 };
 
 template <class S, int KP>
@@ -185,6 +187,15 @@ inline int64_t emulate_step(const core::GkaProblem& problem, const GkaOutputs& o
                                           : run_few<false>(group, memory, job, sequence, head);
         if (!is_left) continue;
         ++left;
+      }
+      if (how.wide && is_one_token(job)) {
+        Poisoned shared(sizeof(StepWideShared));
+        HostGroup<StepRegisters> solver(StepLayout::kThreads, how.backwards);
+        HostGroup<StepRegisters> reader(StepLayout::kThreads, how.backwards);
+        run_step_wide<StepRole::both>(
+            solver, reader, *reinterpret_cast<StepWideShared*>(shared.data()), job, sequence, head,
+            [] {}, [] {}, how.backwards);
+        continue;
       }
       Poisoned shared(sizeof(StepShared));
       HostGroup<StepRegisters> group(StepLayout::kThreads, how.backwards);

@@ -1,6 +1,8 @@
 // The decode kernels' bodies, run by the CPU: the step kernel, and slots and drafts in both.
 #include <gtest/gtest.h>
 
+#include <utility>
+
 #include "cuda/emulation.hpp"
 #include "cuda/gka_cases.hpp"
 #include "support/decode.hpp"
@@ -19,14 +21,22 @@ void run(Case<T, G>& c, GkaOptions options, const cuda::Emulation& how) {
 
 template <class T, class G = T>
 void check(const CaseSpec& spec, const GkaOptions& options) {
-  Case<T, G> c(spec), other(spec);
-  for (Case<T, G>* each : {&c, &other}) each->x = each->residual = Tensor<G>();
+  Case<T, G> c(spec);
+  c.x = c.residual = Tensor<G>();
   run(c, options, {});
-  run(other, options, {.backwards = true});
   const Where where{"emulated step kernel", name(options.solver), describe(spec)};
-  for_each_output(c, other, [&](const char* tensor, ConstView a, ConstView b) {
-    EXPECT_TRUE(identical(where, tensor, a, b)) << "depends on the order of threads";
-  });
+  // In the other order of threads, and by the kernel for few sequences, which takes one token.
+  for (const cuda::Emulation& how :
+       {cuda::Emulation{.backwards = true}, {.wide = true}, {.backwards = true, .wide = true}}) {
+    if (how.wide && spec.T != 1) continue;
+    Case<T, G> other(spec);
+    other.x = other.residual = Tensor<G>();
+    run(other, options, how);
+    for_each_output(c, other, [&](const char* tensor, ConstView a, ConstView b) {
+      EXPECT_TRUE(identical(where, tensor, a, b))
+          << "depends on the " << (how.wide ? "kernel" : "order of threads");
+    });
+  }
   expect_oracle(c, options, where);
 }
 
@@ -86,15 +96,17 @@ TEST(CudaStepEmulation, AFewTokensAtOnce) {
 // Where float32 is not enough: a sequence's first tokens, small ridges, keys that are much alike.
 TEST(CudaStepEmulation, SolvesAmplifiedTokensInFloat64) {
   for (Solver solver : {Solver::chebyshev, Solver::direct}) {
-    for (double ridge : {0.02, 0.005}) {
-      CaseSpec spec = step_case(3);
-      spec.B = 1, spec.T = 8, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
-      spec.h0 = spec.u0 = spec.ridge_tensor = false;
-      spec.key_correlation = 0.9;
-      GkaOptions options;
-      options.solver = solver;
-      options.ridge_ratio = ridge;
-      check<float>(spec, options);
+    for (int64_t T : {1, 8}) {
+      for (double ridge : {0.02, 0.005}) {
+        CaseSpec spec = step_case(3);
+        spec.B = 1, spec.T = T, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+        spec.h0 = spec.u0 = spec.ridge_tensor = false;
+        spec.key_correlation = 0.9;
+        GkaOptions options;
+        options.solver = solver;
+        options.ridge_ratio = ridge;
+        check<float>(spec, options);
+      }
     }
   }
 }
@@ -152,7 +164,7 @@ TEST(CudaStepEmulation, DraftsMatchTheOracle) {
 }
 
 TEST(CudaStepEmulation, ASlotThatThePoolDoesNotHaveAnswersNaN) {
-  for (const bool fits : {true, false}) {
+  for (const auto& [fits, wide] : {std::pair{true, false}, {true, true}, {false, false}}) {
     CaseSpec spec = step_case(1);
     spec.B = 2, spec.T = 1, spec.h0 = spec.u0 = true;
     if (!fits) spec.K = 20;
@@ -168,7 +180,7 @@ TEST(CudaStepEmulation, ASlotThatThePoolDoesNotHaveAnswersNaN) {
     const core::GkaProblem problem = core::validate_step(in, out, options);
     ASSERT_EQ(cuda::fits_step(problem, out), fits);
     if (fits) {
-      cuda::emulate_step(problem, out, {});
+      cuda::emulate_step(problem, out, {.wide = wide});
     } else {
       cuda::emulate(problem, out, true, {});
     }
