@@ -5,23 +5,6 @@
 
 namespace kalmanet::cuda {
 
-// 8 bytes, aligned.
-KALMANET_KERNEL void load8(const void* p, uint32_t (&out)[2]) {
-#ifdef __CUDACC__
-  const uint2 v = *static_cast<const uint2*>(p);
-  out[0] = v.x, out[1] = v.y;
-#else
-  std::memcpy(out, p, 8);
-#endif
-}
-KALMANET_KERNEL void store8(void* p, const uint32_t (&in)[2]) {
-#ifdef __CUDACC__
-  *static_cast<uint2*>(p) = make_uint2(in[0], in[1]);
-#else
-  std::memcpy(p, in, 8);
-#endif
-}
-
 // kCount neighbours of one of the dtypes that are computed with in float32, aligned to their size:
 // the bits, on their way while other loads are begun, and the numbers once they are needed.
 template <DType kType, int kCount>

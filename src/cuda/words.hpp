@@ -187,6 +187,15 @@ KALMANET_KERNEL void store16(void* p, const uint32_t (&in)[4]) {
 #endif
 }
 
+// 8 bytes, aligned.
+KALMANET_KERNEL void load8(const void* p, uint32_t (&out)[2]) {
+#ifdef __CUDACC__
+  const uint2 v = *static_cast<const uint2*>(p);
+  out[0] = v.x, out[1] = v.y;
+#else
+  std::memcpy(out, p, 8);
+#endif
+}
 KALMANET_KERNEL void store8(void* p, const uint32_t (&in)[2]) {
 #ifdef __CUDACC__
   *static_cast<uint2*>(p) = make_uint2(in[0], in[1]);
