@@ -258,7 +258,15 @@ struct FewSolve {
       r.lambda = idle ? 0.0f : ridge * f;
       r.step = idle ? 0.0f : divide(2.0f, 2.0f * r.lambda + f);
       r.steps = shared.steps[i];
-      r.into = to_size(r.step * shared.query_norm[i]);
+      // d must stay below float16's largest. With the spectrum in [a, 2 - a], a = lambda step, it
+      // is (p_i - p_{i+1}) / mu of the first residual, p_i = T_i((1 - mu) / (1 - a)) / T_i(1 / (1 -
+      // a)), most at mu = a: cosh(theta) = 1 / (1 - a), so theta = sqrt(2 a), gives (sech(i theta)
+      // - sech((i
+      // + 1) theta)) / a, at most 0.71 / sqrt(a), and at most 2 i + 1 by sech's curvature.
+      const float slowest = r.lambda * r.step, most = 2.0f * static_cast<float>(r.steps) + 1.0f;
+      float growth = slowest > 0.0f && slowest < 1.0f ? divide(1.0f, sqrtf(slowest)) : 1.0f;
+      if (growth > most) growth = most;
+      r.into = to_size(r.step * shared.query_norm[i] * growth);
       float weight[L::kTokens];
       r.start = -weights(kStepDecay, i, weight) * power_inverse(scale) * r.step;
       r.dot_scale[0] = r.dot_scale[1] = 0;
