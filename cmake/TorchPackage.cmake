@@ -93,8 +93,8 @@ if(_torch_jobs LESS 1)
 endif()
 set_property(GLOBAL APPEND PROPERTY JOB_POOLS torch_jobs=${_torch_jobs})
 
-# gcc instantiates the header's templates anew at the end of every file, six seconds each: a few files
-# of a target are compiled as one.
+# gcc instantiates the header's templates anew at the end of every file, six seconds each
+# (-ftime-report: phase lang. deferred): a few files of a target are compiled as one.
 option(KALMANET_UNITY "Compile files on full LibTorch together, six at a time" ON)
 
 function(kalmanet_share_torch_pch target)
