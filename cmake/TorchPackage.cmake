@@ -93,8 +93,13 @@ if(_torch_jobs LESS 1)
 endif()
 set_property(GLOBAL APPEND PROPERTY JOB_POOLS torch_jobs=${_torch_jobs})
 
+# gcc instantiates the header's templates anew at the end of every file, six seconds each
+# (-ftime-report: phase lang. deferred): a few files of a target are compiled as one.
+option(KALMANET_UNITY "Compile files on full LibTorch together, six at a time" ON)
+
 function(kalmanet_share_torch_pch target)
   target_precompile_headers(${target} REUSE_FROM kalmanet_torch_pch)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ${KALMANET_UNITY} UNITY_BUILD_BATCH_SIZE 6)
   get_property(_options GLOBAL PROPERTY KALMANET_TORCH_OPTIONS)
   target_compile_options(${target} PRIVATE ${_options})
   set_target_properties(${target} PROPERTIES JOB_POOL_COMPILE torch_jobs)

@@ -1,11 +1,9 @@
 // The unit norm of queries and keys: an autograd function over torch.ops.kalmanet.unit_norm_*.
 #include "layers/head_norm.hpp"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <string_view>
 
-#include "torch/anchor.hpp"
+#include "layers/find_operator.hpp"
 
 namespace kalmanet::layers {
 namespace {
@@ -16,12 +14,6 @@ using torch::autograd::variable_list;
 
 using Forward = Tensor(const Tensor&, std::string_view, double);
 using Backward = Tensor(const Tensor&, const Tensor&, std::string_view, double);
-
-template <class Signature>
-auto find_operator(const char* name) {
-  kalmanet_torch_anchor();
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Tensor forward_rows(const Tensor& rows, const std::string& kind, double eps) {
   static const auto op = find_operator<Forward>("kalmanet::unit_norm_forward");

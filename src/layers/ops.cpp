@@ -2,12 +2,10 @@
 // device of the tensors decides which implementation runs.
 #include "layers/ops.hpp"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-
 #include <utility>
 
+#include "layers/find_operator.hpp"
 #include "layers/plain.hpp"
-#include "torch/anchor.hpp"
 
 namespace kalmanet::layers {
 namespace {
@@ -15,13 +13,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// The operator `name` with the C++ signature of its schema.
-template <class Signature>
-auto find_operator(const char* name) {
-  kalmanet_torch_anchor();
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;

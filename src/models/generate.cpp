@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-[[noreturn]] void fail(const char* argument, const std::string& message) {
+[[noreturn]] void reject(const char* argument, const std::string& message) {
   throw Error(ErrorCode::invalid_argument, argument, message);
 }
 
@@ -34,28 +34,28 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 Sampler::Sampler(const SamplingOptions& options)
     : options_(options), generator_(at::detail::createCPUGenerator(options.seed)) {
   if (!(options.temperature >= 0) || !std::isfinite(options.temperature)) {
-    fail("temperature", "is " + std::to_string(options.temperature) +
-                            "; it must be 0 (the likeliest token) or a positive number");
+    reject("temperature", "is " + std::to_string(options.temperature) +
+                              "; it must be 0 (the likeliest token) or a positive number");
   }
   if (options.top_k < 0) {
-    fail("top_k", "is " + std::to_string(options.top_k) + "; it must be 0 (all tokens) or more");
+    reject("top_k", "is " + std::to_string(options.top_k) + "; it must be 0 (all tokens) or more");
   }
   if (!(options.top_p > 0 && options.top_p <= 1)) {
-    fail("top_p", "is " + std::to_string(options.top_p) + "; it must be above 0 and at most 1");
+    reject("top_p", "is " + std::to_string(options.top_p) + "; it must be above 0 and at most 1");
   }
   if (options.max_new_tokens < 0) {
-    fail("max_new_tokens",
-         "is " + std::to_string(options.max_new_tokens) + "; it must be 0 or more");
+    reject("max_new_tokens",
+           "is " + std::to_string(options.max_new_tokens) + "; it must be 0 or more");
   }
   if (options.vocab_limit < 0) {
-    fail("vocab_limit",
-         "is " + std::to_string(options.vocab_limit) + "; it must be 0 (all) or more");
+    reject("vocab_limit",
+           "is " + std::to_string(options.vocab_limit) + "; it must be 0 (all) or more");
   }
 }
 
 int64_t Sampler::sample(const Tensor& logits) {
   if (logits.dim() != 1 || logits.numel() == 0 || !logits.is_cpu()) {
-    fail("logits", "must be one row [vocab] on the CPU");
+    reject("logits", "must be one row [vocab] on the CPU");
   }
   const Tensor row = logits.to(at::kFloat).contiguous();
   const float* data = row.data_ptr<float>();
@@ -64,12 +64,12 @@ int64_t Sampler::sample(const Tensor& logits) {
   int64_t best = 0;
   for (int64_t i = 0; i < n; ++i) {
     if (std::isnan(data[i])) {
-      fail("logits", "hold NaN at token " + std::to_string(i) +
-                         "; the model's weights or its state are not finite");
+      reject("logits", "hold NaN at token " + std::to_string(i) +
+                           "; the model's weights or its state are not finite");
     }
     if (data[i] > data[best]) best = i;
   }
-  if (!std::isfinite(data[best])) fail("logits", "hold no finite largest value");
+  if (!std::isfinite(data[best])) reject("logits", "hold no finite largest value");
   if (options_.temperature == 0) return best;
 
   // Candidates by falling logit (ties: the smaller id first), as far as top_k and top_p need them.
@@ -121,7 +121,7 @@ GenerationReport generate(HybridLanguageModel& model, std::span<const int64_t> p
                           ModelState* state) {
   Sampler sampler(options);
   if (prompt.empty()) {
-    fail("prompt", "is empty; give at least one token (the end-of-text token begins a new text)");
+    reject("prompt", "is empty; give at least one token (the end-of-text token begins a new text)");
   }
   const at::NoGradGuard no_grad;
   ModelState own;

@@ -21,9 +21,10 @@ std::string kept_lines(const std::string& text, int64_t keep_through) {
     if (end == std::string::npos) return kept;
     const std::string line = text.substr(begin, end - begin);
     begin = end + 1;
-    const auto json = nlohmann::json::parse(line, nullptr, false);
-    if (!json.is_object() || !json.contains("step")) continue;
-    if (!json["step"].is_number_integer() || json["step"].get<int64_t>() > keep_through) continue;
+    const auto parsed = nlohmann::json::parse(line, nullptr, false);
+    if (!parsed.is_object() || !parsed.contains("step")) continue;
+    if (!parsed["step"].is_number_integer() || parsed["step"].get<int64_t>() > keep_through)
+      continue;
     kept += line + "\n";
   }
 }
