@@ -1,5 +1,6 @@
 // The step kernel, compiled and launched.
 #include "cuda/check.hpp"
+#include "cuda/dependent_launch.hpp"
 #include "cuda/doubled_group.hpp"
 #include "cuda/few_body.hpp"
 #include "cuda/launch.hpp"
@@ -7,25 +8,6 @@
 
 namespace kalmanet::cuda {
 namespace {
-
-// Programmatic dependent launch (Hopper): the next such kernel may be brought to the
-// multiprocessors while this one is at work, and waits there for its end before it reads anything
-// but its job, whose 64-byte lines it has in its constant cache by then.
-__device__ __forceinline__ void launch_the_kernel_after([[maybe_unused]] const GkaJob& job) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  const auto* const words = reinterpret_cast<const uint32_t*>(&job);
-  uint32_t all = 0;
-#pragma unroll
-  for (size_t i = 0; i < sizeof(GkaJob) / 4; i += 16) all ^= words[i];
-  if (all == 1) asm volatile("nanosleep.u32 0;");  // (so that it is read: this does nothing)
-#endif
-}
-__device__ __forceinline__ void wait_for_the_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Two blocks a multiprocessor: 80 KB of shared memory each, and 128 registers a thread.
 template <bool kOne>
@@ -88,18 +70,8 @@ void launch(Kernel kernel, int threads, int64_t shared, const GkaJob& job, Strea
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared)),
         "cudaFuncSetAttribute");
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  // (Code for other chips, translated from PTX of sm_80, does not know how to wait.)
-  config.numAttrs = device_info().major == 9 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, job), "launch of a step kernel");
+  const dim3 grid(static_cast<unsigned>(job.H), static_cast<unsigned>(job.num_pieces));
+  launch_dependent(kernel, grid, threads, job, stream, "launch of a step kernel", shared);
 }
 
 }  // namespace
