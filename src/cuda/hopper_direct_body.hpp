@@ -240,7 +240,6 @@ struct HopperBody : HopperSolve<Group> {
     read_out(power);
     group.barrier();  // (o takes the place of m)
     group.new_part();
-    if (advances()) this->fetch_state(true);
     store_outputs();
     group.barrier();
     check_amplification(u2);
@@ -263,10 +262,7 @@ struct HopperBody : HopperSolve<Group> {
       if (!advances()) return shared.ill != 0;
       group.new_part();
       KALMANET_LOOP  // one copy of the code
-          for (int which = 1; which >= 0; --which) {
-        this->advance(which == 1);
-        if (which == 1) this->fetch_state(false);
-      }
+          for (int which = 1; which >= 0; --which) this->advance(which == 1);
       group.barrier();
       if (shared.ill != 0) return true;
       if (done) break;
