@@ -175,6 +175,17 @@ TEST_F(CudaGpu, DirectOnMatrixUnitsMatchesTheOracleAndTheTokenKernel) {
   check_chunks<float>(packed, direct, 2 * 1.7e-3);
 }
 
+// One short case of each kernel, for tools that watch every access.
+TEST_F(CudaGpu, MatrixUnitsShortly) {
+  CaseSpec spec = small_case(0);
+  spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0, spec.strided = false;
+  spec.T = 130, spec.K = spec.V = 128;
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  check_chunks<float>(spec, direct, 2 * 1.7e-3);
+  check_chunks<float>(spec, {}, 2 * 1.7e-3);
+}
+
 // A piece that a matrix-unit kernel gives up is the token kernel's, which answers as well and takes
 // dozens of times as long: an error that sets it off would not show in any answer.
 TEST_F(CudaGpu, OrdinaryPiecesAreNotLeftToTheTokenKernel) {
