@@ -34,6 +34,17 @@ if(KALMANET_SANITIZE)
   target_compile_options(kalmanet_options INTERFACE
     -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
   target_link_options(kalmanet_options INTERFACE -fsanitize=address,undefined)
+  # For what is all templates and takes minutes to compile otherwise. Left out are
+  # UndefinedBehaviorSanitizer's checks of every pointer; AddressSanitizer sees what comes of a wrong
+  # one.
+  set(KALMANET_FEWER_CHECKS -fno-sanitize=null,alignment,object-size,vptr)
+endif()
+
+# A test's own code is run a few times and compiled once: what it calls is optimised, in its room.
+# (The emulations of src/cuda are a test's own code, and long: hence -O1.)
+set(KALMANET_TEST_OPTIONS $<$<CONFIG:Release>:-O1>)
+if(KALMANET_SANITIZE)
+  set(KALMANET_TEST_OPTIONS -O0 ${KALMANET_FEWER_CHECKS})
 endif()
 
 if(KALMANET_FUZZ)
@@ -59,9 +70,12 @@ endfunction()
 
 # kalmanet_test(name SOURCES... DEPENDS targets... [LABELS labels...]): one GoogleTest program.
 function(kalmanet_test name)
-  cmake_parse_arguments(TEST "" "" "SOURCES;DEPENDS;LABELS" ${ARGN})
+  cmake_parse_arguments(TEST "SHARES_TORCH_PCH" "" "SOURCES;DEPENDS;LABELS" ${ARGN})
   add_executable(${name} ${TEST_SOURCES})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR}/tests)
+  if(NOT TEST_SHARES_TORCH_PCH)  # (which was compiled with options that its users must have)
+    target_compile_options(${name} PRIVATE ${KALMANET_TEST_OPTIONS})
+  endif()
   target_link_libraries(${name} PRIVATE kalmanet_options ${TEST_DEPENDS} GTest::gtest_main GTest::gmock)
   gtest_discover_tests(${name} DISCOVERY_TIMEOUT 120 PROPERTIES LABELS "${TEST_LABELS}")
 endfunction()

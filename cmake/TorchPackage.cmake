@@ -75,9 +75,8 @@ endif()
 set(_torch_options -fPIC -fpch-preprocess)
 if(KALMANET_SANITIZE)
   # Their templates make these the slow files of a sanitizer build. They run small models there:
-  # nothing is gained by optimising. Left out are UndefinedBehaviorSanitizer's checks of every
-  # pointer; AddressSanitizer sees what comes of a wrong one.
-  list(APPEND _torch_options -O0 -fno-sanitize=null,alignment,object-size,vptr)
+  # nothing is gained by optimising.
+  list(APPEND _torch_options -O0 ${KALMANET_FEWER_CHECKS})
 endif()
 add_library(kalmanet_torch_pch OBJECT ${PROJECT_SOURCE_DIR}/cmake/torch_pch.cpp)
 target_link_libraries(kalmanet_torch_pch PRIVATE kalmanet_options torch_full)
@@ -120,7 +119,7 @@ endfunction()
 
 # kalmanet_torch_test(name SOURCES... DEPENDS targets... [LABELS ...]): kalmanet_test likewise.
 function(kalmanet_torch_test name)
-  kalmanet_test(${name} ${ARGN})
+  kalmanet_test(${name} SHARES_TORCH_PCH ${ARGN})
   target_link_libraries(${name} PRIVATE torch_full)
   kalmanet_share_torch_pch(${name})
 endfunction()
