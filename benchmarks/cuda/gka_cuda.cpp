@@ -1,13 +1,14 @@
 // The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a
 // median of runs timed by events, steps replayed as a graph. Prints one line of JSON a case.
 //
-//   gka_cuda [step] [forward] [backward] (default: these) [few] [quick] [quick-backward]
-//   [steps_once], or first [direct] (few: the backward's first two sizes; quick.., steps_once: for
-//   a profiler; first: the process's first calls, by the clock: first_call.cpp)
+//   gka_cuda [step] [forward] [backward] [sizes] (default: the first three) [few] [quick]
+//   [quick-backward] [steps_once], or first [direct] (sizes: fewer dims than 128, and float16; few:
+//   the backward's first two sizes; quick.., steps_once: for a profiler; first: the process's first
+//   calls, by the clock: first_call.cpp)
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
-// about 30 tokens, all bfloat16 but the gates. A case is timed only after its outputs were found
-// finite and, at a short length, equal to the float64 oracle's.
+// about 30 tokens, all bfloat16 (or float16) but the gates. A case is timed only after its outputs
+// were found finite and, at a short length, equal to the float64 oracle's.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -47,6 +48,19 @@ double from_bfloat16(uint16_t h) {
   return f;
 }
 
+uint16_t to_float16(float f) {
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  const float a = std::fabs(f);
+  const int exponent = a < 0x1p-14f ? -14 : std::ilogb(a);
+  const auto units = static_cast<int>(std::nearbyint(std::ldexp(a, 10 - exponent)));
+  return static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + units));
+}
+double from_float16(uint16_t h) {
+  const int exponent = h >> 10 & 31, units = (h & 1023) + (exponent == 0 ? 0 : 1024);
+  if (exponent == 31) return NAN;  // (or infinite)
+  return std::ldexp(h & 0x8000 ? -units : units, (exponent == 0 ? 1 : exponent) - 25);
+}
+
 // Memory of the GPU, and what it was filled with.
 struct Device {
   void* data = nullptr;
@@ -62,10 +76,17 @@ struct Device {
 
 struct Problem {
   int64_t B, T, H, K;
+  DType dtype;
   std::vector<uint16_t> q, k, v;
   std::vector<float> g;
 
-  Problem(int64_t b, int64_t t, int64_t h, int64_t dim) : B(b), T(t), H(h), K(dim) {
+  uint16_t bits(float f) const { return dtype == DType::float16 ? to_float16(f) : to_bfloat16(f); }
+  double number(uint16_t h) const {
+    return dtype == DType::float16 ? from_float16(h) : from_bfloat16(h);
+  }
+
+  Problem(int64_t b, int64_t t, int64_t h, int64_t dim, DType of = DType::bfloat16)
+      : B(b), T(t), H(h), K(dim), dtype(of) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     std::uniform_real_distribution<float> uniform;
@@ -74,7 +95,7 @@ struct Problem {
       for (int64_t i = 0; i < B * T * H; ++i) {
         float sum = 0;
         for (float& e : y) e = normal(random), sum += e * e;
-        for (float e : y) to.push_back(to_bfloat16(unit ? e / std::sqrt(sum) : e));
+        for (float e : y) to.push_back(bits(unit ? e / std::sqrt(sum) : e));
       }
     };
     vectors(q, true), vectors(k, true), vectors(v, false);
@@ -102,12 +123,12 @@ double median_ms(const std::function<void()>& run, cudaStream_t stream, int time
 
 // Twin problems on the two sides: the oracle's answer in float64 for the first `tokens` tokens.
 double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool step) {
-  Problem small(1, tokens, 2, p.K);
+  Problem small(1, tokens, 2, p.K, p.dtype);
   const int64_t n = tokens * 2 * p.K;
   std::vector<double> q, k, v, g, o(static_cast<size_t>(n));
-  for (uint16_t e : small.q) q.push_back(from_bfloat16(e));
-  for (uint16_t e : small.k) k.push_back(from_bfloat16(e));
-  for (uint16_t e : small.v) v.push_back(from_bfloat16(e));
+  for (uint16_t e : small.q) q.push_back(p.number(e));
+  for (uint16_t e : small.k) k.push_back(p.number(e));
+  for (uint16_t e : small.v) v.push_back(p.number(e));
   for (float e : small.g) g.push_back(e);
   GkaInputs in;
   const auto dims = [&](auto* data) { return dense(data, {1, tokens, 2, p.K}); };
@@ -123,11 +144,11 @@ double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool s
 
   Device dq(small.q), dk(small.k), dv(small.v), dg(small.g), dout(static_cast<size_t>(n) * 2);
   const auto on_gpu = [&](const Device& d) {
-    return dense(static_cast<const void*>(d.data), DType::bfloat16, {1, tokens, 2, p.K});
+    return dense(static_cast<const void*>(d.data), p.dtype, {1, tokens, 2, p.K});
   };
   in.q = on_gpu(dq), in.k = on_gpu(dk), in.v = on_gpu(dv);
   in.g = in.gk = dense(static_cast<const float*>(dg.data), {1, tokens, 2});
-  out.o = dense(dout.data, DType::bfloat16, {1, tokens, 2, p.K});
+  out.o = dense(dout.data, p.dtype, {1, tokens, 2, p.K});
   if (step) {
     gka_step(in, out, with);
   } else {
@@ -137,7 +158,7 @@ double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool s
   check(cudaMemcpy(got.data(), dout.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");
   double difference = 0, norm = 0;
   for (size_t i = 0; i < got.size(); ++i) {
-    const double e = from_bfloat16(got[i]) - o[i];
+    const double e = p.number(got[i]) - o[i];
     difference += e * e, norm += o[i] * o[i];
   }
   return std::sqrt(difference / norm);
@@ -156,10 +177,10 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
             const std::string& more) {
   std::printf(
       "{\"op\": \"%s\", \"solver\": \"%s\", \"arithmetic\": \"%s\", \"B\": %ld, \"T\": %ld, "
-      "\"H\": %ld, \"K\": %ld, \"ms\": %.4f, \"error\": %.2e%s}\n",
+      "\"H\": %ld, \"K\": %ld, \"dtype\": \"%s\", \"ms\": %.4f, \"error\": %.2e%s}\n",
       what, name(options.solver), name(options.arithmetic), static_cast<long>(p.B),
-      static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), ms, error,
-      more.c_str());
+      static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), name(p.dtype), ms,
+      error, more.c_str());
   std::fflush(stdout);
 }
 
@@ -193,9 +214,7 @@ void time_step(const Problem& p, GkaOptions options, double copy, StepKind kind 
   // tokens would become one that no sequence has.
   Device q(p.q), k(p.k), v(p.v), g(p.g), h0(h), u0(u), o(p.v.size() * 2);
   Device h1(states * 4), u1(states * 4);
-  const auto view = [&](const Device& d) {
-    return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
-  };
+  const auto view = [&](const Device& d) { return dense(d.data, p.dtype, {p.B, p.T, p.H, p.K}); };
   GkaInputs in;
   in.q = view(q), in.k = view(k), in.v = view(v);
   in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
@@ -237,9 +256,7 @@ void time_step(const Problem& p, GkaOptions options, double copy, StepKind kind 
 
 void time_forward(const Problem& p, GkaOptions options, int times) {
   Device q(p.q), k(p.k), v(p.v), g(p.g), o(p.v.size() * 2);
-  const auto view = [&](const Device& d) {
-    return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
-  };
+  const auto view = [&](const Device& d) { return dense(d.data, p.dtype, {p.B, p.T, p.H, p.K}); };
   GkaInputs in;
   in.q = view(q), in.k = view(k), in.v = view(v);
   in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
@@ -250,7 +267,7 @@ void time_forward(const Problem& p, GkaOptions options, int times) {
   std::vector<uint16_t> got(p.v.size());
   check(cudaMemcpy(got.data(), o.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");
   for (uint16_t e : got) {
-    if (!std::isfinite(from_bfloat16(e))) {
+    if (!std::isfinite(p.number(e))) {
       std::fprintf(stderr, "an output is not finite\n");
       std::exit(1);
     }
@@ -278,9 +295,7 @@ struct Backward {
         dg(p.g.size() * 4),
         dgk(p.g.size() * 4),
         o(p.q.size() * 2) {
-    const auto rows = [&](const Device& d) {
-      return dense(d.data, DType::bfloat16, {p.B, p.T, p.H, p.K});
-    };
+    const auto rows = [&](const Device& d) { return dense(d.data, p.dtype, {p.B, p.T, p.H, p.K}); };
     const auto gates = [&](const Device& d) {
       return dense(static_cast<float*>(d.data), {p.B, p.T, p.H});
     };
@@ -292,7 +307,7 @@ struct Backward {
     std::mt19937 random(2);
     std::normal_distribution<float> normal;
     std::vector<uint16_t> all;
-    for (size_t i = 0; i < p.v.size(); ++i) all.push_back(to_bfloat16(normal(random)));
+    for (size_t i = 0; i < p.v.size(); ++i) all.push_back(p.bits(normal(random)));
     return all;
   }
 };
@@ -300,12 +315,12 @@ struct Backward {
 // The worst of the gradients' relative errors against the float64 oracle, at `tokens` tokens of two
 // heads.
 double backward_error_of(const Problem& p, int64_t tokens, const GkaOptions& with) {
-  const Problem small(1, tokens, 2, p.K);
+  const Problem small(1, tokens, 2, p.K, p.dtype);
   Backward on_gpu(small);
   gka_backward(on_gpu.in, {}, on_gpu.of, on_gpu.to, with);
-  const auto wide = [](const std::vector<uint16_t>& from) {
+  const auto wide = [&](const std::vector<uint16_t>& from) {
     std::vector<double> all;
-    for (uint16_t e : from) all.push_back(from_bfloat16(e));
+    for (uint16_t e : from) all.push_back(p.number(e));
     return all;
   };
   const std::vector<double> q = wide(small.q), k = wide(small.k), v = wide(small.v);
@@ -365,7 +380,7 @@ void time_backward(const Problem& p, const GkaOptions& options, int times) {
       nullptr, times);
   GkaShape shape;
   shape.B = p.B, shape.T = p.T, shape.H = p.H, shape.K = shape.V = p.K;
-  shape.dtype = DType::bfloat16;
+  shape.dtype = p.dtype;
   const double bytes =
       static_cast<double>(gka_workspace_bytes(GkaOperation::backward, shape, options));
   char more[128];
@@ -427,6 +442,18 @@ int main(int argc, char** argv) {
       time_forward(p, bf16, 9);
       time_forward(p, direct, 9);
     }
+  }
+  if (asked("sizes")) {
+    const auto time_both = [&](const Problem& p, const GkaOptions& with) {
+      time_forward(p, with, 9);
+      time_backward(p, with, 5);
+    };
+    const Problem few(1, 8192, 32, 64);
+    time_both(few, direct);
+    time_both(few, options);
+    time_both(Problem(1, 8192, 32, 96), direct);
+    time_both(Problem(1, 8192, 32, 128, DType::float16), direct);
+    time_both(Problem(1, 8192, 32, 128), direct);  // beside them
   }
   if (asked("quick")) {
     Problem p(1, 8192, 32, 128);

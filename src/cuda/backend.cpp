@@ -82,9 +82,9 @@ GkaReport run(const core::GkaProblem& problem, const GkaOutputs& outputs, bool w
   }
   if (!whole && problem.options.arithmetic != Arithmetic::standard) {
     throw Error(ErrorCode::unsupported, "backend",
-                "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v and o of K = V = "
-                "128, dense in their last dimension, without x and residual; pass arithmetic "
-                "standard");
+                "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v and o, K and V "
+                "multiples of 8 up to 128, dense in their last dimension and aligned to 16 bytes, "
+                "without x and residual; pass arithmetic standard");
   }
   const Stream stream = problem.options.stream;
   if (whole && problem.B > 0 && fits_step(problem, outputs) &&
@@ -145,10 +145,13 @@ class CudaBackend final : public core::GkaBackend {
   }
 
   GkaReport forward(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
-    core::GkaProblem direct = problem;
+    core::GkaProblem direct = problem, chebyshev = problem;
     direct.options.solver = Solver::direct;
-    const int most_steps =
-        fits_chunks(direct, outputs) ? kStepsOfADirectChunk : kStepsOfADirectSolve;
+    chebyshev.options.solver = Solver::chebyshev;
+    // (Where direct alone is on matrix units, no step of chebyshev's is cheaper.)
+    const int most_steps = !fits_chunks(direct, outputs)     ? kStepsOfADirectSolve
+                           : fits_chunks(chebyshev, outputs) ? kStepsOfADirectChunk
+                                                             : 0;
     return with_solver(problem, most_steps, [&](const auto& p) { return run(p, outputs, false); });
   }
   GkaReport step(const core::GkaProblem& problem, const GkaOutputs& outputs) const override {
@@ -167,10 +170,18 @@ class CudaBackend final : public core::GkaBackend {
         !fits_backward_chunks(problem, output_grads, grads, device)) {
       throw Error(
           ErrorCode::unsupported, "backend",
-          "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and dq of K "
-          "= V = 128, dense in their last dimension; pass arithmetic standard");
+          "arithmetic bfloat16 on the cuda backend is for bfloat16 q, k, v, d_o and gradients, K "
+          "and V multiples of 8 up to 128, dense in their last dimension and aligned to 16 bytes; "
+          "pass arithmetic standard");
     }
-    return with_solver(problem, kStepsOfADirectSolve, [&](const auto& p) {
+    // (As in the forward.)
+    const auto fits = [&](Solver solver) {
+      core::GkaProblem with = problem;
+      with.options.solver = solver;
+      return fits_backward_chunks(with, output_grads, grads, device);
+    };
+    const bool alone = fits(Solver::direct) && !fits(Solver::chebyshev);
+    return with_solver(problem, alone ? 0 : kStepsOfADirectSolve, [&](const auto& p) {
       GkaReport report = report_of(p);
       if (run_backward(p, output_grads, grads, device)) {
         report.chunk_size = ChunkLayout::kTokens;
@@ -194,8 +205,8 @@ class CudaBackend final : public core::GkaBackend {
     job.num_pieces = n;
     int64_t bytes = plan_tokens(job, problem.dtype == DType::float64, false, device.max_shared) +
                     n * static_cast<int64_t>(sizeof(Piece));
-    if (operation == GkaOperation::forward && problem.K == ChunkLayout::kDim &&
-        problem.V == ChunkLayout::kDim && core::is_half(problem.dtype)) {
+    if (operation == GkaOperation::forward && have_chunk_dims(problem) &&
+        core::is_half(problem.dtype)) {
       bytes += n * problem.H * (chunk_scratch_bytes() + static_cast<int64_t>(sizeof(int32_t)));
     }
     if (operation == GkaOperation::forward) {

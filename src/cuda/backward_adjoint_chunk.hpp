@@ -17,6 +17,7 @@ struct TileAdjoints : BackwardTiles<Group> {
   using L = TileLayout;
   using Registers = TileRegisters;
   using State = float (&)[2][8][4];
+  static constexpr bool kLows = Base::kLows;
 
   struct MinusD {
     KALMANET_KERNEL State operator()(Registers& r) const { return r.state; }
@@ -33,8 +34,8 @@ struct TileAdjoints : BackwardTiles<Group> {
     this->fetch(job.q, head / job.q_group, 3);
     this->load_key_scalars(0, later);
     this->load_value_scalars(1, false);
-    this->put(0, shared.k);
-    this->put(2, shared.d_o);
+    this->put(0, keys());
+    this->put(2, output_gradients());
     group.barrier();
     this->put_solutions(this->now().half, x(),
                         [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
@@ -55,6 +56,8 @@ struct TileAdjoints : BackwardTiles<Group> {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) r.state[mm][tile][i] = r.other[mm][tile][i] = 0.0f;
     });
+    // (Weighted keys are half as many as a state that lies in their place has room for.)
+    this->begin_rows(shared.state[0] + L::kTile, nullptr, shared.v);
     float later = 0.0f;
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     KALMANET_LOOP
@@ -71,8 +74,8 @@ struct TileAdjoints : BackwardTiles<Group> {
         }
       });
       this->template add_outer<true, true>(z(), x(), MinusD());
-      this->template add_outer<true, false>(this->state(), keys(), MinusD());
-      this->template add_outer<true, false>(m(), output_gradients(), E());
+      this->template add_outer<true, kLows>(this->state(), keys(), MinusD());
+      this->template add_outer<true, kLows>(m(), output_gradients(), E());
       group.barrier();
     }
     const StateView<float> d = adjoint_view<float>(backward, piece.slot, head, false);
@@ -83,8 +86,9 @@ struct TileAdjoints : BackwardTiles<Group> {
       this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          r.state[mm][tile][i] += later * start.data[start.at(Base::state_row(thread, mm, i),
-                                                              Base::column_of(thread, tile, i))];
+          const int row = Base::state_row(thread, mm, i), column = Base::column_of(thread, tile, i);
+          if (!has_element<Group>(job, false, row, column)) continue;
+          r.state[mm][tile][i] += later * start.data[start.at(row, column)];
         }
       });
     }
@@ -94,8 +98,12 @@ struct TileAdjoints : BackwardTiles<Group> {
         const int row = Base::state_row(thread, mm, 2 * h);
         const int column = Base::column_of(thread, tile, 0);
         const float (&v)[4] = r.state[mm][tile], (&w)[4] = r.other[mm][tile];
-        store_pair(d.data + d.at(row, column), -v[2 * h], -v[2 * h + 1]);
-        store_pair(e.data + e.at(row, column), w[2 * h], w[2 * h + 1]);
+        if (has_element<Group>(job, false, row, column)) {
+          store_pair(d.data + d.at(row, column), -v[2 * h], -v[2 * h + 1]);
+        }
+        if (has_element<Group>(job, true, row, column)) {
+          store_pair(e.data + e.at(row, column), w[2 * h], w[2 * h + 1]);
+        }
       }
     });
   }

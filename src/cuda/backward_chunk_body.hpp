@@ -152,7 +152,7 @@ struct BackwardChunkBody : BackwardProducts<Group> {
         products += shared.gate[0][t];
       }
       constexpr double kLimit = kLargestChunkAmplification * kLargestChunkAmplification;
-      if (!(sizes <= kLimit * L::kDim * products)) shared.ill = 1;
+      if (!(sizes <= kLimit * key_dims<Group>(job) * products)) shared.ill = 1;
     });
     group.barrier();
   }

@@ -10,34 +10,38 @@
 namespace kalmanet::cuda {
 namespace {
 
+template <bool kAny>
 __global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
     gka_backward_chunks(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<ChunkRegisters> group;
+  WithRows<kAny, DeviceGroup<ChunkRegisters>> group;
   run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared_memory), job,
                       blockIdx.x, blockIdx.y);
 }
 
+template <bool kAny>
 __global__ void __launch_bounds__(TileLayout::kThreads, 1)
     gka_adjoint_chunks(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<TileRegisters> group;
+  WithRows<kAny, DeviceGroup<TileRegisters>> group;
   run_tile_adjoints(group, *reinterpret_cast<TileShared*>(shared_memory), job, blockIdx.x,
                     blockIdx.y);
 }
 
+template <bool kAny>
 __global__ void __launch_bounds__(TileLayout::kThreads, 1)
     gka_gradient_keys(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<TileRegisters> group;
+  WithRows<kAny, DeviceGroup<TileRegisters>> group;
   run_tile_gradients<TileKeys>(group, *reinterpret_cast<TileShared*>(shared_memory), job,
                                blockIdx.x, gridDim.x);
 }
 
+template <bool kAny>
 __global__ void __launch_bounds__(TileLayout::kThreads, 1)
     gka_gradient_values(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<TileRegisters> group;
+  WithRows<kAny, DeviceGroup<TileRegisters>> group;
   run_tile_gradients<TileValues>(group, *reinterpret_cast<TileShared*>(shared_memory), job,
                                  blockIdx.x, gridDim.x);
 }
@@ -65,16 +69,22 @@ int64_t gradient_chunk_block_bytes() {
 }
 
 void launch_backward_chunks(const BackwardJob& job, Stream stream) {
-  launch(gka_backward_chunks, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H)},
-         sizeof(BackwardChunkShared), job, stream);
+  with_rows(job.in, [&](auto any) {
+    launch(gka_backward_chunks<any>, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H)},
+           sizeof(BackwardChunkShared), job, stream);
+  });
 }
 void launch_adjoint_chunks(const BackwardJob& job, Stream stream) {
-  launch(gka_adjoint_chunks, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H)},
-         sizeof(TileShared), job, stream);
+  with_rows(job.in, [&](auto any) {
+    launch(gka_adjoint_chunks<any>, {size_of_grid(job.in.num_pieces), size_of_grid(job.in.H)},
+           sizeof(TileShared), job, stream);
+  });
 }
 void launch_gradient_chunks(const BackwardJob& job, int64_t blocks, Stream stream) {
-  launch(gka_gradient_keys, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
-  launch(gka_gradient_values, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
+  with_rows(job.in, [&](auto any) {
+    launch(gka_gradient_keys<any>, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
+    launch(gka_gradient_values<any>, {size_of_grid(blocks)}, sizeof(TileShared), job, stream);
+  });
 }
 
 }  // namespace kalmanet::cuda

@@ -29,28 +29,33 @@ struct BackwardProducts : ChunkBody<Group> {
     group.transpose([](Registers& r) -> uint32_t& { return r.t[3]; });
   }
 
-  // A thread's elements of a matrix of the workspace, [place][128], in the layout of y.
+  // A thread's elements of a matrix of the workspace, [place][K], in the layout of y.
   template <class Of>
   KALMANET_KERNEL void store_rows(void* rows, Of&& of) {
-    float* const to = static_cast<float*>(rows) + place(0) * L::kDim;
-    const int64_t stride = job.H * L::kDim;
+    const int width = key_dims<Group>(job);
+    float* const to = static_cast<float*>(rows) + place(0) * width;
+    const int64_t stride = job.H * width;
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int token = chunk_column(thread, tile, i);
-        if (token < n) to[token * stride + chunk_row(thread, m, i)] = of(r)[m][tile][i];
+        const int dim = chunk_row(thread, m, i);
+        if (token < n && reaches<Group>(width, dim)) to[token * stride + dim] = of(r)[m][tile][i];
       }
     });
   }
   template <class Of>
   KALMANET_KERNEL void load_rows(const void* rows, Of&& of) {
-    const float* const from = static_cast<const float*>(rows) + place(0) * L::kDim;
-    const int64_t stride = job.H * L::kDim;
+    const int width = key_dims<Group>(job);
+    const float* const from = static_cast<const float*>(rows) + place(0) * width;
+    const int64_t stride = job.H * width;
     this->each_tile([&](Registers& r, int thread, int m, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int token = chunk_column(thread, tile, i);
-        of(r)[m][tile][i] = token < n ? from[token * stride + chunk_row(thread, m, i)] : 0.0f;
+        const int dim = chunk_row(thread, m, i);
+        of(r)[m][tile][i] =
+            token < n && reaches<Group>(width, dim) ? from[token * stride + dim] : 0.0f;
       }
     });
   }

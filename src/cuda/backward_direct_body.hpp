@@ -83,6 +83,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
   KALMANET_KERNEL void add_tokens(const Left* low) {
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(this->dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         const int m = thread / 128, n_tile = thread / 32 % 4, lane = thread % 32;
         const Left left = shared.gains[0][(m * 8 + k) * 32 + lane];
@@ -102,6 +103,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
   KALMANET_KERNEL void add_inverse(const Left* low) {
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(this->dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         this->load_right(low, thread, k, r.b[0]);
         KALMANET_UNROLL
@@ -236,7 +238,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
       group.template sum_lanes<32>([](Registers& r) -> double& { return r.scan[1]; });
       group.each([&](int t, Registers& r) {
         constexpr double kLimit = kLargestChunkAmplification * kLargestChunkAmplification;
-        if (t == 0 && !(r.scan[0] <= kLimit * L::kDim * r.scan[1])) shared.ill = 1;
+        if (t == 0 && !(r.scan[0] <= kLimit * key_dims<Group>(job) * r.scan[1])) shared.ill = 1;
       });
     });
   }
@@ -263,8 +265,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
     KALMANET_UNROLL
     for (int tile = 0; tile < 4; ++tile) {
       group.each([&](int, Registers& r) {
-        r.t[0] = pack_bfloat16(r.y[tile][0], r.y[tile][1]);
-        r.t[1] = pack_bfloat16(r.y[tile][2], r.y[tile][3]);
+        r.t[0] = pack_numbers<Group>(backward.dq, r.y[tile][0], r.y[tile][1]);
+        r.t[1] = pack_numbers<Group>(backward.dq, r.y[tile][2], r.y[tile][3]);
       });
       group.transpose([](Registers& r) -> uint32_t& { return r.t[0]; });
       group.transpose([](Registers& r) -> uint32_t& { return r.t[1]; });
@@ -273,8 +275,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
         const int dim = thread / 32 * 16 + thread % 4 * 2;
         if (token >= n || this->exact(token)) return;
         uint16_t* const to = base + token * backward.dq.stride[1] + dim;
-        store_word(to, r.t[0]);
-        store_word(to + 8, r.t[1]);
+        if (has_column<Group>(backward.dq, dim)) store_word(to, r.t[0]);
+        if (has_column<Group>(backward.dq, dim + 8)) store_word(to + 8, r.t[1]);
       });
     }
   }
@@ -284,6 +286,7 @@ struct BackwardDirect : BackwardDirectState<Group> {
     group.each([&](int thread, Registers&) {
       if (thread == 0) shared.ill = 0;
     });
+    this->dims = most_dims<Group>(job);
     this->load_u();
     this->load_state(false);
     group.barrier();
@@ -294,11 +297,8 @@ struct BackwardDirect : BackwardDirectState<Group> {
       this->fetch_tile(job.k, head / job.k_group, 0);
       this->fetch_tile(job.v, head / job.v_group, 1);
       this->fetch_tile(job.q, head / job.q_group, 2);
-      const uint16_t* const d_o = static_cast<const uint16_t*>(backward.d_o.data) +
-                                  offset_of(backward.d_o, piece.row, t0, head);
-      group.each([&](int thread, Registers& r) {
-        fetch_rows(d_o, backward.d_o.stride[1], piece.end - t0, thread, r.raw_do);
-      });
+      group.each(
+          [&](int thread, Registers& r) { this->take_rows(backward.d_o, head, thread, r.raw_do); });
       this->load_scalars();
       this->stage_tile(0);
       this->stage_tile(1);

@@ -8,7 +8,7 @@ namespace kalmanet::cuda::direct32 {
 
 // Truncation relative to x's own components, which U does not magnify: below this, bfloat16's
 // rounding of o (2^-9) hides it.
-inline constexpr double kFinestTolerance = 0x1p-12;
+inline constexpr double kFinestTolerance = 0x1p-12, kFinestFloat16Tolerance = 0x1p-13;
 
 // Products for a relative error `tolerance` where shifts lie within a factor `ratio` of mu.
 KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
@@ -84,8 +84,8 @@ struct DirectFactor : DirectState<Group> {
         const float high = r.extreme[0], low = -r.extreme[1];
         const bool none = !(high > 0.0f);
         const float mu = none ? 1.0f : sqrtf(high) * sqrtf(low);
-        const float tolerance =
-            static_cast<float>(job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
+        const double finest = is_float16<Group>(job.q) ? kFinestFloat16Tolerance : kFinestTolerance;
+        const float tolerance = static_cast<float>(job.tolerance > finest ? job.tolerance : finest);
         const int steps = none ? 0 : direct_products(sqrtf(high / low), tolerance);
         const float shift = r.dot[1];
         const float x_scale = shift == 0.0f ? 0.0f : 1.0f / (mu * shared.start[0][t]);
@@ -117,7 +117,8 @@ struct DirectFactor : DirectState<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const bool diagonal = this->state_row(thread, i) == this->state_column(thread, tile, i);
-          r.h[tile][i] = r.h[tile][i] * inverse_mu + (diagonal ? 1.0f : 0.0f);
+          r.h[tile][i] = r.h[tile][i] * inverse_mu +
+                         (diagonal ? diagonal_one<Group>(job, this->state_row(thread, i)) : 0.0f);
         }
       }
       for (int k = thread / 32; k < shared.steps; k += 8) {
@@ -129,7 +130,7 @@ struct DirectFactor : DirectState<Group> {
         shared.gain[k][t] = divide(1.0f, centre + half * cosine(angle));
       }
     });
-    this->invert();
+    this->invert(num_pivots<Group>(job));
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int k = 0; k < 8; ++k) {

@@ -18,15 +18,16 @@ struct DirectInverse : DirectProducts<Group> {
   // symmetric again; all eight swept leave the negative inverse. Each step turns the columns by one
   // block (h[n] is made of h[n + 2]), so that the pivot's are always the first two tiles and no
   // register is indexed at run time. The owner of the next pivot inverts it as soon as it has it.
-  KALMANET_KERNEL void invert() {
+  // pivots: the blocks that are swept; beyond them h is the negative of its inverse already.
+  KALMANET_KERNEL void invert(int pivots) {
     group.with_warp(0, [&] { invert_pivot(0); });
     put_panel(0, 0);
     group.barrier();
     KALMANET_LOOP  // eight copies would not fit the instruction cache
-        for (int b = 0; b < 8; ++b) {
+        for (int b = 0; b < pivots; ++b) {
       load_pivot(b);
       sweep_tiles(b, 0, 2);
-      if (b < 7) {
+      if (b + 1 < pivots) {
         group.with_warp(b + 1, [&] { invert_pivot((b + 1) % 2); });
         put_panel(b + 1, (b + 1) % 2);
       }
@@ -39,6 +40,18 @@ struct DirectInverse : DirectProducts<Group> {
         }
       });
       group.barrier();
+    }
+    if (!kAnyRows<Group>) return;
+    KALMANET_LOOP
+    for (int b = pivots; b < 8; ++b) {  // (turned as far as by all pivots)
+      group.each([&](int, Registers& r) {
+        KALMANET_UNROLL
+        for (int i = 0; i < 8; ++i) r.g[i / 4][i % 4] = r.h[i / 4][i % 4];
+        KALMANET_UNROLL
+        for (int i = 0; i < 64; ++i) {
+          r.h[i / 4][i % 4] = i < 56 ? r.h[i / 4 + 2][i % 4] : r.g[i / 4 - 14][i % 4];
+        }
+      });
     }
   }
 

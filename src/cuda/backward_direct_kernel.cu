@@ -7,6 +7,7 @@ namespace kalmanet::cuda {
 namespace {
 
 // Two blocks a multiprocessor: while one inverts, the other multiplies.
+template <bool kAny>
 __global__ void __launch_bounds__(direct32::DirectLayout::kThreads, 2)
     gka_backward_direct(const __grid_constant__ BackwardJob job) {
   extern __shared__ __align__(128) char shared_memory[];
@@ -15,7 +16,7 @@ __global__ void __launch_bounds__(direct32::DirectLayout::kThreads, 2)
     run_backward_first(group, shared_memory, job, blockIdx.x, blockIdx.y, false);
     return;
   }
-  DeviceGroup<direct32::BackwardDirectRegisters> group;
+  WithRows<kAny, DeviceGroup<direct32::BackwardDirectRegisters>> group;
   direct32::run_backward_direct(group,
                                 *reinterpret_cast<direct32::BackwardDirectShared*>(shared_memory),
                                 job, blockIdx.x, blockIdx.y);
@@ -27,13 +28,14 @@ void launch_backward_direct(const BackwardJob& job, Stream stream) {
   constexpr int kShared = sizeof(direct32::BackwardDirectShared);
   static_assert(kShared >=
                 backward_first_bytes(direct32::DirectLayout::kDim, direct32::DirectLayout::kDim));
-  check(cudaFuncSetAttribute(gka_backward_direct, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kShared),
-        "cudaFuncSetAttribute");
-  gka_backward_direct<<<dim3(static_cast<unsigned>(job.in.num_pieces),
-                             static_cast<unsigned>(job.in.H), job.in.h0.data == nullptr ? 2 : 1),
-                        direct32::DirectLayout::kThreads, kShared,
-                        static_cast<cudaStream_t>(stream)>>>(job);
+  with_rows(job.in, [&](auto any) {
+    const auto kernel = gka_backward_direct<any>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+          "cudaFuncSetAttribute");
+    kernel<<<dim3(static_cast<unsigned>(job.in.num_pieces), static_cast<unsigned>(job.in.H),
+                  job.in.h0.data == nullptr ? 2 : 1),
+             direct32::DirectLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  });
   check(cudaGetLastError(), "launch of gka_backward_direct");
 }
 

@@ -97,13 +97,6 @@ struct DirectRegisters {
   float dot[2];
 };
 
-// The high parts, then the low.
-KALMANET_KERNEL uint32_t split_float16(float a, float b, uint32_t& low) {
-  const uint32_t high = pack_float16(a, b);
-  low = pack_float16(a - low_float16(high), b - high_float16(high));
-  return high;
-}
-
 // 2^(log2 - exponent of the largest), for the bits of the largest bfloat16's magnitude.
 KALMANET_KERNEL float power_for(uint32_t largest, int log2) {
   int exponent = 254 + log2 - static_cast<int>(largest >> 7);
@@ -118,6 +111,7 @@ struct DirectProducts {
   using Registers = DirectRegisters;
   Group& group;
   DirectShared& shared;
+  int dims = L::kDim;  // that are more than zeros (any_rows.hpp)
 
   // Left fragments in shared memory, tokens x dims, are right fragments of the transposed matrix:
   // dims x tokens, k-step k, token tile n.
@@ -157,6 +151,7 @@ struct DirectProducts {
     clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         load_right(right, thread, k, r.b[0]);
         const Left low = shared.low[(thread / 32 * 8 + k) * 32 + thread % 32];
@@ -185,6 +180,7 @@ struct DirectProducts {
     const auto b = [](Registers& r) -> uint32_t (&)[2] { return r.b[0][0]; };
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         const int m = thread / 128, n = thread / 32 % 4, lane = thread % 32;
         const Left left = rows[(m * 8 + k) * 32 + lane];

@@ -30,36 +30,40 @@ struct BackwardDirectState : DirectFactor<Group> {
   const BackwardJob& backward;
   double before[2] = {1.0, 1.0};  // decays from the piece's start to the chunk's, of H and of U
 
-  // A thread's elements of a matrix of the workspace, [place][128], in the layout of y. (Not of
+  // A thread's elements of a matrix of the workspace, [place][K], in the layout of y. (Not of
   // tokens that are computed elsewhere: another block writes them meanwhile.)
   template <class Of>
   KALMANET_KERNEL void store_rows(void* rows, Of&& of) {
-    float* const to = static_cast<float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
-    const auto stride = static_cast<int>(job.H) * L::kDim;
+    const int width = key_dims<Group>(job);
+    float* const to = static_cast<float*>(rows) + place_of(backward, piece, t0, head) * width;
+    const auto stride = static_cast<int>(job.H) * width;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < 4; ++tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = this->token_of(thread, tile, i);
-          if (t < n && !this->exact(t))
-            to[t * stride + Base::state_row(thread, i)] = of(r, tile, i);
+          const int dim = Base::state_row(thread, i);
+          if (t < n && reaches<Group>(width, dim) && !this->exact(t))
+            to[t * stride + dim] = of(r, tile, i);
         }
       }
     });
   }
   template <class Of>
   KALMANET_KERNEL void load_rows(const void* rows, Of&& of) {
+    const int width = key_dims<Group>(job);
     const float* const from =
-        static_cast<const float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
-    const auto stride = static_cast<int>(job.H) * L::kDim;
+        static_cast<const float*>(rows) + place_of(backward, piece, t0, head) * width;
+    const auto stride = static_cast<int>(job.H) * width;
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int tile = 0; tile < 4; ++tile) {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int t = this->token_of(thread, tile, i);
-          of(r)[tile][i] = t < n ? from[t * stride + Base::state_row(thread, i)] : 0.0f;
+          const int dim = Base::state_row(thread, i);
+          of(r)[tile][i] = t < n && reaches<Group>(width, dim) ? from[t * stride + dim] : 0.0f;
         }
       }
     });
@@ -76,7 +80,9 @@ struct BackwardDirectState : DirectFactor<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = Base::state_row(thread, i), column = Base::state_column(thread, tile, i);
-          v[i] = from.data == nullptr ? 0.0f : from.data[from.at(row, column)];
+          v[i] = from.data == nullptr || !has_element<Group>(job, true, row, column)
+                     ? 0.0f
+                     : from.data[from.at(row, column)];
         }
         store4(this->state_at(true, thread, tile), v);
         r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
@@ -112,6 +118,7 @@ struct BackwardDirectState : DirectFactor<Group> {
     this->clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(this->dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         this->template pack_state<true>(r.h[2 * k], r.h[2 * k + 1], u_power, r.a);
         this->load_right(shared.gains[0], thread, k, r.b[0]);

@@ -42,6 +42,11 @@ struct DirectState : DirectInverse<Group> {
     return tile * 8 + thread % 4 * 2 + i % 2;
   }
 
+  // Whether H, or U^T, has such an element.
+  KALMANET_KERNEL bool has(bool u, int row, int column) const {
+    return has_element<Group>(job, u, u ? column : row, u ? row : column);
+  }
+
   // The piece's own state into scratch; shared.warp as advance() leaves it.
   KALMANET_KERNEL void load_state(bool u) {
     const StateView<float> from = piece.first
@@ -54,8 +59,9 @@ struct DirectState : DirectInverse<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = state_row(thread, i), column = state_column(thread, tile, i);
-          v[i] = from.data == nullptr ? 0.0f
-                                      : from.data[u ? from.at(column, row) : from.at(row, column)];
+          v[i] = from.data == nullptr || !has(u, row, column)
+                     ? 0.0f
+                     : from.data[u ? from.at(column, row) : from.at(row, column)];
         }
         store4(state_at(u, thread, tile), v);
         r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
@@ -72,7 +78,7 @@ struct DirectState : DirectInverse<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = state_row(thread, i), column = state_column(thread, tile, i);
-          to.data[u ? to.at(column, row) : to.at(row, column)] = v[i];
+          if (has(u, row, column)) to.data[u ? to.at(column, row) : to.at(row, column)] = v[i];
         }
       }
     });
@@ -106,12 +112,13 @@ struct DirectState : DirectInverse<Group> {
     return reinterpret_cast<StagedRows*>(shared.low);
   }
   KALMANET_KERNEL void fetch_tile(const Array& a, int64_t a_head, int which) {
-    const uint16_t* const base =
-        static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
-    const int64_t left = piece.end - t0;
-    group.each([&](int thread, Registers& r) {
-      fetch_rows(base, a.stride[1], left, thread, r.raw[which]);
-    });
+    group.each([&](int thread, Registers& r) { take_rows(a, a_head, thread, r.raw[which]); });
+  }
+  KALMANET_KERNEL void take_rows(const Array& a, int64_t a_head, int thread,
+                                 uint32_t (&raw)[2][4]) {
+    const bool real = has_column<Group>(a, thread % 16 * 8);
+    fetch_rows(static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head),
+               a.stride[1], real ? piece.end - t0 : 0, thread, raw);
   }
   KALMANET_KERNEL void stage_tile(int which) {
     group.each([&](int thread, Registers& r) {
@@ -139,6 +146,7 @@ struct DirectState : DirectInverse<Group> {
     for (int w = 0; w < 8; ++w) {
       largest = shared.largest[which][w] > largest ? shared.largest[which][w] : largest;
     }
+    largest = bfloat16_magnitude<Group>(job.q, largest);
     const float power = power_for(largest, log2);
     KALMANET_UNROLL
     for (int m = 0; m < 2; ++m) {
@@ -147,8 +155,9 @@ struct DirectState : DirectInverse<Group> {
         for (int part = 0; part < 4; ++part) {
           const uint32_t v = staged(stage()[which], m, thread / 32, thread % 32, part);
           const int token = m * 16 + thread % 32 / 4 + part % 2 * 8;
-          r.t[part] =
-              token < n ? pack_float16(low_bfloat16(v) * power, high_bfloat16(v) * power) : 0;
+          r.t[part] = token < n ? pack_float16(low_number<Group>(job.q, v) * power,
+                                               high_number<Group>(job.q, v) * power)
+                                : 0;
         }
         if (rows != nullptr) {
           rows[(m * 8 + thread / 32) * 32 + thread % 32] = {{r.t[0], r.t[1], r.t[2], r.t[3]}};
@@ -288,6 +297,7 @@ struct DirectState : DirectInverse<Group> {
     this->clear_y();
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(this->dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         pack_state<false>(r.h[2 * k], r.h[2 * k + 1], scale, r.a);
         this->load_right(shared.keys, thread, k, r.b[0]);

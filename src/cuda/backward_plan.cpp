@@ -37,12 +37,20 @@ int64_t BackwardBytes::total() const {
          left_over + std::max(solve + chunk_scratch, gradients + dk_parts + dv_parts);
 }
 
+// As far as K, V and the dtype say: float16 by the direct solver alone.
+namespace {
+bool have_chunks(const core::GkaProblem& problem) {
+  return have_chunk_dims(problem) &&
+         (problem.dtype == DType::bfloat16 ||
+          (problem.dtype == DType::float16 && problem.options.solver == Solver::direct));
+}
+}  // namespace
+
 bool fits_backward_chunks(const core::GkaProblem& problem, const GkaOutputGrads& output_grads,
                           const GkaInputGrads& grads, const DeviceInfo& device) {
   const GkaInputs& in = problem.inputs;
-  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim && in_vectors(in.q) &&
-         in_vectors(in.k) && in_vectors(in.v) && in_vectors(output_grads.d_o) &&
-         (!grads.dq.defined() || in_pairs(grads.dq)) &&
+  return have_chunks(problem) && in_vectors(in.q) && in_vectors(in.k) && in_vectors(in.v) &&
+         in_vectors(output_grads.d_o) && (!grads.dq.defined() || in_pairs(grads.dq)) &&
          (!grads.dk.defined() || in_pairs(grads.dk)) &&
          (!grads.dv.defined() || in_pairs(grads.dv)) &&
          backward_chunk_shared_bytes() <= device.max_shared;
@@ -106,8 +114,7 @@ BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, 
 
 int64_t most_backward_bytes(const core::GkaProblem& problem, const DeviceInfo& device) {
   BackwardJob job = backward_job_of(problem, {}, {});
-  const bool chunks = problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
-                      problem.dtype == DType::bfloat16;
+  const bool chunks = have_chunks(problem);
   const int64_t count = static_cast<int64_t>(backward_pieces_of(problem, chunks).size());
   if (chunks && count > 0) job.in.H = heads_at_a_time(problem, count, device);
   return backward_bytes(problem, job, count, chunks, device, true).total();

@@ -86,7 +86,9 @@ struct TileGates : BackwardTiles<Group> {
                                       ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
                                       : slot_view<float>(job, piece.slot, head, u);
     take_state(chunk_state(0), [&](int row, int column) {
-      return from.data == nullptr ? 0.0f : from.data[from.at(row, column)];
+      return from.data == nullptr || !has_element<Group>(job, u, row, column)
+                 ? 0.0f
+                 : from.data[from.at(row, column)];
     });
   }
 
@@ -119,9 +121,10 @@ struct TileGates : BackwardTiles<Group> {
     });
   }
 
-  // f(registers, h, tile, place of two neighbours) for sums' rows in [token][128] of a row stride.
+  // f(registers, h, tile, place of two neighbours) for sums' rows in [token][width] of a row
+  // stride.
   template <class T, class F>
-  KALMANET_KERNEL void each_row(T* rows, int64_t stride, F&& f) {
+  KALMANET_KERNEL void each_row(T* rows, int64_t stride, int width, F&& f) {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int h = 0; h < 2; ++h) {
@@ -130,26 +133,32 @@ struct TileGates : BackwardTiles<Group> {
         T* const to = rows + t * stride + Base::column_of(thread, 0, 0);
         const float beta = this->now().beta[t];
         KALMANET_UNROLL
-        for (int tile = 0; tile < 8; ++tile) f(r, h, tile, beta, to + tile * 8);
+        for (int tile = 0; tile < 8; ++tile) {
+          if (!reaches<Group>(width, Base::column_of(thread, tile, 0))) continue;
+          f(r, h, tile, beta, to + tile * 8);
+        }
       }
     });
   }
-  KALMANET_KERNEL float* own_rows(void* rows) const {
-    return static_cast<float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
+  // The same in the workspace, [place][width] float32.
+  template <class F>
+  KALMANET_KERNEL void each_own_row(void* rows, int width, F&& f) {
+    each_row(static_cast<float*>(rows) + place_of(backward, piece, t0, head) * width, job.H * width,
+             width, f);
   }
   // beta_t times a gradient's rows.
   template <class Of>
-  KALMANET_KERNEL void store_rows(const Array& gradient, void* parts, Of&& of) {
+  KALMANET_KERNEL void store_rows(const Array& gradient, void* parts, int width, Of&& of) {
     if (parts != nullptr) {
-      each_row(own_rows(parts), job.H * L::kDim,
-               [&](Registers& r, int h, int tile, float beta, float* to) {
-                 store_pair(to, beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]);
-               });
+      each_own_row(parts, width, [&](Registers& r, int h, int tile, float beta, float* to) {
+        store_pair(to, beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]);
+      });
     } else if (gradient.data != nullptr) {
       each_row(static_cast<uint16_t*>(gradient.data) + offset_of(gradient, piece.row, t0, head),
-               gradient.stride[1], [&](Registers& r, int h, int tile, float beta, uint16_t* to) {
-                 store_word(
-                     to, pack_bfloat16(beta * of(r)[tile][2 * h], beta * of(r)[tile][2 * h + 1]));
+               gradient.stride[1], width,
+               [&](Registers& r, int h, int tile, float beta, uint16_t* to) {
+                 store_word(to, pack_numbers<Group>(gradient, beta * of(r)[tile][2 * h],
+                                                    beta * of(r)[tile][2 * h + 1]));
                });
     }
   }

@@ -1,7 +1,7 @@
 // The backward's last kernels on matrix units, first part: what goes through H of the gradients of
 // keys, and those of its gates, of one head of one piece, in chunks of 64 tokens, last chunk first.
-// K = V = 128, bfloat16 tensors. The formulas are those of the twin for any shape
-// (backward_gradient_kernel.hpp), with S = D + D^T.
+// The formulas are those of the twin for any shape (backward_gradient_kernel.hpp), with S = D +
+// D^T.
 //
 // Tokens are rows throughout (tile.hpp): the sums of a product of tokens with tokens are, where
 // they lie, a factor of the next. Kept in registers from chunk to chunk is -S, to which all that
@@ -23,6 +23,7 @@ struct TileKeys : TileGates<Group> {
   using Registers = TileRegisters;
   using typename Base::Dk, typename Base::Dv, typename Base::First, typename Base::Second,
       typename Base::Own, typename Base::Start;
+  static constexpr bool kLows = Base::kLows;
 
   // H before every chunk, in scratch.
   KALMANET_KERNEL void advance(int chunks) {
@@ -32,13 +33,13 @@ struct TileKeys : TileGates<Group> {
     for (int i = 0; i + 1 < chunks; ++i) {
       this->set_chunk(i);
       group.barrier();  // the chunk before was read
-      this->put(0, shared.k);
+      this->put(0, keys());
       this->put_weighted_keys(this->now().to_end, m());
       this->scale_state(this->now().total[0]);
       group.barrier();
       this->set_chunk(i + 1);
       this->fetch(job.k, head / job.k_group, 0);  // under way meanwhile
-      this->template add_outer<true, false>(m(), keys(), Own());
+      this->template add_outer<true, kLows>(m(), keys(), Own());
       this->store_state(this->chunk_state(i + 1));
     }
   }
@@ -50,7 +51,7 @@ struct TileKeys : TileGates<Group> {
     this->fetch(job.k, head / job.k_group, 0);
     group.barrier();
     this->put_state();
-    this->put(0, shared.k);
+    this->put(0, keys());
     this->put_weighted_keys(this->now().key_weight, m());
     this->put_solutions(this->now().half, x(),
                         [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
@@ -66,10 +67,10 @@ struct TileKeys : TileGates<Group> {
   KALMANET_KERNEL void multiply_states(int chunk) {
     this->load_state(this->chunk_state(chunk), Start());  // under way meanwhile
     this->clear(Dk());
-    this->template multiply<false, true, false, true>(keys(), this->state(), Dk());
+    this->template multiply<false, true, kLows, true>(keys(), this->state(), Dk());
     each_sum(
         [&](Registers& r, int, int tile, int i, int t) { r.dk[tile][i] *= -this->now().end[t]; });
-    this->measure_with(kTileCarry, shared.k, Dk());
+    this->template measure_with<true>(kTileCarry, keys(), Dk());
     group.each([](int, Registers& r) { r.sum[0] = r.sum[1] = 0.0f; });
     const float total = this->now().total[0], through_f = 2.0f * this->now().through_f;
     this->put_start([&](Registers& r, float (&s)[4], const float (&h)[4]) {
@@ -81,26 +82,26 @@ struct TileKeys : TileGates<Group> {
     this->put_sum(0);
     this->put_sum(1);
     this->clear(First());
-    this->template multiply<false, true, false, true>(keys(), this->state(), First());
-    this->measure_with(kTileStart, shared.k, First());
+    this->template multiply<false, true, kLows, true>(keys(), this->state(), First());
+    this->template measure_with<true>(kTileStart, keys(), First());
     each_sum([&](Registers& r, int, int tile, int i, int t) {
       r.dk[tile][i] += this->now().key_factor[t] * r.s[tile][i];
     });
     this->clear(First());
     this->template multiply<false, true, true, true>(x(), this->state(), First());
-    this->measure_with(kTileAdjoint, z(), First());
+    this->template measure_with<false>(kTileAdjoint, z(), First());
     this->template add_outer<true, true>(z(), x(), Own());
     this->template add_outer<true, true>(x(), z(), Own());
-    this->template add_outer<true, false>(m(), keys(), Own());
+    this->template add_outer<true, kLows>(m(), keys(), Own());
     group.barrier();
   }
 
   // What tokens do to each other: dk, and the actions of token t on token i, into dv.
   KALMANET_KERNEL void multiply_tokens() {
     this->clear(First());
-    this->template multiply<false, false, false, true>(keys(), x(), First());
+    this->template multiply<false, false, kLows, true>(keys(), x(), First());
     this->clear(Second());
-    this->template multiply<false, false, false, true>(keys(), z(), Second());
+    this->template multiply<false, false, kLows, true>(keys(), z(), Second());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const bool later = Base::pair_of(thread, tile, i) >= t;
       const float weight = later ? -this->now().inverse[t] * this->now().beta[t] : 0.0f;
@@ -111,7 +112,7 @@ struct TileKeys : TileGates<Group> {
     this->template apply<true>(First(), z(), Dk());
     this->template apply<true>(Second(), x(), Dk());
     this->clear(First());
-    this->template multiply<false, false, false, false>(keys(), keys(), First());
+    this->template multiply<false, false, kLows, kLows>(keys(), keys(), First());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const int other = Base::pair_of(thread, tile, i);
       const float beta = this->now().beta[other], k_k = beta * this->now().beta[t] * r.s[tile][i];
@@ -122,7 +123,7 @@ struct TileKeys : TileGates<Group> {
       r.s[tile][i] = -2.0f * later * beta * k_k;
       r.p[tile][i] = this->now().inverse[other] * (k_k * k_k);
     });
-    this->template apply<false>(First(), keys(), Dk());
+    this->template apply<kLows>(First(), keys(), Dk());
     this->template sum_along<false>(Second(), First());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const int other = Base::pair_of(thread, tile, i);
@@ -162,6 +163,7 @@ struct TileKeys : TileGates<Group> {
   KALMANET_KERNEL void run() {
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
+    this->begin_rows(shared.v, nullptr, nullptr);
     KALMANET_LOOP
     for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
       this->set_chunk(i);
@@ -172,6 +174,7 @@ struct TileKeys : TileGates<Group> {
     advance(chunks);
     const StateView<float> d = adjoint_view<float>(backward, piece.slot, head, false);
     this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) {
+      if (!has_element<Group>(job, false, row, column)) return 0.0f;
       return -(d.data[d.at(row, column)] + d.data[d.at(column, row)]);
     });
     KALMANET_LOOP
@@ -180,10 +183,10 @@ struct TileKeys : TileGates<Group> {
       load_chunk();
       multiply_states(i);
       multiply_tokens();
-      this->each_row(this->own_rows(backward.z), job.H * L::kDim,
-                     [](Registers& r, int h, int tile, float, float* to) {
-                       store_pair(to, r.dk[tile][2 * h], r.dk[tile][2 * h + 1]);
-                     });
+      this->each_own_row(backward.z, key_dims<Group>(job),
+                         [](Registers& r, int h, int tile, float, float* to) {
+                           store_pair(to, r.dk[tile][2 * h], r.dk[tile][2 * h + 1]);
+                         });
       group.barrier();
       gradients_of_gates();
     }

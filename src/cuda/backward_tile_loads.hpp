@@ -1,7 +1,8 @@
 // The backward's kernels on matrix units that read x and z: their chunks of 64 tokens in shared
-// memory, tokens as rows. K = V = 128, bfloat16 tensors.
+// memory, tokens as rows. K = V = 128, bfloat16 tensors, or what any_rows.hpp says.
 //
-// Keys, values and do are the exact bfloat16 that came in; x, z and m are split in high and low
+// Keys, values and do are the exact bfloat16 that came in (of float16 the exact sums of a high and
+// a low part, which lie in tiles that a kernel does not need); x, z and m are split in high and low
 // parts, and already carry the decays that every product of theirs has,
 //
 //   x_i e^{G_i/2} ,   z_i e^{G_i/2} ,   m_i scale e^{Gamma_i}     (G of H, Gamma of U)
@@ -85,9 +86,19 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
   int slot = 0;  // where the chunk's numbers are
 
   KALMANET_KERNEL TileScalars& now() const { return shared.scalars[slot]; }
-  KALMANET_KERNEL Parts keys() const { return {shared.k, nullptr}; }
-  KALMANET_KERNEL Parts values() const { return {shared.v, nullptr}; }
-  KALMANET_KERNEL Parts output_gradients() const { return {shared.d_o, nullptr}; }
+  // Low parts of keys, values and do: null where the tensors are bfloat16.
+  uint16_t *low_k = nullptr, *low_v = nullptr, *low_d_o = nullptr;
+  static constexpr bool kLows = kAnyRows<Group>;
+
+  // Where they are to lie, of float16; and how many dims there are. At a kernel's start.
+  KALMANET_KERNEL void begin_rows(uint16_t* k, uint16_t* v, uint16_t* d_o) {
+    this->dims = most_dims<Group>(job);
+    if (!is_float16<Group>(job.k)) return;
+    low_k = k, low_v = v, low_d_o = d_o;
+  }
+  KALMANET_KERNEL Parts keys() const { return {shared.k, kLows ? low_k : nullptr}; }
+  KALMANET_KERNEL Parts values() const { return {shared.v, kLows ? low_v : nullptr}; }
+  KALMANET_KERNEL Parts output_gradients() const { return {shared.d_o, kLows ? low_d_o : nullptr}; }
   KALMANET_KERNEL Parts x() const { return {shared.x[0], shared.x[1]}; }
   KALMANET_KERNEL Parts z() const { return {shared.z[0], shared.z[1]}; }
   KALMANET_KERNEL Parts m() const { return {shared.m[0], shared.m[1]}; }
@@ -117,25 +128,36 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
       for (int i = 0; i < 4; ++i) {
         KALMANET_UNROLL
         for (int j = 0; j < 4; ++j) r.raw[which][i][j] = 0;
-        if (row < n) load16(base + row * stride + piece_column(thread, i), r.raw[which][i]);
+        const int column = piece_column(thread, i);
+        if (row < n && has_column<Group>(a, column)) {
+          load16(base + row * stride + column, r.raw[which][i]);
+        }
       }
     });
   }
-  KALMANET_KERNEL void put(int which, uint16_t* tile) {
+  KALMANET_KERNEL void put(int which, const Parts& tile) {
     group.each([&](int thread, Registers& r) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) {
-        store16(tile + Blocks<128>::at(piece_row(thread), piece_column(thread, i)),
-                r.raw[which][i]);
+        const int at = Blocks<128>::at(piece_row(thread), piece_column(thread, i));
+        if (kLows && tile.low != nullptr) {
+          uint32_t high[4], low[4];
+          split_eight(r.raw[which][i], high, low);
+          store16(tile.high + at, high);
+          store16(tile.low + at, low);
+        } else {
+          store16(tile.high + at, r.raw[which][i]);
+        }
       }
     });
   }
   // Of x or z.
   template <class Of>
   KALMANET_KERNEL void fetch_solutions(const void* rows, Of&& of) {
+    const int width = key_dims<Group>(job);
     const float* const base =
-        static_cast<const float*>(rows) + place_of(backward, piece, t0, head) * L::kDim;
-    const int64_t stride = job.H * L::kDim;
+        static_cast<const float*>(rows) + place_of(backward, piece, t0, head) * width;
+    const int64_t stride = job.H * width;
     group.each([&](int thread, Registers& r) {
       const int row = piece_row(thread);
       KALMANET_UNROLL
@@ -143,7 +165,9 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
         KALMANET_UNROLL
         for (int j = 0; j < 2; ++j) {
           float v[4] = {};
-          if (row < n) load4(base + row * stride + piece_column(thread, i) + 4 * j, v);
+          const int column = piece_column(thread, i);
+          if (row < n && reaches<Group>(width, column))
+            load4(base + row * stride + column + 4 * j, v);
           KALMANET_UNROLL
           for (int e = 0; e < 4; ++e) of(r)[i][4 * j + e] = v[e];
         }
@@ -174,7 +198,8 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
         KALMANET_UNROLL
         for (int e = 0; e < 8; ++e) {
           const uint32_t both = r.raw[queries][i][e / 2];
-          const float q = e % 2 == 0 ? low_bfloat16(both) : high_bfloat16(both);
+          const float q =
+              e % 2 == 0 ? low_number<Group>(job.q, both) : high_number<Group>(job.q, both);
           v[e] = weight * (q + alpha * (r.raw_x[i][e] - q));
         }
         store_eight<128>(m(), row, piece_column(thread, i), v);
@@ -191,10 +216,18 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
       for (int i = 0; i < 4; ++i) {
         uint32_t both[4];
         float v[8];
-        load16(shared.k + Blocks<128>::at(row, piece_column(thread, i)), both);
+        const int at = Blocks<128>::at(row, piece_column(thread, i));
+        load16(shared.k + at, both);
         KALMANET_UNROLL
         for (int e = 0; e < 8; ++e) {
           v[e] = weight * (e % 2 == 0 ? low_bfloat16(both[e / 2]) : high_bfloat16(both[e / 2]));
+        }
+        if (kLows && low_k != nullptr) {
+          load16(low_k + at, both);
+          KALMANET_UNROLL
+          for (int e = 0; e < 8; ++e) {
+            v[e] += weight * (e % 2 == 0 ? low_bfloat16(both[e / 2]) : high_bfloat16(both[e / 2]));
+          }
         }
         store_eight<128>(to, row, piece_column(thread, i), v);
       }
@@ -202,21 +235,27 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
   }
 
   // The chunk before this one, on its way from memory to the second-level cache: a row's lines by
-  // turns, [place][128] float32 or a tensor of bfloat16.
+  // turns, [place][K] float32 or a tensor of 16 bits.
   KALMANET_KERNEL void prefetch_solutions(const void* rows) {
     if (t0 == piece.begin) return;
-    const float* const base = static_cast<const float*>(rows) +
-                              place_of(backward, piece, t0 - L::kTokens, head) * L::kDim;
-    const int64_t stride = job.H * L::kDim;
-    group.each(
-        [&](int thread, Registers&) { prefetch(base + thread / 4 * stride + thread % 4 * 32); });
+    const int width = key_dims<Group>(job);
+    const float* const base =
+        static_cast<const float*>(rows) + place_of(backward, piece, t0 - L::kTokens, head) * width;
+    const int64_t stride = job.H * width;
+    group.each([&](int thread, Registers&) {
+      const int column = thread % 4 * 32;
+      if (reaches<Group>(width, column)) prefetch(base + thread / 4 * stride + column);
+    });
   }
   KALMANET_KERNEL void prefetch_tensor(const Array& a, int64_t a_head) {
     if (t0 == piece.begin) return;
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0 - L::kTokens, a_head);
     group.each([&](int thread, Registers&) {
-      if (thread < 128) prefetch(base + thread / 2 * a.stride[1] + thread % 2 * 64);
+      const int column = thread % 2 * 64;
+      if (thread < 128 && has_column<Group>(a, column)) {
+        prefetch(base + thread / 2 * a.stride[1] + column);
+      }
     });
   }
 

@@ -16,6 +16,7 @@ struct TileValues : TileGates<Group> {
   using Registers = TileRegisters;
   using typename Base::Dk, typename Base::Dv, typename Base::First, typename Base::Second,
       typename Base::Own, typename Base::Start;
+  static constexpr bool kLows = Base::kLows;
 
   // U before every chunk, in scratch.
   KALMANET_KERNEL void advance(int chunks) {
@@ -25,14 +26,14 @@ struct TileValues : TileGates<Group> {
     for (int i = 0; i + 1 < chunks; ++i) {
       this->set_chunk(i);
       group.barrier();  // the chunk before was read
-      this->put(0, shared.k);
-      this->put(1, shared.v);
+      this->put(0, keys());
+      this->put(1, values());
       this->put_weighted_keys(this->now().to_end, m());
       this->scale_state(this->now().total[1]);
       group.barrier();
       this->set_chunk(i + 1);
       fetch_sources();  // under way meanwhile
-      this->template add_outer<true, false>(m(), values(), Own());
+      this->template add_outer<true, kLows>(m(), values(), Own());
       this->store_state(this->chunk_state(i + 1));
     }
   }
@@ -49,9 +50,9 @@ struct TileValues : TileGates<Group> {
     this->fetch(job.q, head / job.q_group, 3);
     group.barrier();
     this->put_state();
-    this->put(0, shared.k);
-    this->put(1, shared.v);
-    this->put(2, shared.d_o);
+    this->put(0, keys());
+    this->put(1, values());
+    this->put(2, output_gradients());
     this->put_mix(3);
     this->prefetch_solutions(backward.x);
     this->prefetch_solutions(backward.z);
@@ -61,22 +62,22 @@ struct TileValues : TileGates<Group> {
     this->prefetch_tensor(job.q, head / job.q_group);
     group.barrier();
     this->clear(Dk());
-    this->each_row(this->own_rows(backward.z), job.H * L::kDim,
-                   [](Registers& r, int h, int tile, float, float* from) {
-                     load_pair(from, r.dk[tile][2 * h], r.dk[tile][2 * h + 1]);
-                   });
+    this->each_own_row(backward.z, key_dims<Group>(job),
+                       [](Registers& r, int h, int tile, float, float* from) {
+                         load_pair(from, r.dk[tile][2 * h], r.dk[tile][2 * h + 1]);
+                       });
   }
 
   KALMANET_KERNEL void run_chunk(int chunk) {
     this->clear(Dv());
-    this->template multiply<true, true, false, true>(keys(), this->state(), Dv());
+    this->template multiply<true, true, kLows, true>(keys(), this->state(), Dv());
     this->clear(First());
-    this->template multiply<false, true, false, true>(values(), this->state(), First());
+    this->template multiply<false, true, kLows, true>(values(), this->state(), First());
     each_sum([&](Registers& r, int, int tile, int i, int t) {
       r.dv[tile][i] *= this->now().end[t];
       r.dk[tile][i] += this->now().end[t] * r.s[tile][i];
     });
-    this->measure_with(kTileCarry, shared.v, Dv());
+    this->template measure_with<true>(kTileCarry, values(), Dv());
     this->load_state(this->chunk_state(chunk), Start());
     group.each([](int, Registers& r) { r.sum[0] = 0.0f; });
     const float total = this->now().total[1];
@@ -87,23 +88,23 @@ struct TileValues : TileGates<Group> {
     });
     this->put_sum(0);
     this->clear(First());
-    this->template multiply<false, true, false, true>(output_gradients(), this->state(), First());
-    this->measure_with(kTileStart, m(), First());
-    this->template add_outer<true, false>(m(), output_gradients(), Own());
+    this->template multiply<false, true, kLows, true>(output_gradients(), this->state(), First());
+    this->template measure_with<false>(kTileStart, m(), First());
+    this->template add_outer<true, kLows>(m(), output_gradients(), Own());
     multiply_tokens();
   }
 
   // What tokens do to each other: dv, dk, and the actions of token t on token i, into p.
   KALMANET_KERNEL void multiply_tokens() {
     this->clear(Second());
-    this->template multiply<false, false, false, true>(keys(), m(), Second());
+    this->template multiply<false, false, kLows, true>(keys(), m(), Second());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const bool later = Base::pair_of(thread, tile, i) >= t;
       r.p[tile][i] = later ? this->now().inverse[t] * this->now().beta[t] * r.p[tile][i] : 0.0f;
     });
-    this->template apply<false>(Second(), output_gradients(), Dv());
+    this->template apply<kLows>(Second(), output_gradients(), Dv());
     this->clear(First());
-    this->template multiply<false, false, false, false>(values(), output_gradients(), First());
+    this->template multiply<false, false, kLows, kLows>(values(), output_gradients(), First());
     each_sum([&](Registers& r, int thread, int tile, int i, int t) {
       const bool later = Base::pair_of(thread, tile, i) >= t;
       r.p[tile][i] *= this->now().beta[t] * r.s[tile][i];
@@ -114,14 +115,14 @@ struct TileValues : TileGates<Group> {
       this->measure(kTileBeta, [&](Registers& r, int thread, int tile, int h) {
         const int t = Base::token_of(thread, 2 * h), column = Base::column_of(thread, tile, 0);
         float k[2], v[2];
-        load_two<128>(shared.k, t, column, k);
-        load_two<128>(shared.v, t, column, v);
+        load_two_exact<128, Group>(keys(), t, column, k);
+        load_two_exact<128, Group>(values(), t, column, v);
         return (r.dk[tile][2 * h] * k[0] + r.dk[tile][2 * h + 1] * k[1]) +
                (r.dv[tile][2 * h] * v[0] + r.dv[tile][2 * h + 1] * v[1]);
       });
     }
-    this->store_rows(backward.dv, backward.dv_parts, Dv());
-    this->store_rows(backward.dk, backward.dk_parts, Dk());
+    this->store_rows(backward.dv, backward.dv_parts, value_dims<Group>(job), Dv());
+    this->store_rows(backward.dk, backward.dk_parts, key_dims<Group>(job), Dk());
     this->put_crossing(Second());
   }
 
@@ -145,6 +146,7 @@ struct TileValues : TileGates<Group> {
   KALMANET_KERNEL void run() {
     const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     if (chunks == 0) return;
+    this->begin_rows(shared.x[0], shared.x[1], shared.z[0]);
     KALMANET_LOOP
     for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
       this->set_chunk(i);
@@ -154,8 +156,9 @@ struct TileValues : TileGates<Group> {
     group.barrier();
     advance(chunks);
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
-    this->take_state(this->chunk_state(L::kChunks),
-                     [&](int row, int column) { return e.data[e.at(row, column)]; });
+    this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) {
+      return has_element<Group>(job, true, row, column) ? e.data[e.at(row, column)] : 0.0f;
+    });
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
       this->set_chunk(i);

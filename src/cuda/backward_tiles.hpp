@@ -173,12 +173,17 @@ struct BackwardTiles : TileLoads<Group> {
       shared.dots[which][thread / 128][Base::token_of(thread, 2)] = r.row[1];
     });
   }
-  // Of sums (of(registers)[n]) and a tile's own elements.
-  template <class Tile, class Of>
-  KALMANET_KERNEL void measure_with(int which, const Tile& tile_of, Of&& of) {
+  // Of sums (of(registers)[n]) and a tile's own elements; kExact: of a tensor's.
+  template <bool kExact, class Of>
+  KALMANET_KERNEL void measure_with(int which, const Parts& tile_of, Of&& of) {
     measure(which, [&](Registers& r, int thread, int tile, int h) {
+      const int t = Base::token_of(thread, 2 * h), column = Base::column_of(thread, tile, 0);
       float v[2];
-      load_two<128>(tile_of, Base::token_of(thread, 2 * h), Base::column_of(thread, tile, 0), v);
+      if constexpr (kExact) {
+        load_two_exact<128, Group>(tile_of, t, column, v);
+      } else {
+        load_two<128>(tile_of, t, column, v);
+      }
       return of(r)[tile][2 * h] * v[0] + of(r)[tile][2 * h + 1] * v[1];
     });
   }

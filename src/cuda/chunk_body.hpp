@@ -203,7 +203,7 @@ struct ChunkBody : ChunkState<Group> {
       // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it is
       // not small, and where it is these are a sequence's first tokens.
       const double weight = shared.alpha[thread] * job.scale;
-      const double x2 = weight * weight * dot(0, thread) * u2 / 128.0;
+      const double x2 = weight * weight * dot(0, thread) * u2 / key_dims<Group>(job);
       const double limit = kLargestChunkAmplification * kLargestChunkAmplification;
       const bool exact = piece.first && t0 + thread < piece.begin + kExactTokens;
       if (!exact && x2 > limit * dot(1, thread)) shared.ill = 1;
@@ -229,8 +229,8 @@ struct ChunkBody : ChunkState<Group> {
           const int dim = thread / 32 % 4 * 32 + m * 16 + thread % 4 * 2;
           if (token >= n) return;
           uint16_t* const to = base + token * a.stride[1] + dim;
-          memcpy(to, &r.t[0], 4);
-          memcpy(to + 8, &r.t[1], 4);
+          if (has_column<Group>(a, dim)) memcpy(to, &r.t[0], 4);
+          if (has_column<Group>(a, dim + 8)) memcpy(to + 8, &r.t[1], 4);
         });
       }
     }

@@ -7,17 +7,19 @@
 namespace kalmanet::cuda {
 namespace {
 
+template <bool kAny>
 __global__ void __launch_bounds__(ChunkLayout::kThreads, 1)
     gka_chunks(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<ChunkRegisters> group;
+  WithRows<kAny, DeviceGroup<ChunkRegisters>> group;
   run_chunks(group, *reinterpret_cast<ChunkShared*>(shared_memory), job, blockIdx.x, blockIdx.y);
 }
 
+template <bool kAny>
 __global__ void __launch_bounds__(StateLayout::kThreads, 2)
     gka_states(const __grid_constant__ GkaJob job) {
   __shared__ StateShared shared;
-  DeviceGroup<StateRegisters> group;
+  WithRows<kAny, DeviceGroup<StateRegisters>> group;
   run_states(group, shared, job, blockIdx.x, blockIdx.y, blockIdx.z == 1);
 }
 
@@ -47,7 +49,9 @@ void launch_chunk_states(const GkaJob& job, Stream stream) {
   if (device_info().major == 9) {
     launch_hopper_states(job, stream);
   } else {
-    gka_states<<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
+    with_rows(job, [&](auto any) {
+      gka_states<any><<<dim3(grid.x, grid.y, 2), StateLayout::kThreads, 0, s>>>(job);
+    });
   }
   const int64_t elements = job.K * (job.K + job.V);
   gka_sums<<<dim3(grid.x, grid.y, static_cast<unsigned>((elements + 1023) / 1024)), 256, 0, s>>>(
@@ -61,9 +65,12 @@ void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
     return device_info().major == 9 ? launch_hopper_direct(job, stream)
                                     : launch_direct(job, stream);
   }
-  const dim3 grid = grid_with(gka_chunks, job);
-  gka_chunks<<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
-               static_cast<cudaStream_t>(stream)>>>(job);
+  with_rows(job, [&](auto any) {
+    const auto kernel = gka_chunks<any>;
+    const dim3 grid = grid_with(kernel, job);
+    kernel<<<grid, ChunkLayout::kThreads, chunk_shared_bytes(),
+             static_cast<cudaStream_t>(stream)>>>(job);
+  });
   check(cudaGetLastError(), "launch of gka_chunks");
 }
 

@@ -19,8 +19,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/any_rows.hpp"
 #include "cuda/group.hpp"
-#include "cuda/job.hpp"
 #include "cuda/token_body.hpp"
 
 namespace kalmanet::cuda {
@@ -122,6 +122,9 @@ struct ChunkProducts {
   using Registers = ChunkRegisters;
   Group& group;
   ChunkShared& shared;
+  // Rows and columns of main that are more than zeros: products leave the others out
+  // (any_rows.hpp).
+  int dims = L::kDim;
 
   // f(registers, thread, m, n) for the tiles of y.
   template <class F>
@@ -183,6 +186,7 @@ struct ChunkProducts {
     });
     KALMANET_UNROLL
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(dims, k * 16)) break;
       group.each([&](int thread, Registers& r) {
         KALMANET_UNROLL
         for (int n = 0; n < 4; ++n) {

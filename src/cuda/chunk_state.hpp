@@ -32,8 +32,14 @@ struct ChunkState : ChunkProducts<Group> {
     return (static_cast<int64_t>(thread / 32 * 16 + tile) * 32 + thread % 32) * 4;
   }
 
+  // Whether H, or U^T, has such an element.
+  KALMANET_KERNEL bool has(bool u, int row, int column) const {
+    return has_element<Group>(job, u, u ? column : row, u ? row : column);
+  }
+
   // `u`: U^T, else H.
   KALMANET_KERNEL void load_state(bool u) {
+    this->dims = most_dims<Group>(job);
     const StateView<float> from = piece.first
                                       ? state_view<float>(u ? job.u0 : job.h0, piece.sequence, head)
                                       : slot_view<float>(job, piece.slot, head, u);
@@ -46,7 +52,9 @@ struct ChunkState : ChunkProducts<Group> {
         for (int i = 0; i < 4; ++i) {
           const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8;
           const int column = tile * 8 + thread % 4 * 2 + i % 2;
-          v[i] = empty ? 0.0f : from.data[u ? from.at(column, row) : from.at(row, column)];
+          v[i] = empty || !has(u, row, column)
+                     ? 0.0f
+                     : from.data[u ? from.at(column, row) : from.at(row, column)];
         }
         store4(to + state_at(thread, tile), v);
       }
@@ -64,7 +72,7 @@ struct ChunkState : ChunkProducts<Group> {
         for (int i = 0; i < 4; ++i) {
           const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8;
           const int column = tile * 8 + thread % 4 * 2 + i % 2;
-          to.data[u ? to.at(column, row) : to.at(row, column)] = v[i];
+          if (has(u, row, column)) to.data[u ? to.at(column, row) : to.at(row, column)] = v[i];
         }
       }
     });
@@ -120,7 +128,7 @@ struct ChunkState : ChunkProducts<Group> {
           const int token = tile / 8 * 16 + thread % 32 / 4 + part % 2 * 8;
           const int dim = tile % 8 * 16 + thread % 4 * 2 + part / 2 * 8;
           r.t[part] = 0;
-          if (token < n) {
+          if (token < n && has_column<Group>(a, dim)) {
             memcpy(&r.t[part], base + token * a.stride[1] + dim, 4);
           }
         }

@@ -7,7 +7,13 @@ namespace kalmanet::cuda {
 
 // Products of factors split in float16 err by 2^-22 or so, which the amplification multiplies: up
 // to this, by less than a quarter of what rounding o to bfloat16 does.
+// (Beside float16, which rounds an eighth of that, up to a quarter.)
 inline constexpr double kLargestDirectAmplification = 1000.0;
+template <class Group>
+KALMANET_KERNEL float direct_amplification(const GkaJob& job) {
+  constexpr float kLimit = static_cast<float>(kLargestDirectAmplification);
+  return is_float16<Group>(job.o) ? kLimit / 4.0f : kLimit;
+}
 
 template <class Group>
 struct DirectBody : DirectSolve<Group> {
@@ -117,8 +123,8 @@ struct DirectBody : DirectSolve<Group> {
           const int t = this->column_of(thread, tile, i);
           v[i] = r.y[tile][i] * (shared.output_scale[t] * shared.unit[2][t] * r.largest);
         }
-        r.t[0] = pack_bfloat16(v[0], v[1]);
-        r.t[1] = pack_bfloat16(v[2], v[3]);
+        r.t[0] = pack_numbers<Group>(job.o, v[0], v[1]);
+        r.t[1] = pack_numbers<Group>(job.o, v[2], v[3]);
       });
       group.transpose([](Registers& r) -> uint32_t& { return r.t[0]; });
       group.transpose([](Registers& r) -> uint32_t& { return r.t[1]; });
@@ -145,11 +151,14 @@ struct DirectBody : DirectSolve<Group> {
         load16(&outputs()[token / 16 * 8 + column / 2]
                     .word[token / 8 % 2 * 2 + column % 2][token % 8 * 4],
                v);
-        if (ours) store16(base + token * job.o.stride[1] + column * 8, v);
+        if (ours && has_column<Group>(job.o, column * 8))
+          store16(base + token * job.o.stride[1] + column * 8, v);
         KALMANET_UNROLL
         for (int e = 0; e < 4; ++e) {
-          r.dot[0] += low_bfloat16(v[e]) * low_bfloat16(v[e]);
-          r.dot[0] += high_bfloat16(v[e]) * high_bfloat16(v[e]);
+          const float first = low_number<Group>(job.o, v[e]);
+          const float second = high_number<Group>(job.o, v[e]);
+          r.dot[0] += first * first;
+          r.dot[0] += second * second;
         }
       }
     });
@@ -162,9 +171,10 @@ struct DirectBody : DirectSolve<Group> {
       // not small, and where it is these are a sequence's first tokens.
       const float weight =
           shared.alpha[token] * shared.unit[2][token] * static_cast<float>(job.scale);
-      const float x2 = (shared.x2[0][token] + shared.x2[1][token]) * u2 / 128.0f;
-      constexpr float kLimit = static_cast<float>(kLargestDirectAmplification);
-      if (!(fabsf(weight) * sqrtf(x2) <= kLimit * sqrtf(r.dot[0]))) shared.ill = 1;
+      const float x2 = (shared.x2[0][token] + shared.x2[1][token]) * u2 /
+                       static_cast<float>(key_dims<Group>(job));
+      const float limit = direct_amplification<Group>(job);
+      if (!(fabsf(weight) * sqrtf(x2) <= limit * sqrtf(r.dot[0]))) shared.ill = 1;
     });
   }
 
@@ -186,8 +196,9 @@ struct DirectBody : DirectSolve<Group> {
       this->load_scalars();
       group.barrier();
       n = shared.tokens;
-      group.by_warp(0, 8,
-                    [&](int warp) { this->put_rows(warp * 8, 0, 1, shared.keys, shared.unit[0]); });
+      group.by_warp(0, 8, [&](int warp) {
+        this->put_rows(job.k, warp * 8, 0, 1, shared.keys, shared.unit[0]);
+      });
       group.barrier();
       const float norm = static_cast<float>(sqrt(this->squares_of_state(false)));
       const float scale = norm > 0.0f ? 16.0f / norm : 1.0f;
@@ -217,8 +228,8 @@ struct DirectBody : DirectSolve<Group> {
       group.barrier();
       group.new_part();
       this->put_low_parts();
-      group.by_warp(0, 8,
-                    [&](int warp) { this->put_rows(warp * 8, 0, 1, values(), shared.unit[1]); });
+      group.by_warp(
+          0, 8, [&](int warp) { this->put_rows(job.v, warp * 8, 0, 1, values(), shared.unit[1]); });
       group.barrier();
       weigh_values();
       group.barrier();

@@ -23,12 +23,13 @@ struct DirectFactor : DirectPlan<Group, DirectState<Group>> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const bool diagonal = this->state_row(thread, i) == this->state_column(thread, tile, i);
-          r.h[tile][i] = r.h[tile][i] * inverse_mu + (diagonal ? 1.0f : 0.0f);
+          r.h[tile][i] = r.h[tile][i] * inverse_mu +
+                         (diagonal ? diagonal_one<Group>(job, this->state_row(thread, i)) : 0.0f);
         }
       }
     });
     this->plan_tokens(6);
-    this->invert();
+    this->invert(num_pivots<Group>(job));
     this->put_inverse();
     multiply_keys();
     put_gains();
@@ -42,7 +43,8 @@ struct DirectFactor : DirectPlan<Group, DirectState<Group>> {
     multiply_factor();
     group.barrier();
     put_gains();
-    group.by_warp(4, 8, [&](int warp) { this->put_rows_of_half(warp, 2, shared.queries, 2); });
+    group.by_warp(4, 8,
+                  [&](int warp) { this->put_rows_of_half(job.q, warp, 2, shared.queries, 2); });
   }
   // Q, and all that is needed next towards L2.
   KALMANET_KERNEL void fetch_ahead(int warp) {
@@ -62,7 +64,7 @@ struct DirectFactor : DirectPlan<Group, DirectState<Group>> {
     this->plan_tokens(6);
     group.by_warp(4, 8, [&](int warp) {
       this->fetch_rows_of_half(job.q, head / job.q_group, warp);
-      this->put_rows_of_half(warp, 2, shared.queries, 2);
+      this->put_rows_of_half(job.q, warp, 2, shared.queries, 2);
     });
   }
 

@@ -7,10 +7,11 @@ namespace kalmanet::cuda {
 namespace {
 
 // Two blocks a multiprocessor: while one inverts, the other multiplies.
+template <bool kAny>
 __global__ void __launch_bounds__(DirectLayout::kThreads, 2)
     gka_direct(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<DirectRegisters> group;
+  WithRows<kAny, DeviceGroup<DirectRegisters>> group;
   run_direct(group, *reinterpret_cast<DirectShared*>(shared_memory), job, blockIdx.x, blockIdx.y);
 }
 
@@ -22,10 +23,13 @@ int64_t direct_shared_bytes() {
 
 void launch_direct(const GkaJob& job, Stream stream) {
   const int shared = static_cast<int>(direct_shared_bytes());
-  check(cudaFuncSetAttribute(gka_direct, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-        "cudaFuncSetAttribute");
-  gka_direct<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)),
-               DirectLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(job);
+  with_rows(job, [&](auto any) {
+    const auto kernel = gka_direct<any>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "cudaFuncSetAttribute");
+    kernel<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)),
+             DirectLayout::kThreads, shared, static_cast<cudaStream_t>(stream)>>>(job);
+  });
   check(cudaGetLastError(), "launch of gka_direct");
 }
 

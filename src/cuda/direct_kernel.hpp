@@ -116,13 +116,7 @@ struct DirectRegisters {
   double scan, pair[2], since[2][2], other, sum;
 };
 
-// The high parts, then the low.
-KALMANET_KERNEL uint32_t split_float16(float a, float b, uint32_t& low) {
-  const uint32_t high = pack_float16(a, b);
-  low = pack_float16(a - low_float16(high), b - high_float16(high));
-  return high;
-}
-// The same, low parts times kLowScale.
+// As split_float16, low parts times kLowScale.
 KALMANET_KERNEL uint32_t split_scaled(float a, float b, uint32_t& low) {
   const uint32_t high = pack_float16(a, b);
   low = pack_float16((a - low_float16(high)) * kLowScale, (b - high_float16(high)) * kLowScale);

@@ -10,6 +10,8 @@ namespace kalmanet::cuda {
 // Truncation relative to x's own components, which U does not magnify: below this, bfloat16's
 // rounding of o (2^-9) hides it.
 inline constexpr double kFinestTolerance = 0x1p-12;
+// The same of float16 (2^-12), beside what its iterate in float16 errs by.
+inline constexpr double kFinestFloat16Tolerance = 0x1p-13;
 
 // Products for a relative error `tolerance` where shifts lie within a factor `ratio` of mu.
 KALMANET_KERNEL int direct_products(float ratio, float tolerance) {
@@ -90,8 +92,8 @@ struct DirectPlan : Below {
         const float high = r.extreme[0], low = -r.extreme[1];
         const bool none = !(high > 0.0f);
         const float mu = none ? 1.0f : root(high) * root(low);
-        const float tolerance =
-            static_cast<float>(job.tolerance > kFinestTolerance ? job.tolerance : kFinestTolerance);
+        const double finest = is_float16<Group>(job.o) ? kFinestFloat16Tolerance : kFinestTolerance;
+        const float tolerance = static_cast<float>(job.tolerance > finest ? job.tolerance : finest);
         const int steps = none ? 0 : direct_products(root(divide(high, low)), tolerance);
         KALMANET_UNROLL
         for (int i = 0; i < 2; ++i) {

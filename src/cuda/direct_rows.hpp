@@ -3,33 +3,37 @@
 // part, dot.
 #pragma once
 
+#include "cuda/any_rows.hpp"
 #include "cuda/direct_kernel.hpp"
-#include "cuda/job.hpp"
 
 namespace kalmanet::cuda {
 
 // Rows of a [B,T,heads,128] tensor, `left` of them, on their way into raw[at ..]: a warp's 8 tokens
 // from first(thread) on, 16 bytes a load, eight lanes beside each other in as many rows. (So that
-// eight lanes' stores are a matrix.) base: row 0. Beyond the last row that one again, which is
-// thrown away later.
+// eight lanes' stores are a matrix.) base: row 0. Beyond the last row that one again, beyond a
+// row's end its start, which are thrown away later.
 template <class Group, class First>
-KALMANET_KERNEL void fetch_token_rows(Group& group, const uint16_t* base, int64_t stride,
+KALMANET_KERNEL void fetch_token_rows(Group& group, const Array& a, const uint16_t* base,
                                       int64_t left, First&& first, int at) {
   group.each([&](int thread, auto& r) {
     const int token = first(thread) + thread % 8;
     const int64_t row = token < left ? token : left - 1;
-    const uint16_t* const from = base + row * stride + thread % 32 / 8 * 8;
+    const int column = thread % 32 / 8 * 8;
+    const uint16_t* const from = base + row * a.stride[1] + column;
     KALMANET_UNROLL
-    for (int i = 0; i < 4; ++i) load16(from + i * 32, r.raw[at + i]);
+    for (int i = 0; i < 4; ++i) {
+      load16(from + (has_column<Group>(a, column + i * 32) ? i * 32 : -column), r.raw[at + i]);
+    }
   });
 }
 
-// They, scaled to float16 by a power of two a token; tokens from n on are zero. to(token, column):
+// They, scaled to float16 by a power of two a token; tokens from n on are zero, as are dims that
+// the tensor has not. to(token, column):
 // where 8 dims from 8 column on go. unit <- what a number there stands for; ill <- 1 where one is
 // not finite.
 template <class Group, class First, class To>
-KALMANET_KERNEL void put_token_rows(Group& group, int n, First&& first, int at, int log2,
-                                    float* unit, int& ill, To&& to) {
+KALMANET_KERNEL void put_token_rows(Group& group, const Array& a, int n, First&& first, int at,
+                                    int log2, float* unit, int& ill, To&& to) {
   group.each([&](int, auto& r) {
     uint32_t most = 0;
     KALMANET_UNROLL
@@ -44,21 +48,25 @@ KALMANET_KERNEL void put_token_rows(Group& group, int n, First&& first, int at, 
   group.template max_apart<8>([](auto& r) -> uint32_t& { return r.most; });
   group.each([&](int thread, auto& r) {
     const int token = first(thread) + thread % 8;
-    const int exponent = exponent_for(r.most, log2);
+    const uint32_t most = bfloat16_magnitude<Group>(a, r.most);
+    const int exponent = exponent_for(most, log2);
     const float power = power_of_two(exponent);
-    if (token < n && r.most >= 0x7f80) ill = 1;
+    if (token < n && most >= 0x7f80) ill = 1;
     if (thread % 32 < 8) {
-      unit[token] = token < n && r.most > 0 ? power_of_two(-exponent) : 0.0f;
+      unit[token] = token < n && most > 0 ? power_of_two(-exponent) : 0.0f;
     }
     KALMANET_UNROLL
     for (int i = 0; i < 4; ++i) {
+      const int column = thread % 32 / 8 + i * 4;
+      const bool real = token < n && has_column<Group>(a, column * 8);
       uint32_t v[4];
       KALMANET_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const uint32_t both = token < n ? r.raw[at + i][e] : 0;
-        v[e] = pack_float16(low_bfloat16(both) * power, high_bfloat16(both) * power);
+        const uint32_t both = real ? r.raw[at + i][e] : 0;
+        v[e] =
+            pack_float16(low_number<Group>(a, both) * power, high_number<Group>(a, both) * power);
       }
-      store16(to(token, thread % 32 / 8 + i * 4), v);
+      store16(to(token, column), v);
     }
   });
 }

@@ -26,6 +26,11 @@ struct DirectState : DirectTokens<Group> {
     return tile * 8 + thread % 4 * 2 + i % 2;
   }
 
+  // Whether H, or U^T, has such an element.
+  KALMANET_KERNEL bool has(bool u, int row, int column) const {
+    return has_element<Group>(job, u, u ? column : row, u ? row : column);
+  }
+
   // The piece's own state into scratch; shared.warp as advance() leaves it.
   KALMANET_KERNEL void load_state(bool u) {
     const StateView<float> from = piece.first
@@ -38,8 +43,9 @@ struct DirectState : DirectTokens<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = state_row(thread, i), column = state_column(thread, tile, i);
-          v[i] = from.data == nullptr ? 0.0f
-                                      : from.data[u ? from.at(column, row) : from.at(row, column)];
+          v[i] = from.data == nullptr || !has(u, row, column)
+                     ? 0.0f
+                     : from.data[u ? from.at(column, row) : from.at(row, column)];
         }
         store4(state_at(u, thread, tile), v);
         r.sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
@@ -56,7 +62,7 @@ struct DirectState : DirectTokens<Group> {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = state_row(thread, i), column = state_column(thread, tile, i);
-          to.data[u ? to.at(column, row) : to.at(row, column)] = v[i];
+          if (has(u, row, column)) to.data[u ? to.at(column, row) : to.at(row, column)] = v[i];
         }
       }
     });

@@ -30,12 +30,13 @@ struct DirectTokens : DirectInverse<Group> {
   // Tokens first .. first + 7 of a tensor on their way, and into a tile (direct_rows.hpp).
   KALMANET_KERNEL void fetch_rows(const Array& a, int64_t a_head, int first, int at) {
     fetch_token_rows(
-        group, static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head),
-        a.stride[1], piece.end - t0, [first](int) { return first; }, at);
+        group, a, static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head),
+        piece.end - t0, [first](int) { return first; }, at);
   }
-  KALMANET_KERNEL void put_rows(int first, int at, int log2, Quad* to, float* unit) {
+  KALMANET_KERNEL void put_rows(const Array& a, int first, int at, int log2, Quad* to,
+                                float* unit) {
     put_token_rows(
-        group, n, [first](int) { return first; }, at, log2, unit, shared.ill,
+        group, a, n, [first](int) { return first; }, at, log2, unit, shared.ill,
         [=](int token, int column) {
           return &to[token / 16 * 8 + column / 2]
                       .word[token / 8 % 2 * 2 + column % 2][token % 8 * 4];
@@ -47,10 +48,10 @@ struct DirectTokens : DirectInverse<Group> {
     KALMANET_UNROLL
     for (int i = 0; i < 2; ++i) fetch_rows(a, a_head, (warp - 4) * 16 + i * 8, 4 * i);
   }
-  KALMANET_KERNEL void put_rows_of_half(int warp, int log2, Quad* to, int which) {
+  KALMANET_KERNEL void put_rows_of_half(const Array& a, int warp, int log2, Quad* to, int which) {
     KALMANET_UNROLL
     for (int i = 0; i < 2; ++i) {
-      put_rows((warp - 4) * 16 + i * 8, 4 * i, log2, to, shared.unit[which]);
+      put_rows(a, (warp - 4) * 16 + i * 8, 4 * i, log2, to, shared.unit[which]);
     }
   }
 
@@ -133,8 +134,10 @@ struct DirectTokens : DirectInverse<Group> {
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, from, a_head);
     const int64_t left = piece.end - from;
     group.each([&](int thread, Registers&) {
-      const int token = thread % 128 / 2;
-      if (token < left) prefetch(base + token * a.stride[1] + thread % 2 * 64);
+      const int token = thread % 128 / 2, column = thread % 2 * 64;
+      if (token < left && has_column<Group>(a, column)) {
+        prefetch(base + token * a.stride[1] + column);
+      }
     });
   }
   KALMANET_KERNEL void prefetch_scalars(const Array& a, int64_t from) {

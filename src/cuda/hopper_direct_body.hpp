@@ -54,12 +54,12 @@ struct HopperBody : HopperSolve<Group> {
   // Rows 64 m .. of U, times `power`, float16 in two parts: the warpgroup's half of the columns.
   KALMANET_KERNEL void put_values_state(int m, float power) {
     group.each([&](int thread, Registers&) {
-      const int other = m * 128 + thread % 128;  // who has these rows in scratch
-      const float* const from = this->state_at(true, other) + thread / 128 * 8 * Base::kTileFloats;
+      const int other = m * 128 + thread % 128, first = thread / 128 * 8;
+      const float* const from = this->state_at(true, other);  // who has these rows in scratch
       KALMANET_UNROLL
       for (int tile = 0; tile < 8; ++tile) {
         float v[4];
-        load4(from + tile * Base::kTileFloats, v);
+        this->load_stored(from, true, other, first + tile, v);
         KALMANET_UNROLL
         for (int half = 0; half < 2; ++half) {
           uint32_t low;
@@ -75,7 +75,7 @@ struct HopperBody : HopperSolve<Group> {
   // of U is there.
   KALMANET_KERNEL void read_out(float power) {
     KALMANET_LOOP
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < (this->is_half() ? 1 : 2); ++m) {
       if (m == 1) {
         group.barrier();
         put_values_state(1, power);
@@ -142,9 +142,11 @@ struct HopperBody : HopperSolve<Group> {
       }
       KALMANET_UNROLL
       for (int j = 0; j < 16; ++j) {
-        const uint32_t o = pack_bfloat16(r.y[2 * j] * by[j % 2], r.y[2 * j + 1] * by[j % 2]);
-        r.dot[j % 2] += low_bfloat16(o) * low_bfloat16(o);
-        r.dot[j % 2] += high_bfloat16(o) * high_bfloat16(o);
+        const uint32_t o =
+            pack_numbers<Group>(job.o, r.y[2 * j] * by[j % 2], r.y[2 * j + 1] * by[j % 2]);
+        const float first = low_number<Group>(job.o, o), second = high_number<Group>(job.o, o);
+        r.dot[j % 2] += first * first;
+        r.dot[j % 2] += second * second;
         Base::half_word(shared.gains[0], thread, j) = o;
       }
     });
@@ -161,7 +163,7 @@ struct HopperBody : HopperSolve<Group> {
         const int column = thread / 128 * 8 + i % 2 * 4 + thread % 32 / 8;  // of 16 of 8 dims
         uint32_t v[4];
         load16(&shared.gains[0][token / 8 * 16 + column].word[token % 8 * 4], v);
-        if (token >= first && token < last) {
+        if (token >= first && token < last && has_column<Group>(job.o, column * 8)) {
           store16(base + token * job.o.stride[1] + column * 8, v);
         }
       }
@@ -176,10 +178,11 @@ struct HopperBody : HopperSolve<Group> {
         // |U_t| is at most |U_0| and what the chunk's values add; the former says enough where it
         // is not small, and where it is these are a sequence's first tokens.
         const float weight = shared.alpha[t] * shared.unit[2][t] * static_cast<float>(job.scale);
-        const float x2 = (shared.x2[0][t] + shared.x2[1][t]) * u2 * (1.0f / 128.0f);
-        constexpr float kLimit = static_cast<float>(kLargestDirectAmplification);
+        const float x2 = (shared.x2[0][t] + shared.x2[1][t]) * u2 *
+                         (1.0f / static_cast<float>(key_dims<Group>(job)));
+        const float limit = direct_amplification<Group>(job);
         const float o2 = shared.measured.product[0][t] + shared.measured.product[1][t];
-        if (!(fabsf(weight) * root(x2) <= kLimit * root(o2))) {
+        if (!(fabsf(weight) * root(x2) <= limit * root(o2))) {
           shared.ill = 1;
         }
       });
@@ -191,7 +194,7 @@ struct HopperBody : HopperSolve<Group> {
   KALMANET_KERNEL bool chunk() {
     this->fetch_rows(job.k, head / job.k_group, 0);
     this->load_scalars();
-    this->put_rows(0, 1, shared.keys, shared.unit[0]);
+    this->put_rows(job.k, 0, 1, shared.keys, shared.unit[0]);
     const float norm = root(this->squares_of_state(false));
     const float scale = norm > 0.0f ? divide(16.0f, norm) : 1.0f;
     this->put_state(scale);
@@ -228,11 +231,11 @@ struct HopperBody : HopperSolve<Group> {
     this->fetch_rows(job.k, head / job.k_group, 0);
     this->fetch_rows(job.v, head / job.v_group, 4);
     this->put_solution();
-    this->put_rows(0, 1, shared.keys, shared.unit[0]);
+    this->put_rows(job.k, 0, 1, shared.keys, shared.unit[0]);
     const float u2 = this->squares_of_state(true);
     const float power = u2 > 0.0f ? divide(256.0f, root(u2)) : 1.0f;
     put_values_state(0, power);
-    this->put_rows(4, 1, shared.reading.values, shared.unit[1]);
+    this->put_rows(job.v, 4, 1, shared.reading.values, shared.unit[1]);
     publish(group);
     group.barrier();
     group.new_part();

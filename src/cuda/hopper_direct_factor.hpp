@@ -20,7 +20,7 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
       KALMANET_UNROLL
       for (int e = 0; e < 64; ++e) {
         const int row = sum_row(thread, e / 2), column = sum_column(thread, e / 2) + e % 2;
-        r.h[e] = r.h[e] * inverse_mu + (row == column ? 1.0f : 0.0f);
+        r.h[e] = r.h[e] * inverse_mu + (row == column ? diagonal_one<Group>(job, row) : 0.0f);
       }
     });
     this->invert();
@@ -43,7 +43,7 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
   }
   // q <- Q, which was fetched, through the gains' place. A barrier on the way.
   KALMANET_KERNEL void load_queries() {
-    this->put_rows(0, 2, shared.gains[0], shared.unit[2]);
+    this->put_rows(job.q, 0, 2, shared.gains[0], shared.unit[2]);
     publish(group);
     group.barrier();
     group.new_part();
@@ -59,6 +59,7 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
     multiply_shared<4, false>(
         group, sums, [=](int) { return Cores{left, 16}; },
         [&, part](int thread) { return Cores{shared.inverse[part][thread / 128], 8}; }, keep);
+    if (this->is_half()) return;
     multiply_shared<4, true>(
         group, sums, [=](int) { return Cores{left + 8, 16}; },
         [&, part](int thread) { return Cores{shared.inverse[part][1 + thread / 128], 8}; });
@@ -77,9 +78,8 @@ struct HopperFactor : DirectPlan<Group, HopperInverse<Group>> {
   }
   // s += left right^T, both tokens x dims in shared memory.
   KALMANET_KERNEL void multiply_transposed(const Core* left, const Core* right, bool keep) {
-    multiply_shared<8, false>(
-        group, token_sums, [=](int) { return Cores{left, 16}; },
-        [=](int) { return Cores{right, 16}; }, keep);
+    this->template multiply_dims<false>([=](int) { return Cores{left, 16}; },
+                                        [=](int) { return Cores{right, 16}; }, keep);
   }
   KALMANET_KERNEL void scale_sums(float by) {
     group.each([&](int, Registers& r) {

@@ -15,7 +15,7 @@ struct HopperInverse : HopperState<Group> {
   KALMANET_KERNEL void invert() {
     const auto h = [](Registers& r) -> float* { return r.h; };
     KALMANET_LOOP  // one copy of the code
-        for (int b = 0; b < 8; ++b) {
+        for (int b = 0; b < num_pivots<Group>(this->job); ++b) {
       take_columns(b);
       put_panel(b % 2);
       invert_pivot(b);

@@ -37,6 +37,23 @@ struct HopperState : HopperTokens<Group> {
     return states + (u ? 128 * 128 : 0) + thread * 4;
   }
 
+  // Whether four elements of a state are more than zeros that no tensor has: the others are neither
+  // written nor read.
+  KALMANET_KERNEL bool is_stored(bool u, int thread, int tile) const {
+    return has_element<Group>(job, u, thread / 32 * 16, tile * 8);
+  }
+  // from: state_at(u, thread).
+  KALMANET_KERNEL void load_stored(const float* from, bool u, int thread, int tile,
+                                   float (&v)[4]) const {
+    if (is_stored(u, thread, tile)) {
+      load4(from + tile * kTileFloats, v);
+    } else {
+      v[0] = v[1] = v[2] = v[3] = shared.zero;  // (from memory: load_pivot says why)
+    }
+  }
+  // Whether keys have no more than half the dims: then what the other half adds is left out.
+  KALMANET_KERNEL bool is_half() const { return kAnyRows<Group> && job.K <= 64; }
+
   // The piece's own state into scratch; shared.warp as advance() leaves it.
   KALMANET_KERNEL void load_state(bool u) {
     const StateView<float> from = piece.first
@@ -54,22 +71,26 @@ struct HopperState : HopperTokens<Group> {
           KALMANET_UNROLL
           for (int i = 0; i < 16; ++i) {
             float pair[2];
-            load2(at + i % 2 * 8 * from.row + i / 2 * 8, pair);
+            if (has_element<Group>(job, u, row + i % 2 * 8, column + i / 2 * 8)) {
+              load2(at + i % 2 * 8 * from.row + i / 2 * 8, pair);
+            } else {
+              pair[0] = pair[1] = 0.0f;
+            }
             v[i / 2][i % 2 * 2] = pair[0], v[i / 2][i % 2 * 2 + 1] = pair[1];
           }
         } else {
           KALMANET_UNROLL
           for (int i = 0; i < 32; ++i) {
-            v[i / 4][i % 4] =
-                from.data == nullptr
-                    ? 0.0f
-                    : from.data[from.at(row + i / 2 % 2 * 8, column + i / 4 * 8 + i % 2)];
+            const int at_row = row + i / 2 % 2 * 8, at_column = column + i / 4 * 8 + i % 2;
+            v[i / 4][i % 4] = from.data == nullptr || !has_element<Group>(job, u, at_row, at_column)
+                                  ? 0.0f
+                                  : from.data[from.at(at_row, at_column)];
           }
         }
         float* const to = state_at(u, thread) + part * 8 * kTileFloats;
         KALMANET_UNROLL
         for (int tile = 0; tile < 8; ++tile) {
-          store4(to + tile * kTileFloats, v[tile]);
+          if (is_stored(u, thread, part * 8 + tile)) store4(to + tile * kTileFloats, v[tile]);
           r.sum += (v[tile][0] * v[tile][0] + v[tile][1] * v[tile][1]) +
                    (v[tile][2] * v[tile][2] + v[tile][3] * v[tile][3]);
         }
@@ -83,10 +104,11 @@ struct HopperState : HopperTokens<Group> {
       KALMANET_LOOP
       for (int tile = 0; tile < 16; ++tile) {
         float v[4];
-        load4(state_at(u, thread) + tile * kTileFloats, v);
+        load_stored(state_at(u, thread), u, thread, tile, v);
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) {
-          to.data[to.at(sum_row(thread, i / 2), sum_column(thread, 2 * tile) + i % 2)] = v[i];
+          const int row = sum_row(thread, i / 2), column = sum_column(thread, 2 * tile) + i % 2;
+          if (has_element<Group>(job, u, row, column)) to.data[to.at(row, column)] = v[i];
         }
       }
     });
@@ -98,7 +120,7 @@ struct HopperState : HopperTokens<Group> {
       KALMANET_UNROLL
       for (int tile = 0; tile < 16; ++tile) {
         float v[4];
-        load4(from + tile * kTileFloats, v);
+        load_stored(from, u, thread, tile, v);
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) r.h[4 * tile + i] = v[i];
       }
@@ -130,11 +152,21 @@ struct HopperState : HopperTokens<Group> {
     });
   }
 
+  // s += a b, or = a b, over all dims that keys have.
+  template <bool kRows, class A, class B>
+  KALMANET_KERNEL void multiply_dims(A&& a, B&& b, bool keep) {
+    if (is_half()) {
+      multiply_shared<4, kRows>(group, token_sums, a, b, keep);
+    } else {
+      multiply_shared<8, kRows>(group, token_sums, a, b, keep);
+    }
+  }
+
   // shared.measured, from which |H_t| follows. A barrier before it is read.
   KALMANET_KERNEL void measure_keys(float scale) {
     const auto keys = [&](int) { return Cores{shared.keys, 16}; };
     begin_products(group);
-    multiply_shared<8, false>(group, token_sums, keys, keys, false);
+    multiply_dims<false>(keys, keys, false);
     finish_token_sums();
     group.each([&](int thread, Registers& r) {
       r.dot[0] = r.dot[1] = 0;
@@ -154,9 +186,8 @@ struct HopperState : HopperTokens<Group> {
       if (thread < 128) shared.measured.gram[t] = dot;
     });
     begin_products(group);
-    multiply_shared<8, true>(
-        group, token_sums, keys,
-        [&](int thread) { return Cores{shared.state + thread / 128 * 8, 16}; }, false);
+    multiply_dims<true>(
+        keys, [&](int thread) { return Cores{shared.state + thread / 128 * 8, 16}; }, false);
     finish_token_sums();
     group.each([&](int thread, Registers& r) {
       r.dot[0] = r.dot[1] = 0;
@@ -222,7 +253,7 @@ struct HopperState : HopperTokens<Group> {
           v[i] = r.h[4 * tile + i] *= r.largest;
           r.sum += v[i] * v[i];
         }
-        store4(to + tile * kTileFloats, v);
+        if (is_stored(u, thread, tile)) store4(to + tile * kTileFloats, v);
       }
     });
     put_squares(u);

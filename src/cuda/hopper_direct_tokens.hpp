@@ -24,11 +24,11 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
     fetch_token_rows(
-        group, base, a.stride[1], piece.end - t0, [](int thread) { return thread / 32 * 8; }, at);
+        group, a, base, piece.end - t0, [](int thread) { return thread / 32 * 8; }, at);
   }
-  KALMANET_KERNEL void put_rows(int at, int log2, Core* to, float* unit) {
+  KALMANET_KERNEL void put_rows(const Array& a, int at, int log2, Core* to, float* unit) {
     put_token_rows(
-        group, n, [](int thread) { return thread / 32 * 8; }, at, log2, unit, shared.ill,
+        group, a, n, [](int thread) { return thread / 32 * 8; }, at, log2, unit, shared.ill,
         [=](int token, int column) { return &to[token / 8 * 16 + column].word[token % 8 * 4]; });
   }
 
@@ -135,8 +135,10 @@ struct HopperTokens : DirectPivot<Group, HopperTraits> {
       const uint16_t* const base =
           static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, first, a_head);
       group.each([&](int thread, Registers&) {
-        const int token = thread % 128 / 2;
-        if (token < piece.end - first) prefetch(base + token * a.stride[1] + thread % 2 * 64);
+        const int token = thread % 128 / 2, column = thread % 2 * 64;
+        if (token < piece.end - first && has_column<Group>(a, column)) {
+          prefetch(base + token * a.stride[1] + column);
+        }
       });
     };
     group.by_warp(0, 4, [&](int) { rows(job.v, head / job.v_group, t0); });

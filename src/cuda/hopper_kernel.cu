@@ -7,21 +7,23 @@
 namespace kalmanet::cuda {
 namespace {
 
+template <bool kAny>
 __global__ void __launch_bounds__(HopperLayout::kThreads, 2)
     gka_hopper_direct([[maybe_unused]] const __grid_constant__ GkaJob job) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // (elsewhere it is never launched)
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<HopperRegisters> group;
+  WithRows<kAny, DeviceGroup<HopperRegisters>> group;
   run_hopper_direct(group, *reinterpret_cast<HopperShared*>(shared_memory), job, blockIdx.x,
                     blockIdx.y);
 #endif
 }
 
+template <bool kAny>
 __global__ void __launch_bounds__(StateLayout::kThreads, 2)
     gka_hopper_states([[maybe_unused]] const __grid_constant__ GkaJob job) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(128) char shared_memory[];
-  DeviceGroup<HopperStateRegisters> group;
+  WithRows<kAny, DeviceGroup<HopperStateRegisters>> group;
   run_hopper_states(group, *reinterpret_cast<HopperStateShared*>(shared_memory), job, blockIdx.x,
                     blockIdx.y, blockIdx.z == 1);
 #endif
@@ -31,21 +33,25 @@ __global__ void __launch_bounds__(StateLayout::kThreads, 2)
 
 void launch_hopper_states(const GkaJob& job, Stream stream) {
   constexpr int kShared = static_cast<int>(sizeof(HopperStateShared));
-  check(
-      cudaFuncSetAttribute(gka_hopper_states, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
-      "cudaFuncSetAttribute");
-  gka_hopper_states<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H), 2),
-                      StateLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  with_rows(job, [&](auto any) {
+    const auto kernel = gka_hopper_states<any>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+          "cudaFuncSetAttribute");
+    kernel<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H), 2),
+             StateLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  });
   check(cudaGetLastError(), "launch of gka_hopper_states");
 }
 
 void launch_hopper_direct(const GkaJob& job, Stream stream) {
   constexpr int kShared = static_cast<int>(sizeof(HopperShared));
-  check(
-      cudaFuncSetAttribute(gka_hopper_direct, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
-      "cudaFuncSetAttribute");
-  gka_hopper_direct<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)),
-                      HopperLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  with_rows(job, [&](auto any) {
+    const auto kernel = gka_hopper_direct<any>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+          "cudaFuncSetAttribute");
+    kernel<<<dim3(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H)),
+             HopperLayout::kThreads, kShared, static_cast<cudaStream_t>(stream)>>>(job);
+  });
   check(cudaGetLastError(), "launch of gka_hopper_direct");
 }
 

@@ -13,6 +13,7 @@ namespace kalmanet::cuda {
 struct Array {
   void* data = nullptr;
   DType dtype = DType::float32;
+  int32_t width = 0;  // elements of the last of four dimensions
   int64_t stride[4] = {};
 };
 

@@ -14,26 +14,32 @@ Array array_of(const ConstView& view) {
   Array a;
   a.data = const_cast<void*>(view.data);  // of an output, or never written
   a.dtype = view.dtype;
+  if (view.rank == 4) a.width = static_cast<int32_t>(view.size[3]);
   for (int d = 0; d < view.rank; ++d) a.stride[d] = view.stride[d];
   return a;
 }
 
 bool in_pairs(const ConstView& view) {
-  return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 2 == 0 &&
+  return core::is_half(view.dtype) && view.stride[3] == 1 && view.stride[0] % 2 == 0 &&
          view.stride[1] % 2 == 0 && view.stride[2] % 2 == 0 &&
          reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
 }
 
 bool in_vectors(const ConstView& view) {
-  return view.dtype == DType::bfloat16 && view.stride[3] == 1 && view.stride[0] % 8 == 0 &&
+  return core::is_half(view.dtype) && view.stride[3] == 1 && view.stride[0] % 8 == 0 &&
          view.stride[1] % 8 == 0 && view.stride[2] % 8 == 0 &&
          reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
 }
 
+bool have_chunk_dims(const core::GkaProblem& problem) {
+  const auto fits = [](int64_t n) { return n > 0 && n <= ChunkLayout::kDim && n % 8 == 0; };
+  return fits(problem.K) && fits(problem.V);
+}
+
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs) {
   const GkaInputs& in = problem.inputs;
-  return problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
-         (problem.options.solver == Solver::chebyshev ||
+  return have_chunk_dims(problem) &&
+         ((problem.options.solver == Solver::chebyshev && problem.dtype == DType::bfloat16) ||
           problem.options.solver == Solver::direct) &&
          !outputs.x.defined() && !outputs.residual.defined() && in_vectors(in.q) &&
          in_vectors(in.k) && in_vectors(in.v) && in_vectors(outputs.o);

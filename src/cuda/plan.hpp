@@ -17,11 +17,13 @@ std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole,
 // Whether pieces_of is what GkaJob::pieces == nullptr stands for.
 bool are_rows(const core::GkaProblem& problem, const std::vector<Piece>& pieces);
 
-// Whether pairs of a view's elements, bfloat16, can be read and written as 4 bytes.
+// Whether pairs of a view's elements, of 16 bits, can be read and written as 4 bytes.
 bool in_pairs(const ConstView& view);
 // Eight as 16 bytes.
 bool in_vectors(const ConstView& view);
 
+// Whether K and V are what the matrix-unit kernels know (any_rows.hpp).
+bool have_chunk_dims(const core::GkaProblem& problem);
 // Whether the matrix-unit kernels compute the problem, as far as its tensors say.
 bool fits_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs);
 

@@ -1,10 +1,12 @@
-// What each piece adds to the states on its own, by matrix units: K = V = 128, bfloat16 tensors
-// (the plain twin is segment_body.hpp). One block makes H's part of a piece, another U's:
+// What each piece adds to the states on its own, by matrix units: K = V = 128, bfloat16 tensors, or
+// what any_rows.hpp says (the plain twin is segment_body.hpp). One block makes H's part of a piece,
+// another U's:
 //
 //   sum_j (beta_j^2 e^{G_end - G_j} k_j) r_j^T     r_j: k_j or v_j
 //
 // k_j and r_j are the exact bfloat16 that came in; only the weighted factor is rounded, split in
-// two (high + low, 16 bits). The sums stay in registers from the piece's first token to its last.
+// two (high + low, 16 bits; of float16 22). The sums stay in registers from the piece's first token
+// to its last.
 #pragma once
 
 #include <cstring>
@@ -37,7 +39,27 @@ struct StateRegisters {
   uint32_t raw[2][2][4];  // K, V of the next step
   uint32_t t[4], a[2][4], b[2][2];
   double scan, other, gate[2];
+  uint32_t most;
+  int exponent;  // of float16 keys: what the warp's sums are counted in (counted_in)
 };
+
+// Weighted float16 keys as a factor in float16: a warp's sums, its own rows, are counted in
+// 2^-exponent, which rises with the largest that came. most: the bits of what comes, of the warp.
+// Returns what the sums so far are to be multiplied by.
+inline constexpr int kFinestExponent = 100;
+KALMANET_KERNEL float counted_in(uint32_t most, int& exponent) {
+  int fits = 127 + 13 - static_cast<int>(most >> 23);
+  fits = fits < -kFinestExponent ? -kFinestExponent : fits;
+  if (most == 0 || fits >= exponent) return 1.0f;
+  const int by = fits - exponent;
+  exponent = fits;
+  return power_of_two(by < -126 ? -126 : by);
+}
+KALMANET_KERNEL uint32_t largest_bits(uint32_t most, float a, float b) {
+  const uint32_t first = bits_of(fabsf(a)), second = bits_of(fabsf(b));
+  most = first > most ? first : most;
+  return second > most ? second : most;
+}
 
 // shared.weight; returns the piece's whole log decay. Thread i has tokens 2 i and 2 i + 1.
 template <class Group, class Shared>
@@ -97,7 +119,10 @@ KALMANET_KERNEL void store_state_sums(Group& group, const GkaJob& job, const Pie
     for (int e = 0; e < 64; ++e) {
       const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8;
       const int column = e / 4 * 8 + thread % 4 * 2 + e % 2;
-      to.data[to.at(row, column)] = of(r, e);
+      if (!has_element<Group>(job, u, row, column)) continue;
+      float sum = of(r, e);
+      if (is_float16<Group>(job.k)) sum *= power_of_two(-r.exponent);
+      to.data[to.at(row, column)] = sum;
     }
     if (thread == 0) {
       job.decays[(static_cast<int64_t>(piece.slot + 1) * job.H + head) * 2 + (u ? 1 : 0)] =
@@ -122,7 +147,8 @@ struct StateBody {
     const uint16_t* const base =
         static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t0, a_head);
     group.each([&](int thread, Registers& r) {
-      fetch_rows(base, a.stride[1], piece.end - t0, thread, r.raw[which]);
+      const bool real = has_column<Group>(a, thread % 16 * 8);
+      fetch_rows(base, a.stride[1], real ? piece.end - t0 : 0, thread, r.raw[which]);
     });
   }
   KALMANET_KERNEL void put(int which, Left* to) {
@@ -144,20 +170,52 @@ struct StateBody {
     }
   }
 
+  // f(i, a, b) for the pairs of weighted keys of a lane's left factor, tokens 16 k .. of the step.
+  template <bool kFloat16, class F>
+  KALMANET_KERNEL void each_weighted(int first, int k, int thread, F&& f) {
+    const Left raw = shared.left[(thread / 32 * 2 + k) * 32 + thread % 32];
+    KALMANET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int j = first + k * 16 + thread % 4 * 2 + i / 2 * 8;
+      const uint32_t both = raw.part[i];
+      f(i, (kFloat16 ? low_float16(both) : low_bfloat16(both)) * shared.weight[j],
+        (kFloat16 ? high_float16(both) : high_bfloat16(both)) * shared.weight[j + 1]);
+    }
+  }
+  // Of float16 keys: what the sums are counted in from now on.
+  KALMANET_KERNEL void take_exponent(int first) {
+    group.each([&](int thread, Registers& r) {
+      r.most = 0;
+      KALMANET_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        each_weighted<true>(first, k, thread,
+                            [&](int, float a, float b) { r.most = largest_bits(r.most, a, b); });
+      }
+    });
+    group.max_warp([](Registers& r) -> uint32_t& { return r.most; });
+    group.each([](int, Registers& r) {
+      const float by = counted_in(r.most, r.exponent);
+      KALMANET_UNROLL
+      for (int e = 0; e < 64; ++e) r.sum[e / 4][e % 4] *= by;
+    });
+  }
+
+  template <bool kFloat16>
   KALMANET_KERNEL void add_step(int first) {
+    if (kFloat16) take_exponent(first);
     const Left* const right = u ? shared.right : shared.left;
     KALMANET_UNROLL
     for (int k = 0; k < 2; ++k) {
       group.each([&](int thread, Registers& r) {
-        const Left raw = shared.left[(thread / 32 * 2 + k) * 32 + thread % 32];
-        KALMANET_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int j = first + k * 16 + thread % 4 * 2 + i / 2 * 8;
-          const float a = low_bfloat16(raw.part[i]) * shared.weight[j];
-          const float b = high_bfloat16(raw.part[i]) * shared.weight[j + 1];
-          r.a[0][i] = pack_bfloat16(a, b);
-          r.a[1][i] = low_parts(a, b, r.a[0][i]);
-        }
+        each_weighted<kFloat16>(first, k, thread, [&](int i, float a, float b) {
+          if (kFloat16) {
+            const float unit = power_of_two(r.exponent);
+            r.a[0][i] = split_float16(unit * a, unit * b, r.a[1][i]);
+          } else {
+            r.a[0][i] = pack_bfloat16(a, b);
+            r.a[1][i] = low_parts(a, b, r.a[0][i]);
+          }
+        });
       });
       KALMANET_UNROLL
       for (int tile = 0; tile < 16; ++tile) {
@@ -170,8 +228,15 @@ struct StateBody {
         }
         const auto sum = [tile](Registers& r) -> float (&)[4] { return r.sum[tile]; };
         const auto b = [tile](Registers& r) -> uint32_t (&)[2] { return r.b[tile % 2]; };
-        group.multiply_add(sum, [](Registers& r) -> uint32_t (&)[4] { return r.a[1]; }, b);
-        group.multiply_add(sum, [](Registers& r) -> uint32_t (&)[4] { return r.a[0]; }, b);
+        KALMANET_UNROLL
+        for (int part = 1; part >= 0; --part) {
+          const auto a = [part](Registers& r) -> uint32_t (&)[4] { return r.a[part]; };
+          if constexpr (kFloat16) {
+            group.multiply_add_float16(sum, sum, a, b);
+          } else {
+            group.multiply_add(sum, a, b);
+          }
+        }
       }
     }
   }
@@ -187,6 +252,7 @@ struct StateBody {
         KALMANET_UNROLL
         for (int i = 0; i < 4; ++i) r.sum[tile][i] = 0;
       }
+      r.exponent = kFinestExponent;
     });
     for (int64_t t0 = piece.begin; t0 < piece.end; t0 += L::kTokens) {
       group.each([&](int thread, Registers& r) {
@@ -201,7 +267,12 @@ struct StateBody {
       put(0, shared.left);
       if (u) put(1, shared.right);
       group.barrier();
-      add_step(static_cast<int>(t0 - piece.begin));
+      const int first = static_cast<int>(t0 - piece.begin);
+      if (is_float16<Group>(job.k)) {
+        add_step<true>(first);
+      } else {
+        add_step<false>(first);
+      }
     }
     store_state_sums(group, job, piece, head, u, total,
                      [](Registers& r, int e) { return r.sum[e / 4][e % 4]; });

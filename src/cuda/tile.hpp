@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "cuda/any_rows.hpp"
 #include "cuda/group.hpp"
 
 #ifdef __CUDACC__
@@ -92,7 +93,8 @@ KALMANET_KERNEL void load_blocks(const uint16_t* first, int lane, uint32_t (&out
 #endif
 }
 
-// A matrix's high and low bfloat16 parts; no low ones where it is exact.
+// A matrix's high and low bfloat16 parts; no low ones where it is exact, as bfloat16 tensors are.
+// (float16 ones have: then the matrix is exactly their sum.)
 struct Parts {
   uint16_t* high;
   uint16_t* low;
@@ -116,6 +118,15 @@ KALMANET_KERNEL void load_two(const Parts& parts, int row, int column, float (&o
   load_two<kColumns>(parts.low, row, column, low);
   out[0] += low[0], out[1] += low[1];
 }
+// The same of parts that may have no low ones, where the group is an AnyRows, or have none.
+template <int kColumns, class Group>
+KALMANET_KERNEL void load_two_exact(const Parts& parts, int row, int column, float (&out)[2]) {
+  if (kAnyRows<Group> && parts.low != nullptr) {
+    load_two<kColumns>(parts, row, column, out);
+  } else {
+    load_two<kColumns>(parts.high, row, column, out);
+  }
+}
 template <int kColumns>
 KALMANET_KERNEL void store_two(const Parts& parts, int row, int column, float a, float b) {
   const int at = Blocks<kColumns>::at(row, column);
@@ -137,6 +148,17 @@ KALMANET_KERNEL void store_eight(const Parts& parts, int row, int column, const 
   store16(parts.low + at, low);
 }
 
+// Eight neighbours as eight float16 (`raw`) are exactly the sum of two times as many bfloat16.
+KALMANET_KERNEL void split_eight(const uint32_t (&raw)[4], uint32_t (&high)[4],
+                                 uint32_t (&low)[4]) {
+  KALMANET_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float a = low_float16(raw[i]), b = high_float16(raw[i]);
+    high[i] = pack_bfloat16(a, b);
+    low[i] = low_bfloat16_parts(a, b, high[i]);
+  }
+}
+
 // Products of a block of eight warps with 64 tokens x 128 dims, tokens as rows: warp w has tokens
 // 16 (w % 4) .. of what is tokens x anything, and of its columns 64 (w / 4) .. or (pairs of tokens)
 // all 64; of what is dims x dims rows 32 (w % 4) .. and columns 64 (w / 4) .. . Registers have
@@ -144,6 +166,7 @@ KALMANET_KERNEL void store_eight(const Parts& parts, int row, int column, const 
 template <class Group, class R>
 struct TileProducts {
   Group& group;
+  int dims = 128;  // that are more than zeros (any_rows.hpp)
 
   static KALMANET_KERNEL int token_row(int thread) { return thread / 32 % 4 * 16; }
   static KALMANET_KERNEL int column_half(int thread) { return thread / 128 * 64; }
@@ -161,15 +184,21 @@ struct TileProducts {
     return thread / 32 % 4 * 32 + m * 16 + thread % 32 / 4 + i / 2 * 8;
   }
 
+  // Whether there are low parts, where there may be some: a tensor of any rows says so itself.
+  static KALMANET_KERNEL bool has_low(const Parts& parts) {
+    return !kAnyRows<Group> || parts.low != nullptr;
+  }
+
   // c(registers, m, n) += a b for one step of 16: a is in the registers, load(registers, thread,
-  // pair, part) brings two tiles of b.
+  // pair, part) brings two tiles of b. low_a, low_b: whether there are such parts after all.
   template <int kM, bool kLowA, bool kLowB, class Load, class C>
-  KALMANET_KERNEL void add_step(Load&& load, C&& c) {
+  KALMANET_KERNEL void add_step(bool low_a, bool low_b, Load&& load, C&& c) {
     KALMANET_UNROLL
     for (int pair = 0; pair < 4; ++pair) {
       group.each([&](int thread, R& r) {
         KALMANET_UNROLL
         for (int part = 0; part < (kLowB ? 2 : 1); ++part) {
+          if (part == 1 && !low_b) continue;
           uint32_t v[4];
           load(thread, pair, part, v);
           KALMANET_UNROLL
@@ -180,6 +209,7 @@ struct TileProducts {
       KALMANET_UNROLL
       for (int product = 0; product < 3; ++product) {
         if ((product == 0 && !kLowA) || (product == 1 && !kLowB)) continue;
+        if ((product == 0 && !low_a) || (product == 1 && !low_b)) continue;
         KALMANET_UNROLL
         for (int m = 0; m < kM; ++m) {
           KALMANET_UNROLL
@@ -201,12 +231,14 @@ struct TileProducts {
   KALMANET_KERNEL void multiply(Parts a, Parts b, C&& c) {
     KALMANET_UNROLL_TWO
     for (int k = 0; k < 8; ++k) {
+      if (!reaches<Group>(dims, k * 16)) break;
       group.each([&](int thread, R& r) {
         const int at = Blocks<128>::block(token_row(thread), k * 16);
         load_blocks<128, true, false>(a.high + at, thread % 32, r.a[0][0]);
-        if (kLowA) load_blocks<128, true, false>(a.low + at, thread % 32, r.a[1][0]);
+        if (kLowA && has_low(a)) load_blocks<128, true, false>(a.low + at, thread % 32, r.a[1][0]);
       });
       add_step<1, kLowA, kLowB>(
+          has_low(a), has_low(b),
           [&](int thread, int pair, int part, uint32_t (&v)[4]) {
             const int column = (kHalf ? column_half(thread) : 0) + pair * 16;
             const uint16_t* const from = part == 0 ? b.high : b.low;
@@ -230,6 +262,7 @@ struct TileProducts {
     for (int k = 0; k < 4; ++k) {
       group.each([&](int, R& r) { split_weights(of(r), k, r.a); });
       add_step<1, true, kLowB>(
+          true, has_low(b),
           [&](int thread, int pair, int part, uint32_t (&v)[4]) {
             const int column = column_half(thread) + pair * 16;
             load_blocks<128, true, true>(
@@ -249,10 +282,13 @@ struct TileProducts {
         for (int m = 0; m < 2; ++m) {
           const int at = Blocks<128>::block(k * 16, thread / 32 % 4 * 32 + m * 16);
           load_blocks<128, false, true>(a.high + at, thread % 32, r.a[0][m]);
-          if (kLowA) load_blocks<128, false, true>(a.low + at, thread % 32, r.a[1][m]);
+          if (kLowA && has_low(a)) {
+            load_blocks<128, false, true>(a.low + at, thread % 32, r.a[1][m]);
+          }
         }
       });
       add_step<2, kLowA, kLowB>(
+          has_low(a), has_low(b),
           [&](int thread, int pair, int part, uint32_t (&v)[4]) {
             const int column = column_half(thread) + pair * 16;
             load_blocks<128, true, true>(

@@ -73,6 +73,13 @@ KALMANET_KERNEL float high_float16(uint32_t both) {
 #endif
 }
 
+// The high parts, then the low.
+KALMANET_KERNEL uint32_t split_float16(float a, float b, uint32_t& low) {
+  const uint32_t high = pack_float16(a, b);
+  low = pack_float16(a - low_float16(high), b - high_float16(high));
+  return high;
+}
+
 // a * b + c, and a * b, of two float16 each, rounded once.
 KALMANET_KERNEL uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
 #ifdef __CUDACC__

@@ -156,9 +156,10 @@ inline void emulate_backward(const core::GkaProblem& problem, const GkaOutputGra
 
 // The same with x and z solved for on matrix units; returns what part of the pieces and heads was
 // left over to the token kernel.
-inline double emulate_backward_chunks(const core::GkaProblem& problem,
-                                      const GkaOutputGrads& output_grads,
-                                      const GkaInputGrads& grads, const Emulation& how) {
+template <bool kAny>
+double emulate_backward_chunks_of(const core::GkaProblem& problem,
+                                  const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
+                                  const Emulation& how) {
   BackwardJob job = backward_job_of(problem, output_grads, grads);
   const BackwardMemory memory(problem, job, true);
   const int64_t own = memory.count();
@@ -168,32 +169,36 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   job.in.left_over = left_over.data();
   job.in.split = problem.options.arithmetic == Arithmetic::standard;
   if (own > problem.N) {
-    emulate_states(job.in, how);
+    emulate_states<kAny>(job.in, how);
     emulate_segment_sums<float>(job.in);
   }
   for (int64_t piece = 0; piece < own; ++piece) {
     for (int64_t head = 0; head < problem.H; ++head) {
       if (job.in.direct) {
         Poisoned shared(sizeof(direct32::BackwardDirectShared));
-        HostGroup<direct32::BackwardDirectRegisters> group(direct32::DirectLayout::kThreads,
-                                                           how.backwards);
+        WithRows<kAny, HostGroup<direct32::BackwardDirectRegisters>> group(
+            direct32::DirectLayout::kThreads, how.backwards);
         direct32::run_backward_direct(
             group, *reinterpret_cast<direct32::BackwardDirectShared*>(shared.data()), job, piece,
             head);
         continue;
       }
       Poisoned shared(sizeof(BackwardChunkShared));
-      HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+      WithRows<kAny, HostGroup<ChunkRegisters>> group(ChunkLayout::kThreads, how.backwards);
       run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
                           head);
     }
   }
   if (job.in.direct) emulate_backward_first(job, how);
-  emulate_backward_solve<float, 128>(job, how);
+  if (problem.K <= 64) {
+    emulate_backward_solve<float, 64>(job, how);
+  } else {
+    emulate_backward_solve<float, 128>(job, how);
+  }
   emulate_backward_first(job, how, job.in.direct);
   for (int64_t i = 0; i < own * problem.H; ++i) {
     Poisoned shared(sizeof(TileShared));
-    HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+    WithRows<kAny, HostGroup<TileRegisters>> group(TileLayout::kThreads, how.backwards);
     run_tile_adjoints(group, *reinterpret_cast<TileShared*>(shared.data()), job, i / problem.H,
                       i % problem.H);
   }
@@ -204,7 +209,7 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   const auto run_tiles = [&]<template <class> class Body>() {
     for (int64_t block = 0; block < blocks; ++block) {
       Poisoned shared(sizeof(TileShared));
-      HostGroup<TileRegisters> group(TileLayout::kThreads, how.backwards);
+      WithRows<kAny, HostGroup<TileRegisters>> group(TileLayout::kThreads, how.backwards);
       run_tile_gradients<Body>(group, *reinterpret_cast<TileShared*>(shared.data()), job, block,
                                blocks);
     }
@@ -216,6 +221,16 @@ inline double emulate_backward_chunks(const core::GkaProblem& problem,
   double sum = 0;
   for (int32_t e : left_over) sum += e;
   return left_over.empty() ? 0.0 : sum / static_cast<double>(left_over.size());
+}
+
+inline double emulate_backward_chunks(const core::GkaProblem& problem,
+                                      const GkaOutputGrads& output_grads,
+                                      const GkaInputGrads& grads, const Emulation& how) {
+  double left_over = 0;
+  with_rows(job_of(problem, {}), [&](auto any) {
+    left_over = emulate_backward_chunks_of<any>(problem, output_grads, grads, how);
+  });
+  return left_over;
 }
 
 }  // namespace kalmanet::cuda

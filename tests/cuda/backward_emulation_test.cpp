@@ -131,11 +131,11 @@ TEST(CudaBackwardEmulation, OnlyWhatIsAskedFor) {
 }
 
 // x and z on matrix units. `bound`: of what is left beside rounding a gradient to its own dtype.
-template <class G>
+template <class G, class T = BFloat16>
 void check_chunks(const CaseSpec& spec, GkaOptions options, double bound, double left_over = 0) {
   options.backend = Backend::cuda;
-  Case<BFloat16, G> c(spec), other(spec);
-  const auto emulate = [&](Case<BFloat16, G>& into, const cuda::Emulation& how) {
+  Case<T, G> c(spec), other(spec);
+  const auto emulate = [&](Case<T, G>& into, const cuda::Emulation& how) {
     const GkaInputGrads grads = into.grads();
     const core::GkaProblem problem =
         core::validate_backward(into.inputs(), {}, into.output_grads(), grads, options);
@@ -151,7 +151,7 @@ void check_chunks(const CaseSpec& spec, GkaOptions options, double bound, double
   EXPECT_TRUE(c.gaps_intact()) << text(where, "gaps");
   WorstErrors errors;
   expect_oracle_gradients(c, options, where, errors, bound);
-  errors.print(describe(spec).c_str());
+  errors.print((std::string(name(DTypeOf<T>::value)) + " " + describe(spec)).c_str());
 }
 
 TEST(CudaBackwardEmulation, ChunksMatchTheOracle) {
@@ -187,6 +187,40 @@ TEST(CudaBackwardEmulation, DirectChunksMatchTheOracle) {
     check_chunks<float>(spec, options, 1e-3);
     check_chunks<BFloat16>(spec, options, 1e-3);
   }
+}
+
+// Fewer dims than 128, rows with gaps, and float16 (cuda/any_rows.hpp).
+template <class T>
+void check_any_rows(Solver solver) {
+  GkaOptions options;
+  options.solver = solver;
+  int turn = 0;
+  for (const auto& [K, V] : std::vector<std::array<int64_t, 2>>{
+           {64, 64}, {96, 64}, {128, 72}, {80, 80}, {72, 128}, {8, 16}, {128, 128}}) {
+    CaseSpec spec = small_case(turn++);
+    spec.K = K, spec.V = V, spec.B = 1, spec.strided = false;
+    if (K == 128 && V == 128 && std::is_same_v<T, BFloat16>) continue;
+    spec.row_gap = turn % 2 == 0 ? 8 : 0;
+    spec.T = turn % 3 == 0 ? 65 : 100;
+    if (turn <= 2) {
+      spec.lengths = {0, 70, 1, 0, 17, 0};
+      spec.Hq = spec.Hk = spec.Hv = 1;
+    } else if (turn == 3) {
+      spec.T = cuda::kBackwardTokens + 70;
+      spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    }
+    check_chunks<float, T>(spec, options, 1e-3);
+    if (turn == 1) check_chunks<T, T>(spec, options, 1e-3);
+  }
+}
+TEST(CudaBackwardEmulation, ChunksOfFewerDims) {
+  check_any_rows<BFloat16>(Solver::chebyshev);
+}
+TEST(CudaBackwardEmulation, DirectChunksOfFewerDims) {
+  check_any_rows<BFloat16>(Solver::direct);
+}
+TEST(CudaBackwardEmulation, DirectChunksOfFloat16) {
+  check_any_rows<Float16>(Solver::direct);
 }
 
 TEST(CudaBackwardEmulation, ChunksOfCutPackedAndSharedHeads) {

@@ -28,7 +28,7 @@ GkaReport run(Case<T, G>& c, GkaOptions options) {
 }
 
 template <class T, class G = T>
-void check(const CaseSpec& spec, const GkaOptions& options) {
+void check(const CaseSpec& spec, const GkaOptions& options, bool by_chunks = false) {
   Case<T, G> c(spec), again(spec);
   const Where where{"gka_backward", "cuda",
                     describe(spec) + ", " + name(options.solver) + ", " + name(DTypeOf<T>::value)};
@@ -41,6 +41,7 @@ void check(const CaseSpec& spec, const GkaOptions& options) {
   EXPECT_TRUE(c.gaps_intact()) << text(where, "gaps");
   // On matrix units half a bfloat16's rounding more.
   const bool chunks = report.chunk_size == 64;
+  EXPECT_TRUE(chunks || !by_chunks) << text(where, "not on matrix units");
   WorstErrors apart;
   expect_oracle_gradients(c, options, where, chunks ? apart : worst, chunks ? 1e-3 : 0);
 }
@@ -120,6 +121,37 @@ TEST_F(CudaGpuBackward, MatrixUnitsMatchTheOracle) {
   check<BFloat16, float>(packed, direct);
   packed.memory = 0.3;  // forgets more in a chunk than float32 can hold: left to the token kernel
   check<BFloat16, float>(packed, {});
+}
+
+// Fewer dims than 128, rows with gaps, and float16 (cuda/any_rows.hpp).
+template <class T>
+void check_any_rows(Solver solver) {
+  GkaOptions options;
+  options.solver = solver;
+  int turn = 0;
+  for (const auto& [K, V] : std::vector<std::array<int64_t, 2>>{
+           {64, 64}, {96, 64}, {128, 72}, {80, 80}, {72, 128}, {112, 112}, {8, 16}, {128, 128}}) {
+    for (int64_t tokens : std::vector<int64_t>{1, 70, cuda::kBackwardTokens + 70}) {
+      CaseSpec spec = small_case(turn++);
+      spec.K = K, spec.V = V, spec.T = tokens, spec.strided = false;
+      spec.row_gap = turn % 2 == 0 ? 8 : 0;
+      spec.memory = turn % 3 == 0 ? 20 : 200;
+      check<T, float>(spec, options, true);
+    }
+    CaseSpec packed = small_case(turn++);
+    packed.K = K, packed.V = V, packed.strided = false, packed.row_gap = 16;
+    packed.lengths = {0, 70, 1, 270, 0, 17};
+    check<T>(packed, options, true);
+  }
+}
+TEST_F(CudaGpuBackward, MatrixUnitsForFewerDims) {
+  check_any_rows<BFloat16>(Solver::chebyshev);
+}
+TEST_F(CudaGpuBackward, DirectOnMatrixUnitsForFewerDims) {
+  check_any_rows<BFloat16>(Solver::direct);
+}
+TEST_F(CudaGpuBackward, DirectOnMatrixUnitsForFloat16) {
+  check_any_rows<Float16>(Solver::direct);
 }
 
 // One short case, for tools that watch every access.

@@ -90,41 +90,44 @@ void emulate_segments(const GkaJob& job, const Emulation& how) {
   emulate_segment_sums<S>(job);
 }
 
-inline void emulate_chunk_blocks(const GkaJob& job, const Emulation& how) {
+template <bool kAny>
+void emulate_chunk_blocks(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
       if (job.direct && how.hopper) {
         Poisoned shared(sizeof(HopperShared));
-        HostGroup<HopperRegisters> group(HopperLayout::kThreads, how.backwards);
+        WithRows<kAny, HostGroup<HopperRegisters>> group(HopperLayout::kThreads, how.backwards);
         run_hopper_direct(group, *reinterpret_cast<HopperShared*>(shared.data()), job, piece, head);
         continue;
       }
       if (job.direct) {
         Poisoned shared(sizeof(DirectShared));
-        HostGroup<DirectRegisters> group(DirectLayout::kThreads, how.backwards);
+        WithRows<kAny, HostGroup<DirectRegisters>> group(DirectLayout::kThreads, how.backwards);
         run_direct(group, *reinterpret_cast<DirectShared*>(shared.data()), job, piece, head);
         continue;
       }
       Poisoned shared(sizeof(ChunkShared));
-      HostGroup<ChunkRegisters> group(ChunkLayout::kThreads, how.backwards);
+      WithRows<kAny, HostGroup<ChunkRegisters>> group(ChunkLayout::kThreads, how.backwards);
       run_chunks(group, *reinterpret_cast<ChunkShared*>(shared.data()), job, piece, head);
     }
   }
 }
 
-inline void emulate_states(const GkaJob& job, const Emulation& how) {
+template <bool kAny>
+void emulate_states(const GkaJob& job, const Emulation& how) {
   for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
     for (int64_t head = 0; head < job.H; ++head) {
       for (bool u : {false, true}) {
         if (how.hopper) {
           Poisoned shared(sizeof(HopperStateShared));
-          HostGroup<HopperStateRegisters> group(StateLayout::kThreads, how.backwards);
+          WithRows<kAny, HostGroup<HopperStateRegisters>> group(StateLayout::kThreads,
+                                                                how.backwards);
           run_hopper_states(group, *reinterpret_cast<HopperStateShared*>(shared.data()), job, piece,
                             head, u);
           continue;
         }
         Poisoned shared(sizeof(StateShared));
-        HostGroup<StateRegisters> group(StateLayout::kThreads, how.backwards);
+        WithRows<kAny, HostGroup<StateRegisters>> group(StateLayout::kThreads, how.backwards);
         run_states(group, *reinterpret_cast<StateShared*>(shared.data()), job, piece, head, u);
       }
     }
@@ -158,12 +161,18 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
   job.decays = reinterpret_cast<double*>(decays.data());
   job.chunk_scratch = scratch.data();
   job.left_over = left_over.data();
-  if (job.num_pieces > problem.N) {
-    emulate_states(job, how);
-    emulate_segment_sums<float>(job);
+  with_rows(job, [&](auto any) {
+    if (job.num_pieces > problem.N) {
+      emulate_states<any>(job, how);
+      emulate_segment_sums<float>(job);
+    }
+    emulate_chunk_blocks<any>(job, how);
+  });
+  if (problem.K <= 64) {
+    emulate_tokens<float, 64>(job, how);
+  } else {
+    emulate_tokens<float, 128>(job, how);
   }
-  emulate_chunk_blocks(job, how);
-  emulate_tokens<float, 128>(job, how);
   emulate_first_tokens(job, static_cast<int64_t>(pieces.size()), how);
   double sum = 0;
   for (int32_t e : left_over) sum += e;

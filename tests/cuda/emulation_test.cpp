@@ -79,13 +79,13 @@ TEST(CudaEmulation, PackedSequences) {
 }
 
 // T tokens by the matrix-unit kernels; relative errors of o by token against the oracle.
-template <class G>
+template <class T, class G>
 void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound, double left_over,
                      bool hopper) {
   GkaOptions options = with;
   options.backend = Backend::cuda;
-  Case<BFloat16, G> c(spec), other(spec);
-  const auto emulate = [&](Case<BFloat16, G>& into, const cuda::Emulation& how) {
+  Case<T, G> c(spec), other(spec);
+  const auto emulate = [&](Case<T, G>& into, const cuda::Emulation& how) {
     GkaOutputs outputs = into.outputs();
     outputs.x = outputs.residual = View();
     const core::GkaProblem problem = core::validate_forward(into.inputs(), outputs, options);
@@ -99,6 +99,7 @@ void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound,
   for_each_output(c, other, [&](const char* tensor, ConstView a, ConstView b) {
     EXPECT_TRUE(identical(where, tensor, a, b)) << "depends on the order of threads";
   });
+  EXPECT_TRUE(c.gaps_intact()) << text(where, "gaps");
   Case<double> d = to_double(c);
   d.clear_results();
   options.backend = Backend::reference;
@@ -112,20 +113,21 @@ void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound,
         relative_error(std::span(got).subspan(t * row, row), std::span(want).subspan(t * row, row));
     if (error > worst) worst = error, worst_token = t;
   }
-  std::printf("%s%s: o %.2e, worst token %zu: %.2e\n", describe(spec).c_str(),
-              hopper ? " (Hopper)" : "", relative_error(got, want), worst_token, worst);
+  std::printf("%s %s%s: o %.2e, worst token %zu: %.2e\n", name(DTypeOf<T>::value),
+              describe(spec).c_str(), hopper ? " (Hopper)" : "", relative_error(got, want),
+              worst_token, worst);
   EXPECT_TRUE(within(where, "o", got, want, bound));
   EXPECT_LE(worst, 4 * bound) << text(where, "o") << ", token " << worst_token;
   EXPECT_TRUE(within(where, "h_final", c.h_final.view(), d.h_final.view(), 2e-5));
   EXPECT_TRUE(within(where, "u_final", c.u_final.view(), d.u_final.view(), 2e-5));
 }
-template <class G>
+template <class G, class T = BFloat16>
 void check_chunks(const CaseSpec& spec, const GkaOptions& options, double bound,
                   double left_over = 0) {
-  check_chunks_on<G>(spec, options, bound, left_over, false);
+  check_chunks_on<T, G>(spec, options, bound, left_over, false);
   // (Of chebyshev that chip has the states before pieces alone.)
   if (options.solver == Solver::direct || spec.T > kSegmentTokens) {
-    check_chunks_on<G>(spec, options, bound, left_over, true);
+    check_chunks_on<T, G>(spec, options, bound, left_over, true);
   }
 }
 
@@ -188,6 +190,49 @@ TEST(CudaEmulation, ChunksOfCutAndPackedSequences) {
   spec.lengths = {70, 130};
   spec.memory = 0.3;  // forgets more in a chunk than float32 can hold: the token kernel's
   check_chunks<float>(spec, {}, 2e-3, 1.0);
+}
+
+// Fewer dims than 128, rows with gaps, and float16 (cuda/any_rows.hpp).
+template <class T>
+void check_any_rows(Solver solver, double bound) {
+  GkaOptions options;
+  options.solver = solver;
+  int turn = 0;
+  for (const auto& [K, V] : std::vector<std::array<int64_t, 2>>{
+           {64, 64}, {96, 64}, {128, 72}, {80, 80}, {72, 128}, {8, 16}, {128, 128}}) {
+    CaseSpec spec = small_case(turn++);
+    spec.K = K, spec.V = V, spec.B = 1, spec.strided = false;
+    if (K == 128 && V == 128 && std::is_same_v<T, BFloat16>) continue;
+    spec.row_gap = turn % 2 == 0 ? 8 : 0;
+    spec.T = turn % 3 == 0 ? 65 : 130;
+    check_chunks<float, T>(spec, options, bound);
+    if (turn > 3) continue;
+    spec.lengths = {0, 70, 1, 0, 17, 0};
+    check_chunks<T, T>(spec, options, bound);
+    spec.lengths = {kSegmentTokens + 40, 1};
+    spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    check_chunks<float, T>(spec, options, bound);
+  }
+}
+TEST(CudaEmulation, ChunksOfFewerDims) {
+  check_any_rows<BFloat16>(Solver::chebyshev, 2e-3);
+}
+TEST(CudaEmulation, DirectChunksOfFewerDims) {
+  check_any_rows<BFloat16>(Solver::direct, 2e-3);
+}
+TEST(CudaEmulation, DirectChunksOfFloat16) {
+  check_any_rows<Float16>(Solver::direct, 8e-4);
+}
+// Keys far from 1 in size: half of what float16 has of them below its normal numbers, or large.
+TEST(CudaEmulation, DirectChunksOfFloat16OfAnySize) {
+  GkaOptions options;
+  options.solver = Solver::direct;
+  for (double size : {0x1p-7, 0x1p7}) {
+    CaseSpec spec = small_case(0);
+    spec.K = 64, spec.V = 64, spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    spec.T = kSegmentTokens + 40, spec.key_size = size;
+    check_chunks<float, Float16>(spec, options, 8e-4);
+  }
 }
 
 // Solver auto: chebyshev up to as many steps as a direct solve costs, then direct.

@@ -119,12 +119,12 @@ TEST_F(CudaGpu, NoAnswerDependsOnItsNeighbours) {
 
 // The forward on matrix units against the oracle and against its twin, the token kernel (which runs
 // where x is asked for).
-template <class G>
+template <class G, class T = BFloat16>
 void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
   options.backend = Backend::cuda;
-  Case<BFloat16, G> c(spec), again(spec), twin(spec);
-  for (Case<BFloat16, G>* to : {&c, &again}) {
-    DeviceCase<BFloat16, G> on_gpu(*to);
+  Case<T, G> c(spec), again(spec), twin(spec);
+  for (Case<T, G>* to : {&c, &again}) {
+    DeviceCase<T, G> on_gpu(*to);
     GkaOutputs outputs = on_gpu.outputs();
     outputs.x = outputs.residual = View();
     const int64_t chunk = 64;
@@ -134,7 +134,7 @@ void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
   GkaOptions standard = options;
   standard.arithmetic = Arithmetic::standard;
   EXPECT_EQ(run(twin, standard, false).chunk_size, 1);
-  const Where where{"gka_forward by chunks", "cuda", describe(spec)};
+  const Where where{"gka_forward by chunks", name(DTypeOf<T>::value), describe(spec)};
   for_each_output(c, again, [&](const char* tensor, ConstView a, ConstView b) {
     EXPECT_TRUE(identical(where, tensor, a, b)) << "another run gives other bits";
   });
@@ -146,7 +146,8 @@ void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
   gka_forward(d.inputs(), d.outputs(), options);
   const double alone = relative_error(twin.o.view(), d.o.view());
   const double error = relative_error(c.o.view(), d.o.view());
-  std::printf("%s: o %.2e, its twin %.2e, h_final %.1e\n", describe(spec).c_str(), error, alone,
+  std::printf("%s %s: o %.2e, its twin %.2e, h_final %.1e\n", name(DTypeOf<T>::value),
+              describe(spec).c_str(), error, alone,
               relative_error(c.h_final.view(), d.h_final.view()));
   EXPECT_TRUE(within(where, "o", c.o.view(), d.o.view(), bound));
   EXPECT_TRUE(within(where, "h_final", c.h_final.view(), d.h_final.view(), 2e-5));
@@ -175,6 +176,37 @@ TEST_F(CudaGpu, DirectOnMatrixUnitsMatchesTheOracleAndTheTokenKernel) {
   check_chunks<float>(packed, direct, 2 * 1.7e-3);
 }
 
+// Fewer dims than 128, rows with gaps, and float16 (cuda/any_rows.hpp).
+template <class T>
+void check_any_rows(Solver solver, double bound) {
+  GkaOptions options;
+  options.solver = solver;
+  int turn = 0;
+  for (const auto& [K, V] : std::vector<std::array<int64_t, 2>>{
+           {64, 64}, {96, 64}, {128, 72}, {80, 80}, {72, 128}, {112, 112}, {8, 16}, {128, 128}}) {
+    for (int64_t tokens : {1, 70, 512 + 70}) {
+      CaseSpec spec = small_case(turn++);
+      spec.K = K, spec.V = V, spec.T = tokens, spec.strided = false;
+      spec.row_gap = turn % 2 == 0 ? 8 : 0;
+      spec.memory = turn % 3 == 0 ? 20 : 200;
+      check_chunks<float, T>(spec, options, bound);
+    }
+    CaseSpec packed = small_case(turn++);
+    packed.K = K, packed.V = V, packed.strided = false, packed.row_gap = 16;
+    packed.lengths = {0, 70, 1, 530, 0, 130};
+    check_chunks<T, T>(packed, options, bound);
+  }
+}
+TEST_F(CudaGpu, MatrixUnitsForFewerDims) {
+  check_any_rows<BFloat16>(Solver::chebyshev, 2 * 1.7e-3);
+}
+TEST_F(CudaGpu, DirectOnMatrixUnitsForFewerDims) {
+  check_any_rows<BFloat16>(Solver::direct, 2 * 1.7e-3);
+}
+TEST_F(CudaGpu, DirectOnMatrixUnitsForFloat16) {
+  check_any_rows<Float16>(Solver::direct, 8e-4);
+}
+
 // One short case of each kernel, for tools that watch every access.
 TEST_F(CudaGpu, MatrixUnitsShortly) {
   CaseSpec spec = small_case(0);
@@ -188,18 +220,19 @@ TEST_F(CudaGpu, MatrixUnitsShortly) {
 
 // A piece that a matrix-unit kernel gives up is the token kernel's, which answers as well and takes
 // dozens of times as long: an error that sets it off would not show in any answer.
-TEST_F(CudaGpu, OrdinaryPiecesAreNotLeftToTheTokenKernel) {
+template <class T>
+void check_not_left_over(int64_t K, int64_t V, std::vector<Solver> solvers) {
   CaseSpec spec = small_case(3);
-  spec.B = 1, spec.T = 4096, spec.H = 16, spec.Hq = spec.Hk = spec.Hv = 0, spec.K = spec.V = 128;
+  spec.B = 1, spec.T = 4096, spec.H = 16, spec.Hq = spec.Hk = spec.Hv = 0, spec.K = K, spec.V = V;
   spec.strided = false, spec.g = spec.gk = spec.same_gate = true;
   spec.alpha = spec.beta = spec.h0 = spec.u0 = false;
   spec.ridge_ratio = 0.02, spec.memory = 30;
-  for (Solver solver : {Solver::chebyshev, Solver::direct}) {
+  for (Solver solver : solvers) {
     GkaOptions options;
     options.backend = Backend::cuda;
     options.solver = solver;
-    Case<BFloat16, float> c(spec);
-    DeviceCase<BFloat16, float> on_gpu(c);
+    Case<T, float> c(spec);
+    DeviceCase<T, float> on_gpu(c);
     const auto median = [&](bool by_tokens) {
       GkaOutputs outputs = on_gpu.outputs();
       outputs.residual = View();
@@ -216,10 +249,18 @@ TEST_F(CudaGpu, OrdinaryPiecesAreNotLeftToTheTokenKernel) {
       return seconds[2];
     };
     const double tokens = median(true), chunks = median(false);
-    std::printf("%s: token kernel %.2f ms, chunks %.2f ms\n", name(solver), 1e3 * tokens,
-                1e3 * chunks);
+    std::printf("%s %s K=%lld V=%lld: token kernel %.2f ms, chunks %.2f ms\n", name(solver),
+                name(DTypeOf<T>::value), static_cast<long long>(K), static_cast<long long>(V),
+                1e3 * tokens, 1e3 * chunks);
     EXPECT_LT(chunks, 0.5 * tokens) << name(solver) << " " << describe(spec);
   }
+}
+TEST_F(CudaGpu, OrdinaryPiecesAreNotLeftToTheTokenKernel) {
+  check_not_left_over<BFloat16>(128, 128, {Solver::chebyshev, Solver::direct});
+  check_not_left_over<BFloat16>(64, 64, {Solver::chebyshev, Solver::direct});
+  check_not_left_over<BFloat16>(96, 72, {Solver::direct});
+  check_not_left_over<Float16>(128, 128, {Solver::direct});
+  check_not_left_over<Float16>(64, 64, {Solver::direct});
 }
 
 TEST_F(CudaGpu, MatrixUnitsMatchTheOracleAndTheTokenKernel) {

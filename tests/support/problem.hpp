@@ -27,8 +27,10 @@ struct CaseSpec {
   double gate_spread = 0.5;  // of the logarithm of a token's decay (a normal deviate's)
   std::vector<int64_t> lengths;  // packed sequences; B is 1 and T their sum then
   bool strided = false;          // awkward layouts with gaps (tensor.hpp), each tensor its own
+  int64_t row_gap = 0;           // elements after each row of the plain layout
   uint64_t seed = 1;
   bool unit_keys = true;       // keys of norm 1 (else of about 1, each its own); queries likewise
+  double key_size = 1;         // what keys are multiplied by
   double key_correlation = 0;  // mean inner product of two unit keys of a head, 0..1
 
   int64_t num_q_heads() const { return Hq ? Hq : H; }
@@ -54,8 +56,10 @@ inline std::string describe(const CaseSpec& s) {
     if (on) out << text;
   }
   if (s.g || s.gk) out << " memory=" << s.memory;
+  if (s.row_gap != 0) out << " row_gap=" << s.row_gap;
   if (s.gate_spread != 0.5) out << " gate_spread=" << s.gate_spread;
   if (s.key_correlation != 0) out << " key_correlation=" << s.key_correlation;
+  if (s.key_size != 1) out << " key_size=" << s.key_size;
   if (!s.unit_keys) out << " keys of any length";
   if (!s.lengths.empty()) {
     out << " packed:";
@@ -97,13 +101,14 @@ struct Case {
     const int64_t B = spec.B, L = spec.T, H = spec.H, K = spec.K, V = spec.V;
     const int64_t N = spec.num_sequences();
     const auto make = [&]<class E>(Tensor<E>& tensor, std::vector<int64_t> sizes) -> Tensor<E>& {
-      return tensor = Tensor<E>(std::move(sizes), spec.strided, layout);
+      const int64_t gap = sizes.size() == 4 ? spec.row_gap : 0;
+      return tensor = Tensor<E>(std::move(sizes), spec.strided, layout, gap);
     };
     const std::vector<int64_t> scalar = {B, L, H}, state_h = {N, H, K, K}, state_u = {N, H, K, V};
 
     make(q, {B, L, spec.num_q_heads(), K}).assign(vectors(B * L, spec.num_q_heads(), K, 0, random));
     make(k, {B, L, spec.num_k_heads(), K})
-        .assign(vectors(B * L, spec.num_k_heads(), K, spec.key_correlation, random));
+        .assign(vectors(B * L, spec.num_k_heads(), K, spec.key_correlation, random, spec.key_size));
     make(v, {B, L, spec.num_v_heads(), V}).fill([&](int64_t) { return random.normal(); });
     // Around 1/memory: by default mostly within a factor of e either way.
     const auto decay = [&](int64_t) {
@@ -201,7 +206,7 @@ struct Case {
  private:
   // count x heads vectors of size dim: unit (or not) and, within a head, correlated.
   std::vector<double> vectors(int64_t count, int64_t heads, int64_t dim, double correlation,
-                              Random& random) const {
+                              Random& random, double size = 1) const {
     const auto unit = [&](double* y) {
       double sum = 0;
       for (int64_t i = 0; i < dim; ++i) {
@@ -222,7 +227,7 @@ struct Case {
               std::sqrt(correlation) * common[static_cast<size_t>(h * dim + d)];
           sum += e * e;
         }
-        const double length = spec.unit_keys ? 1.0 : std::exp(0.5 * random.normal());
+        const double length = size * (spec.unit_keys ? 1.0 : std::exp(0.5 * random.normal()));
         for (double e : y) all.push_back(e * length / std::sqrt(sum));
       }
     }
@@ -235,7 +240,8 @@ struct Case {
     const int64_t K = spec.K, V = spec.V, pairs = std::min<int64_t>(40, 2 * K);
     std::vector<double> h, u;
     for (int64_t s = 0; s < spec.num_sequences() * spec.H; ++s) {
-      const std::vector<double> keys = vectors(pairs, 1, K, spec.key_correlation, random);
+      const std::vector<double> keys =
+          vectors(pairs, 1, K, spec.key_correlation, random, spec.key_size);
       std::vector<double> hs(static_cast<size_t>(K * K)), us(static_cast<size_t>(K * V));
       for (int64_t p = 0; p < pairs; ++p) {
         const double* key = &keys[static_cast<size_t>(p * K)];

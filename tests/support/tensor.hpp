@@ -88,7 +88,8 @@ template <class T>
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(std::vector<int64_t> sizes, bool awkward, Random& random) {
+  // row_gap: elements between rows of the plain layout.
+  Tensor(std::vector<int64_t> sizes, bool awkward, Random& random, int64_t row_gap = 0) {
     view_.dtype = DTypeOf<T>::value;
     view_.rank = static_cast<int>(sizes.size());
     // Innermost first: the last dimension, then (awkward) the others in an order of their own.
@@ -105,6 +106,7 @@ class Tensor {
       view_.size[d] = sizes[static_cast<size_t>(d)];
       view_.stride[d] = stride;
       stride = stride * sizes[static_cast<size_t>(d)] + (awkward ? random.integer(0, 3) : 0);
+      if (d == view_.rank - 1 && !awkward) stride += row_gap;
     }
     // One element at least, so that an empty tensor is not taken for an absent one.
     memory_.assign(static_cast<size_t>(stride) + 1, std::numeric_limits<T>::quiet_NaN());
