@@ -56,9 +56,8 @@ struct TileAdjoints : BackwardTiles<Group> {
       for (int i = 0; i < 4; ++i) r.state[mm][tile][i] = r.other[mm][tile][i] = 0.0f;
     });
     float later = 0.0f;
-    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     KALMANET_LOOP
-    for (int i = chunks; i-- > 0;) {
+    for (int i = this->num_chunks(); i-- > 0;) {
       this->set_chunk(i);
       load_chunk(later);
       later = this->now().through_f;
@@ -109,6 +108,7 @@ KALMANET_KERNEL void run_tile_adjoints(Group& group, TileShared& shared,
   const Piece piece = piece_of(backward.in, piece_index);
   if (!has_before(backward, piece) || !is_done(backward.in, piece_index, head)) return;
   TileAdjoints<Group> body{{{{group}, shared, backward, backward.in, piece, head}}};
+  body.find_cuts(piece_index);
   body.run();
 }
 

@@ -41,6 +41,13 @@ struct TileValues : TileGates<Group> {
     this->fetch(job.v, head / job.v_group, 1);
   }
 
+  // What is there of other chunks from the beginning.
+  KALMANET_KERNEL void start_chunk(int chunk) {
+    if (this->cuts == nullptr) return;
+    this->find_start(chunk, true);
+    this->load_value_scalars(0, true);
+  }
+
   // A chunk's tiles, and what dk has so far. Begins and ends with a barrier.
   KALMANET_KERNEL void load_chunk() {
     this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
@@ -143,24 +150,27 @@ struct TileValues : TileGates<Group> {
   }
 
   KALMANET_KERNEL void run() {
-    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
+    const int chunks = this->num_chunks();
     if (chunks == 0) return;
-    KALMANET_LOOP
-    for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
-      this->set_chunk(i);
-      this->load_value_scalars(i, true);
+    if (this->cuts == nullptr) {
+      KALMANET_LOOP
+      for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
+        this->set_chunk(i);
+        this->load_value_scalars(i, true);
+      }
+      this->take_start(true);
+      group.barrier();
+      advance(chunks);
     }
-    this->take_start(true);
-    group.barrier();
-    advance(chunks);
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
     this->take_state(this->chunk_state(L::kChunks),
                      [&](int row, int column) { return e.data[e.at(row, column)]; });
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
       this->set_chunk(i);
+      start_chunk(i);
       load_chunk();
-      run_chunk(i);
+      run_chunk(this->cuts == nullptr ? i : 0);
       group.barrier();
       store_scalars();
     }
@@ -180,6 +190,7 @@ KALMANET_KERNEL void run_tile_gradients(Group& group, TileShared& shared,
     if (job.left_over[i] != 0) continue;
     Body<Group> body{
         {{{{group}, shared, backward, job, piece_of(job, i / job.H), i % job.H}}, scratch}};
+    body.find_cuts(i / job.H);
     body.run();
     group.barrier();
   }
