@@ -1,10 +1,11 @@
 // The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a
 // median of runs timed by events, steps replayed as a graph. Prints one line of JSON a case.
 //
-//   gka_cuda [step] [forward] [backward] [sizes] (default: the first three) [few] [quick]
-//   [quick-backward] [steps_once], or first [direct] (sizes: fewer dims than 128, and float16; few:
-//   the backward's first two sizes; quick.., steps_once: for a profiler; first: the process's first
-//   calls, by the clock: first_call.cpp)
+//   gka_cuda [step] [forward] [backward] (default: these) [fresh] [sizes] [few] [quick]
+//   [quick-backward] [steps_once], or first [direct] (fresh: gates of a layer that was not trained
+//   yet, some of whose heads have a memory of a few tokens; sizes: fewer dims than 128, and float16;
+//   few: the backward's first two sizes; quick.., steps_once: for a profiler; first: the process's
+//   first calls, by the clock: first_call.cpp)
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 (or float16) but the gates. A case is timed only after its outputs
@@ -74,9 +75,12 @@ struct Device {
   Device& operator=(const Device&) = delete;
 };
 
+// fresh: gates of a layer that was not trained yet, -A dt a token: A of a head uniform in 1 .. 16,
+// dt log-uniform in 0.001 .. 0.1 and each token's own by a normal deviate of 0.5 of its logarithm.
 struct Problem {
   int64_t B, T, H, K;
   DType dtype;
+  bool fresh;
   std::vector<uint16_t> q, k, v;
   std::vector<float> g;
 
@@ -85,8 +89,9 @@ struct Problem {
     return dtype == DType::float16 ? from_float16(h) : from_bfloat16(h);
   }
 
-  Problem(int64_t b, int64_t t, int64_t h, int64_t dim, DType of = DType::bfloat16)
-      : B(b), T(t), H(h), K(dim), dtype(of) {
+  Problem(int64_t b, int64_t t, int64_t h, int64_t dim, DType of = DType::bfloat16,
+          bool is_fresh = false)
+      : B(b), T(t), H(h), K(dim), dtype(of), fresh(is_fresh) {
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     std::uniform_real_distribution<float> uniform;
@@ -100,7 +105,25 @@ struct Problem {
     };
     vectors(q, true), vectors(k, true), vectors(v, false);
     for (int64_t i = 0; i < B * T * H; ++i) g.push_back(-std::exp(uniform(random) * 4 - 6));
+    if (is_fresh) draw_fresh_gates();
   }
+  void draw_fresh_gates() {
+    fresh = true;
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<float> uniform;
+    std::vector<float> of_head;
+    for (int64_t h = 0; h < H; ++h) {
+      const float a = 1 + 15 * uniform(random);
+      of_head.push_back(a * 0.001f * std::pow(100.0f, uniform(random)));
+    }
+    for (size_t i = 0; i < g.size(); ++i) {
+      g[i] = -of_head[i % of_head.size()] * std::exp(0.5f * normal(random));
+    }
+  }
+  // Heads of a twin at a short length whose answers are compared with the oracle's.
+  int64_t few_heads() const { return fresh ? 4 : 2; }
+  int64_t few_tokens() const { return fresh ? 320 : 600; }
 };
 
 double median_ms(const std::function<void()>& run, cudaStream_t stream, int times) {
@@ -123,18 +146,19 @@ double median_ms(const std::function<void()>& run, cudaStream_t stream, int time
 
 // Twin problems on the two sides: the oracle's answer in float64 for the first `tokens` tokens.
 double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool step) {
-  Problem small(1, tokens, 2, p.K, p.dtype);
-  const int64_t n = tokens * 2 * p.K;
+  const int64_t heads = p.few_heads();
+  Problem small(1, tokens, heads, p.K, p.dtype, p.fresh);
+  const int64_t n = tokens * heads * p.K;
   std::vector<double> q, k, v, g, o(static_cast<size_t>(n));
   for (uint16_t e : small.q) q.push_back(p.number(e));
   for (uint16_t e : small.k) k.push_back(p.number(e));
   for (uint16_t e : small.v) v.push_back(p.number(e));
   for (float e : small.g) g.push_back(e);
   GkaInputs in;
-  const auto dims = [&](auto* data) { return dense(data, {1, tokens, 2, p.K}); };
+  const auto dims = [&](auto* data) { return dense(data, {1, tokens, heads, p.K}); };
   const double *cq = q.data(), *ck = k.data(), *cv = v.data(), *cg = g.data();
   in.q = dims(cq), in.k = dims(ck), in.v = dims(cv);
-  in.g = in.gk = dense(cg, {1, tokens, 2});
+  in.g = in.gk = dense(cg, {1, tokens, heads});
   GkaOutputs out;
   out.o = dims(o.data());
   GkaOptions options = with;
@@ -144,11 +168,11 @@ double error_of(const Problem& p, int64_t tokens, const GkaOptions& with, bool s
 
   Device dq(small.q), dk(small.k), dv(small.v), dg(small.g), dout(static_cast<size_t>(n) * 2);
   const auto on_gpu = [&](const Device& d) {
-    return dense(static_cast<const void*>(d.data), p.dtype, {1, tokens, 2, p.K});
+    return dense(static_cast<const void*>(d.data), p.dtype, {1, tokens, heads, p.K});
   };
   in.q = on_gpu(dq), in.k = on_gpu(dk), in.v = on_gpu(dv);
-  in.g = in.gk = dense(static_cast<const float*>(dg.data), {1, tokens, 2});
-  out.o = dense(dout.data, p.dtype, {1, tokens, 2, p.K});
+  in.g = in.gk = dense(static_cast<const float*>(dg.data), {1, tokens, heads});
+  out.o = dense(dout.data, p.dtype, {1, tokens, heads, p.K});
   if (step) {
     gka_step(in, out, with);
   } else {
@@ -177,10 +201,11 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
             const std::string& more) {
   std::printf(
       "{\"op\": \"%s\", \"solver\": \"%s\", \"arithmetic\": \"%s\", \"B\": %ld, \"T\": %ld, "
-      "\"H\": %ld, \"K\": %ld, \"dtype\": \"%s\", \"ms\": %.4f, \"error\": %.2e%s}\n",
+      "\"H\": %ld, \"K\": %ld, \"dtype\": \"%s\", \"gates\": \"%s\", \"ridge\": %g, \"ms\": %.4f, "
+      "\"error\": %.2e%s}\n",
       what, name(options.solver), name(options.arithmetic), static_cast<long>(p.B),
-      static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), name(p.dtype), ms,
-      error, more.c_str());
+      static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), name(p.dtype),
+      p.fresh ? "fresh" : "memory 30", options.ridge_ratio, ms, error, more.c_str());
   std::fflush(stdout);
 }
 
@@ -262,7 +287,7 @@ void time_forward(const Problem& p, GkaOptions options, int times) {
   in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
   GkaOutputs out;
   out.o = view(o);
-  const double error = error_of(p, 600, options, false);
+  const double error = error_of(p, p.few_tokens(), options, false);
   const double ms = median_ms([&] { gka_forward(in, out, options); }, nullptr, times);
   std::vector<uint16_t> got(p.v.size());
   check(cudaMemcpy(got.data(), o.data, got.size() * 2, cudaMemcpyDeviceToHost), "copy");
@@ -312,10 +337,11 @@ struct Backward {
   }
 };
 
-// The worst of the gradients' relative errors against the float64 oracle, at `tokens` tokens of two
-// heads.
+// The worst of the gradients' relative errors against the float64 oracle, at `tokens` tokens of a
+// few heads.
 double backward_error_of(const Problem& p, int64_t tokens, const GkaOptions& with) {
-  const Problem small(1, tokens, 2, p.K, p.dtype);
+  const int64_t heads = p.few_heads();
+  const Problem small(1, tokens, heads, p.K, p.dtype, p.fresh);
   Backward on_gpu(small);
   gka_backward(on_gpu.in, {}, on_gpu.of, on_gpu.to, with);
   const auto wide = [&](const std::vector<uint16_t>& from) {
@@ -330,8 +356,8 @@ double backward_error_of(const Problem& p, int64_t tokens, const GkaOptions& wit
   GkaInputs in;
   GkaOutputGrads of;
   GkaInputGrads to;
-  const auto rows = [&](auto& from) { return dense(from.data(), {1, tokens, 2, p.K}); };
-  const auto gates = [&](auto& from) { return dense(from.data(), {1, tokens, 2}); };
+  const auto rows = [&](auto& from) { return dense(from.data(), {1, tokens, heads, p.K}); };
+  const auto gates = [&](auto& from) { return dense(from.data(), {1, tokens, heads}); };
   for (int i = 0; i < 5; ++i) want[i].resize(i < 3 ? q.size() : g.size());
   in.q = rows(q), in.k = rows(k), in.v = rows(v), in.g = in.gk = gates(g), of.d_o = rows(d_o);
   to.dq = rows(want[0]), to.dk = rows(want[1]), to.dv = rows(want[2]);
@@ -365,7 +391,7 @@ double backward_error_of(const Problem& p, int64_t tokens, const GkaOptions& wit
 
 void time_backward(const Problem& p, const GkaOptions& options, int times) {
   Backward b(p);
-  const double error = backward_error_of(p, 600, options);
+  const double error = backward_error_of(p, p.few_tokens(), options);
   if (!(error < 0.1)) {
     std::fprintf(stderr, "gradients are off by %g\n", error);
     std::exit(1);
@@ -467,6 +493,19 @@ int main(int argc, char** argv) {
       const Problem p(B, T, H, 128);
       time_backward(p, options, 5);
       time_backward(p, direct, 5);
+    }
+  }
+  if (asked("fresh")) {
+    Problem p(1, 8192, 32, 128);
+    for (bool is_fresh : {false, true}) {
+      if (is_fresh) p.draw_fresh_gates();
+      for (double ridge : {0.02, 0.005}) {
+        options.ridge_ratio = direct.ridge_ratio = ridge;
+        for (const GkaOptions& with : {options, direct}) {
+          time_forward(p, with, 5);
+          time_backward(p, with, 3);
+        }
+      }
     }
   }
   if (asked("quick-backward")) {

@@ -33,7 +33,7 @@ GkaReport report_of(const core::GkaProblem& problem) {
 
 // What a run holds of the GPU's memory beside its tensors.
 struct Memory {
-  Workspace pieces, states, decays, chunk_scratch, left_over, scratch;
+  Workspace pieces, states, decays, chunk_scratch, left_over, scratch, short_plans;
 };
 
 // On matrix units, piece by piece at once; then token by token what those cannot carry.
@@ -52,6 +52,7 @@ GkaReport run_by_chunks(const core::GkaProblem& problem, const GkaOutputs& outpu
       Workspace(own * problem.H * chunk_scratch_bytes(), stream),
       Workspace(own * problem.H * static_cast<int64_t>(sizeof(int32_t)), stream),
       Workspace(plan_tokens(job, false, false, device.max_shared), stream),
+      Workspace(may_be_short(problem) ? short_plan_bytes(own, problem.H) : 0, stream),
   };
   copy_to_device(memory.pieces.data(), pieces.data(), all * static_cast<int64_t>(sizeof(Piece)),
                  stream);
@@ -61,6 +62,7 @@ GkaReport run_by_chunks(const core::GkaProblem& problem, const GkaOutputs& outpu
   job.chunk_scratch = memory.chunk_scratch.data();
   job.left_over = static_cast<int32_t*>(memory.left_over.data());
   job.scratch = memory.scratch.data();
+  job.short_plans = static_cast<ShortPlan*>(memory.short_plans.data());
   job.num_pieces = own;
   launch_chunks(job, own > problem.N, stream);
   launch_tokens(job, false, stream);
@@ -207,7 +209,8 @@ class CudaBackend final : public core::GkaBackend {
                     n * static_cast<int64_t>(sizeof(Piece));
     if (operation == GkaOperation::forward && have_chunk_dims(problem) &&
         core::is_half(problem.dtype)) {
-      bytes += n * problem.H * (chunk_scratch_bytes() + static_cast<int64_t>(sizeof(int32_t)));
+      bytes += n * problem.H * (chunk_scratch_bytes() + static_cast<int64_t>(sizeof(int32_t))) +
+               short_plan_bytes(n, problem.H);
     }
     if (operation == GkaOperation::forward) {
       bytes += states_bytes(problem, n) + decays_bytes(problem, n);

@@ -59,9 +59,8 @@ struct TileAdjoints : BackwardTiles<Group> {
     // (Weighted keys are half as many as a state that lies in their place has room for.)
     this->begin_rows(shared.state[0] + L::kTile, nullptr, shared.v);
     float later = 0.0f;
-    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
     KALMANET_LOOP
-    for (int i = chunks; i-- > 0;) {
+    for (int i = this->num_chunks(); i-- > 0;) {
       this->set_chunk(i);
       load_chunk(later);
       later = this->now().through_f;
@@ -117,6 +116,7 @@ KALMANET_KERNEL void run_tile_adjoints(Group& group, TileShared& shared,
   const Piece piece = piece_of(backward.in, piece_index);
   if (!has_before(backward, piece) || !is_done(backward.in, piece_index, head)) return;
   TileAdjoints<Group> body{{{{group}, shared, backward, backward.in, piece, head}}};
+  body.find_cuts(piece_index);
   body.run();
 }
 

@@ -201,6 +201,7 @@ template <class Group>
 KALMANET_KERNEL void run_backward_chunks(Group& group, BackwardChunkShared& shared,
                                          const BackwardJob& backward, int64_t piece_index,
                                          int64_t head) {
+  if (is_short(backward.in, piece_index, head)) return;
   const GkaJob& job = backward.in;
   const int64_t block = piece_index * job.H + head;
   float* const states = static_cast<float*>(job.chunk_scratch) + block * (2 * 128 * 128);
@@ -209,7 +210,7 @@ KALMANET_KERNEL void run_backward_chunks(Group& group, BackwardChunkShared& shar
       shared.value_rows};
   const bool left_over = body.run();
   group.each([&](int thread, ChunkRegisters&) {
-    if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
+    if (thread == 0) job.left_over[block] = left_over ? kLeftOver : 0;
   });
 }
 

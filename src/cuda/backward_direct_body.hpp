@@ -360,6 +360,7 @@ template <class Group>
 KALMANET_KERNEL void run_backward_direct(Group& group, BackwardDirectShared& shared,
                                          const BackwardJob& backward, int64_t piece_index,
                                          int64_t head) {
+  if (is_short(backward.in, piece_index, head)) return;
   const GkaJob& job = backward.in;
   const Piece piece = piece_of(job, piece_index);
   const int64_t block = piece_index * job.H + head;
@@ -371,7 +372,7 @@ KALMANET_KERNEL void run_backward_direct(Group& group, BackwardDirectShared& sha
   BackwardDirect<Group> body{{{{{{group, shared}}, job, piece, head, states}}, shared, backward}};
   const bool left_over = body.run();
   group.each([&](int thread, BackwardDirectRegisters&) {
-    if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
+    if (thread == 0) job.left_over[block] = left_over ? kLeftOver : 0;
   });
 }
 

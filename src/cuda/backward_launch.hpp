@@ -10,6 +10,8 @@ namespace kalmanet::cuda {
 void launch_backward_solve(const BackwardJob& job, bool float64, Stream stream);
 // The same in float64 for the first tokens of sequences that start from nothing, after the others.
 void launch_backward_first(const BackwardJob& job, Stream stream);
+// The same for pieces and heads of short memory, which the kernels on matrix units leave out.
+void launch_backward_short(const BackwardJob& job, Stream stream);
 // The same on matrix units; what was left over is for launch_backward_solve.
 int64_t backward_chunk_shared_bytes();  // of the kernel that takes most
 void launch_backward_chunks(const BackwardJob& job, Stream stream);

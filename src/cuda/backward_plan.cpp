@@ -34,7 +34,7 @@ BackwardJob backward_job_of(const core::GkaProblem& problem, const GkaOutputGrad
 
 int64_t BackwardBytes::total() const {
   return pieces + states + decays + adjoints + 2 * solutions + weights + since + dq_parts +
-         left_over + std::max(solve + chunk_scratch, gradients + dk_parts + dv_parts);
+         left_over + short_plans + std::max(solve + chunk_scratch, gradients + dk_parts + dv_parts);
 }
 
 // As far as K, V and the dtype say: float16 by the direct solver alone.
@@ -102,6 +102,7 @@ BackwardBytes backward_bytes(const core::GkaProblem& problem, BackwardJob& job, 
   if (chunks) {
     bytes.chunk_scratch = pieces * heads * chunk_scratch_bytes();
     bytes.left_over = pieces * heads * static_cast<int64_t>(sizeof(int32_t));
+    bytes.short_plans = all || may_be_short(problem) ? short_plan_bytes(pieces, heads) : 0;
   }
   // Two blocks a multiprocessor hide each other's waits (one on matrix units, whose shared memory
   // has room for no more); any number gives the same bits.
@@ -151,6 +152,7 @@ void run_heads(const core::GkaProblem& problem, BackwardJob job, const BackwardB
   const Workspace x(bytes.solutions, stream), z(bytes.solutions, stream);
   const Workspace w(bytes.weights, stream), since(bytes.since, stream);
   const Workspace dq_parts(bytes.dq_parts, stream), left_over(bytes.left_over, stream);
+  const Workspace short_plans(bytes.short_plans, stream);
   job.in.states = states.data();
   job.in.decays = static_cast<double*>(decays.data());
   job.adjoints = adjoints.data();
@@ -164,8 +166,10 @@ void run_heads(const core::GkaProblem& problem, BackwardJob job, const BackwardB
     job.in.scratch = scratch.data();
     job.in.chunk_scratch = chunk_scratch.data();
     job.in.left_over = static_cast<int32_t*>(left_over.data());
+    job.in.short_plans = static_cast<ShortPlan*>(short_plans.data());
     if (bytes.states != 0 && chunks) launch_chunk_states(job.in, stream);
     if (bytes.states != 0 && !chunks) launch_segments(job.in, float64, stream);
+    if (bytes.short_plans != 0) launch_backward_short(job, stream);
     if (chunks && job.in.direct) launch_backward_direct(job, stream);
     if (chunks && !job.in.direct) launch_backward_chunks(job, stream);
     launch_backward_solve(job, float64, stream);

@@ -25,8 +25,8 @@ int64_t heads_at_a_time(const core::GkaProblem& problem, int64_t pieces, const D
 struct BackwardBytes {
   int64_t pieces, states, decays, adjoints, solve, solutions, weights, since, gradients;
   int64_t dq_parts, dk_parts, dv_parts;
-  int64_t chunk_scratch, left_over;  // of the matrix-unit kernels
-  int64_t blocks;                    // of the gradients' kernel
+  int64_t chunk_scratch, left_over, short_plans;  // of the matrix-unit kernels
+  int64_t blocks;                                 // of the gradients' kernel
   int64_t total() const;
 };
 // `chunks`: on matrix units, so that the token kernel does what is left over alone.

@@ -188,7 +188,7 @@ KALMANET_KERNEL void run_backward_solve(Group& group, char* shared_memory,
                                         const BackwardJob& backward, int64_t piece_index,
                                         int64_t head) {
   const GkaJob& job = backward.in;
-  if (is_done(job, piece_index, head)) return;
+  if (is_solved(job, piece_index, head)) return;
   TokenMemory<S, KP> memory(shared_memory, job, piece_index, head);
   const Piece piece = piece_of(job, piece_index);
   const StateView<S> u = {memory.u, job.V, 1};

@@ -92,6 +92,33 @@ struct TileGates : BackwardTiles<Group> {
     });
   }
 
+  // Of a piece of short memory that is cut elsewhere: the state before a chunk, from the 64 tokens
+  // before it, into chunk_state(0). Begins after a barrier; its tiles are free after the next one.
+  KALMANET_KERNEL void find_start(int chunk, bool u) {
+    this->set_chunk(chunk);
+    const int64_t low = piece.first ? piece.begin : t0 - L::kTokens;
+    const int64_t from = t0 - L::kTokens > low ? t0 - L::kTokens : low;
+    n = static_cast<int>(t0 - from);
+    t0 = from;
+    this->fetch(job.k, head / job.k_group, 0);
+    if (u) this->fetch(job.v, head / job.v_group, 1);
+    group.with_warp(0, [&] { this->load_gates(u ? 1 : 0, true); });
+    group.barrier();
+    this->put(0, shared.k);
+    if (u) this->put(1, shared.v);
+    this->put_weighted_keys(this->now().to_end, this->m());
+    this->each_of_state([](Registers& r, int, int mm, int tile) {
+      KALMANET_UNROLL
+      for (int i = 0; i < 4; ++i) r.other[mm][tile][i] = 0.0f;
+    });
+    group.barrier();
+    this->template add_outer<true, false>(this->m(), u ? this->values() : this->keys(), Start());
+    this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
+      store4(chunk_state(0) + Base::scratch_at(thread, mm, tile), r.other[mm][tile]);
+    });
+    this->set_chunk(chunk);
+  }
+
   // The chunk's first state, in registers.other, as a tile: f(registers, state's four elements, its
   // own) on the way. Begins and ends with a barrier.
   template <class F>

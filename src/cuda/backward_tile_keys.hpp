@@ -44,6 +44,13 @@ struct TileKeys : TileGates<Group> {
     }
   }
 
+  // What is there of other chunks from the beginning.
+  KALMANET_KERNEL void start_chunk(int chunk) {
+    if (this->cuts == nullptr) return;
+    this->find_start(chunk, false);
+    this->load_key_scalars(0, 0.0f);
+  }
+
   // A chunk's tiles. Begins and ends with a barrier.
   KALMANET_KERNEL void load_chunk() {
     this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
@@ -161,17 +168,19 @@ struct TileKeys : TileGates<Group> {
   }
 
   KALMANET_KERNEL void run() {
-    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
+    const int chunks = this->num_chunks();
     if (chunks == 0) return;
     this->begin_rows(shared.v, nullptr, nullptr);
-    KALMANET_LOOP
-    for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
-      this->set_chunk(i);
-      this->load_key_scalars(i, 0.0f);
+    if (this->cuts == nullptr) {
+      KALMANET_LOOP
+      for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
+        this->set_chunk(i);
+        this->load_key_scalars(i, 0.0f);
+      }
+      this->take_start(false);
+      group.barrier();
+      advance(chunks);
     }
-    this->take_start(false);
-    group.barrier();
-    advance(chunks);
     const StateView<float> d = adjoint_view<float>(backward, piece.slot, head, false);
     this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) {
       if (!has_element<Group>(job, false, row, column)) return 0.0f;
@@ -180,8 +189,9 @@ struct TileKeys : TileGates<Group> {
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
       this->set_chunk(i);
+      start_chunk(i);
       load_chunk();
-      multiply_states(i);
+      multiply_states(this->cuts == nullptr ? i : 0);
       multiply_tokens();
       this->each_own_row(backward.z, key_dims<Group>(job),
                          [](Registers& r, int h, int tile, float, float* to) {

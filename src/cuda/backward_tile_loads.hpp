@@ -84,6 +84,9 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
   int64_t t0 = 0;
   int n = 0;
   int slot = 0;  // where the chunk's numbers are
+  // Chunks of fewer tokens than 64 (short_plan.hpp), which share one place for their numbers; or
+  // none.
+  const ShortPlan* cuts = nullptr;
 
   KALMANET_KERNEL TileScalars& now() const { return shared.scalars[slot]; }
   // Low parts of keys, values and do: null where the tensors are bfloat16.
@@ -104,7 +107,21 @@ struct TileLoads : TileProducts<Group, TileRegisters> {
   KALMANET_KERNEL Parts m() const { return {shared.m[0], shared.m[1]}; }
   KALMANET_KERNEL Parts state() const { return {shared.state[0], shared.state[1]}; }
 
+  KALMANET_KERNEL void find_cuts(int64_t piece_index) {
+    if (!is_short(job, piece_index, head)) return;
+    const ShortPlan* const plan = job.short_plans + piece_index * job.H + head;
+    if (plan->chunks > 0) cuts = plan;
+  }
+  KALMANET_KERNEL int num_chunks() const {
+    if (cuts != nullptr) return cuts->chunks;
+    return static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
+  }
   KALMANET_KERNEL void set_chunk(int chunk) {
+    if (cuts != nullptr) {
+      t0 = piece.begin + cuts->begin[chunk];
+      n = cuts->begin[chunk + 1] - cuts->begin[chunk];
+      return;
+    }
     slot = chunk;
     t0 = piece.begin + chunk * L::kTokens;
     n = static_cast<int>(piece.end - t0 < L::kTokens ? piece.end - t0 : L::kTokens);

@@ -42,6 +42,13 @@ struct TileValues : TileGates<Group> {
     this->fetch(job.v, head / job.v_group, 1);
   }
 
+  // What is there of other chunks from the beginning.
+  KALMANET_KERNEL void start_chunk(int chunk) {
+    if (this->cuts == nullptr) return;
+    this->find_start(chunk, true);
+    this->load_value_scalars(0, true);
+  }
+
   // A chunk's tiles, and what dk has so far. Begins and ends with a barrier.
   KALMANET_KERNEL void load_chunk() {
     this->fetch_solutions(backward.x, [](Registers& r) -> float (&)[4][8] { return r.raw_x; });
@@ -144,17 +151,19 @@ struct TileValues : TileGates<Group> {
   }
 
   KALMANET_KERNEL void run() {
-    const int chunks = static_cast<int>((piece.end - piece.begin + L::kTokens - 1) / L::kTokens);
+    const int chunks = this->num_chunks();
     if (chunks == 0) return;
     this->begin_rows(shared.x[0], shared.x[1], shared.z[0]);
-    KALMANET_LOOP
-    for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
-      this->set_chunk(i);
-      this->load_value_scalars(i, true);
+    if (this->cuts == nullptr) {
+      KALMANET_LOOP
+      for (int i = 0; i < chunks; ++i) {  // a warp a chunk, all at once
+        this->set_chunk(i);
+        this->load_value_scalars(i, true);
+      }
+      this->take_start(true);
+      group.barrier();
+      advance(chunks);
     }
-    this->take_start(true);
-    group.barrier();
-    advance(chunks);
     const StateView<float> e = adjoint_view<float>(backward, piece.slot, head, true);
     this->take_state(this->chunk_state(L::kChunks), [&](int row, int column) {
       return has_element<Group>(job, true, row, column) ? e.data[e.at(row, column)] : 0.0f;
@@ -162,8 +171,9 @@ struct TileValues : TileGates<Group> {
     KALMANET_LOOP
     for (int i = chunks; i-- > 0;) {
       this->set_chunk(i);
+      start_chunk(i);
       load_chunk();
-      run_chunk(i);
+      run_chunk(this->cuts == nullptr ? i : 0);
       group.barrier();
       store_scalars();
     }
@@ -183,6 +193,7 @@ KALMANET_KERNEL void run_tile_gradients(Group& group, TileShared& shared,
     if (job.left_over[i] != 0) continue;
     Body<Group> body{
         {{{{group}, shared, backward, job, piece_of(job, i / job.H), i % job.H}}, scratch}};
+    body.find_cuts(i / job.H);
     body.run();
     group.barrier();
   }

@@ -271,13 +271,14 @@ struct ChunkBody : ChunkState<Group> {
 template <class Group>
 KALMANET_KERNEL void run_chunks(Group& group, ChunkShared& shared, const GkaJob& job,
                                 int64_t piece_index, int64_t head) {
+  if (is_short(job, piece_index, head)) return;
   const Piece piece = piece_of(job, piece_index);
   const int64_t block = piece_index * job.H + head;
   float* const states = static_cast<float*>(job.chunk_scratch) + block * (2 * 128 * 128);
   ChunkBody<Group> body{{{group, shared}, job, piece, head, states}};
   const bool left_over = body.run();
   group.each([&](int thread, ChunkRegisters&) {
-    if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
+    if (thread == 0) job.left_over[block] = left_over ? kLeftOver : 0;
   });
 }
 

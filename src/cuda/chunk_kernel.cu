@@ -61,6 +61,7 @@ void launch_chunk_states(const GkaJob& job, Stream stream) {
 
 void launch_chunks(const GkaJob& job, bool segmented, Stream stream) {
   if (segmented) launch_chunk_states(job, stream);
+  if (job.short_plans != nullptr) launch_short(job, stream);
   if (job.direct) {
     return device_info().major == 9 ? launch_hopper_direct(job, stream)
                                     : launch_direct(job, stream);

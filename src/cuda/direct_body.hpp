@@ -259,6 +259,7 @@ struct DirectBody : DirectSolve<Group> {
 template <class Group>
 KALMANET_KERNEL void run_direct(Group& group, DirectShared& shared, const GkaJob& job,
                                 int64_t piece_index, int64_t head) {
+  if (is_short(job, piece_index, head)) return;
   const Piece piece = piece_of(job, piece_index);
   const int64_t block = piece_index * job.H + head;
   float* const states =
@@ -269,7 +270,7 @@ KALMANET_KERNEL void run_direct(Group& group, DirectShared& shared, const GkaJob
   DirectBody<Group> body{{{{{{{{{group, shared}}}, job, piece, head, states}}}}}};
   const bool left_over = body.run();
   group.each([&](int thread, DirectRegisters&) {
-    if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
+    if (thread == 0) job.left_over[block] = left_over ? kLeftOver : 0;
   });
 }
 

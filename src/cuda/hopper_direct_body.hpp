@@ -284,6 +284,7 @@ struct HopperBody : HopperSolve<Group> {
 template <class Group>
 KALMANET_KERNEL void run_hopper_direct(Group& group, HopperShared& shared, const GkaJob& job,
                                        int64_t piece_index, int64_t head) {
+  if (is_short(job, piece_index, head)) return;
   const int64_t block = piece_index * job.H + head;
   group.each([&](int thread, HopperRegisters&) {
     if (thread != 0) return;
@@ -299,7 +300,7 @@ KALMANET_KERNEL void run_hopper_direct(Group& group, HopperShared& shared, const
   HopperBody<Group> body{{{{{{{{{group, shared}}, job}}}}}}};
   const bool left_over = body.run();
   group.each([&](int thread, HopperRegisters&) {
-    if (thread == 0) job.left_over[block] = left_over ? 1 : 0;
+    if (thread == 0) job.left_over[block] = left_over ? kLeftOver : 0;
   });
 }
 

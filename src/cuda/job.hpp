@@ -28,6 +28,20 @@ struct Piece {
   int32_t always = 1;   // the token kernel does it whether it was left over or not
 };
 
+// What short_plan.hpp found of a piece and head: whether every token's H and U are sums of its last
+// keys, at most so many, and how the gradients' kernels must cut it then.
+struct ShortPlan {
+  static constexpr int kTokens = 64;  // that share a window
+  static constexpr int kBlocks = static_cast<int>(kSegmentTokens) / kTokens;
+  static constexpr int kMostChunks = 32;
+  int32_t is_short;
+  int32_t window[kBlocks];  // keys, a multiple of 16, at most 64
+  // Where 64 tokens forget more than float32 holds: chunks that do not, [begin[i], begin[i + 1])
+  // from the piece's first token on. 0: all have 64 tokens.
+  int32_t chunks;
+  int32_t begin[kMostChunks + 1];
+};
+
 struct GkaJob {
   int64_t H = 0, K = 0, V = 0;
   int64_t q_group = 1, k_group = 1, v_group = 1;
@@ -62,6 +76,9 @@ struct GkaJob {
   // left over to the token kernel, [piece][H]. Null in a token kernel that does every piece.
   void* chunk_scratch = nullptr;
   int32_t* left_over = nullptr;
+  // [piece][H]: heads of short memory, which kernels of their own do (short_body.hpp). Null: there
+  // are none.
+  ShortPlan* short_plans = nullptr;
   bool split = true;  // bfloat16 products split in three, as long as it shows in the result
   void* scratch = nullptr;
   int64_t scratch_bytes = 0;
@@ -87,10 +104,25 @@ KALMANET_KERNEL int64_t accepted_of(const GkaJob& job, int64_t sequence) {
   return n < 0 ? 0 : n < job.num_drafted ? n : job.num_drafted;
 }
 
+// What left_over says of a piece that needs more than the matrix-unit kernels: all of it, or
+// (backward) all but x, z and what follows from them alone.
+inline constexpr int32_t kLeftOver = 1, kSolved = 2;
+
 // Whether the matrix-unit kernels have done the piece.
 KALMANET_KERNEL bool is_done(const GkaJob& job, int64_t piece_index, int64_t head) {
   return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
          job.left_over[piece_index * job.H + head] == 0;
+}
+
+// Whether they have solved for the piece's x and z at least.
+KALMANET_KERNEL bool is_solved(const GkaJob& job, int64_t piece_index, int64_t head) {
+  return job.left_over != nullptr && piece_of(job, piece_index).always == 0 &&
+         job.left_over[piece_index * job.H + head] != kLeftOver;
+}
+
+// Whether the kernels of short memory do the piece.
+KALMANET_KERNEL bool is_short(const GkaJob& job, int64_t piece_index, int64_t head) {
+  return job.short_plans != nullptr && job.short_plans[piece_index * job.H + head].is_short != 0;
 }
 
 KALMANET_KERNEL float half_to_float(DType dtype, const void* data, int64_t at) {

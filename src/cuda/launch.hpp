@@ -51,6 +51,13 @@ int64_t direct_shared_bytes();
 void launch_direct(const GkaJob& job, Stream stream);
 void launch_hopper_states(const GkaJob& job, Stream stream);
 void launch_hopper_direct(const GkaJob& job, Stream stream);
+// Which pieces and heads are of short memory (short_plan.hpp), after the states before pieces; and
+// these in the forward. launch_chunks leaves them out.
+void launch_short_plan(const GkaJob& job, bool backward, Stream stream);
+void launch_short(const GkaJob& job, Stream stream);
+// Blocks of such a kernel, so many of which share a multiprocessor, for pieces of `parts` times 64
+// tokens.
+unsigned short_blocks(const GkaJob& job, int64_t parts, int64_t a_multiprocessor);
 // Pieces [job.num_pieces, num_pieces): sequences' first tokens.
 void launch_first_tokens(const GkaJob& job, int64_t num_pieces, Stream stream);
 

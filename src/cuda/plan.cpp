@@ -70,6 +70,18 @@ int64_t chunk_scratch_bytes() {
   return 2 * ChunkLayout::kDim * ChunkLayout::kDim * static_cast<int64_t>(sizeof(float));
 }
 
+bool may_be_short(const core::GkaProblem& problem) {
+  const ConstView &g = problem.inputs.g, &gk = problem.inputs.gk;
+  const bool fits = problem.K == ChunkLayout::kDim && problem.V == ChunkLayout::kDim &&
+                    problem.dtype == DType::bfloat16;
+  return fits && gk.defined() && g.data == gk.data && g.dtype == gk.dtype &&
+         std::equal(g.stride.begin(), g.stride.begin() + 3, gk.stride.begin());
+}
+
+int64_t short_plan_bytes(int64_t num_pieces, int64_t heads) {
+  return num_pieces * heads * static_cast<int64_t>(sizeof(ShortPlan));
+}
+
 std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole, int64_t tokens) {
   std::vector<Piece> pieces;
   for (const core::Sequence& sequence : problem.sequences) {

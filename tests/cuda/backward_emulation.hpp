@@ -7,6 +7,7 @@
 #include "cuda/backward_first_body.hpp"
 #include "cuda/backward_gradient_body.hpp"
 #include "cuda/backward_plan.hpp"
+#include "cuda/backward_short_body.hpp"
 #include "cuda/backward_solve_body.hpp"
 #include "cuda/backward_tile_values.hpp"
 #include "cuda/emulation.hpp"
@@ -154,12 +155,23 @@ inline void emulate_backward(const core::GkaProblem& problem, const GkaOutputGra
   }
 }
 
+template <int kRows>
+void emulate_backward_short(const BackwardJob& job, const Emulation& how) {
+  const int64_t blocks = how.backwards ? 1 : 3;
+  for (int64_t block = 0; block < blocks; ++block) {
+    Poisoned shared(sizeof(BackwardShortShared));
+    HostGroup<ShortRegisters<kRows, 2>> group(ShortLayout::kThreads, how.backwards);
+    run_backward_short<kRows>(group, *reinterpret_cast<BackwardShortShared*>(shared.data()), job,
+                              block, blocks);
+  }
+}
+
 // The same with x and z solved for on matrix units; returns what part of the pieces and heads was
-// left over to the token kernel.
+// left over to the token kernel (`is_short`: of short memory).
 template <bool kAny>
 double emulate_backward_chunks_of(const core::GkaProblem& problem,
                                   const GkaOutputGrads& output_grads, const GkaInputGrads& grads,
-                                  const Emulation& how) {
+                                  const Emulation& how, double* is_short) {
   BackwardJob job = backward_job_of(problem, output_grads, grads);
   const BackwardMemory memory(problem, job, true);
   const int64_t own = memory.count();
@@ -172,6 +184,15 @@ double emulate_backward_chunks_of(const core::GkaProblem& problem,
     emulate_states<kAny>(job.in, how);
     emulate_segment_sums<float>(job.in);
   }
+  std::vector<ShortPlan> plans(left_over.size());
+  if (!plans.empty()) std::memset(plans.data(), 0xff, plans.size() * sizeof(ShortPlan));
+  if (may_be_short(problem)) {
+    job.in.short_plans = plans.data();
+    emulate_short_plan(job.in, true, how);
+    emulate_backward_short<1>(job, how);
+    emulate_backward_short<2>(job, how);
+  }
+  if (is_short != nullptr) *is_short = share_of_short(plans);
   for (int64_t piece = 0; piece < own; ++piece) {
     for (int64_t head = 0; head < problem.H; ++head) {
       if (job.in.direct) {
@@ -225,10 +246,11 @@ double emulate_backward_chunks_of(const core::GkaProblem& problem,
 
 inline double emulate_backward_chunks(const core::GkaProblem& problem,
                                       const GkaOutputGrads& output_grads,
-                                      const GkaInputGrads& grads, const Emulation& how) {
+                                      const GkaInputGrads& grads, const Emulation& how,
+                                      double* is_short = nullptr) {
   double left_over = 0;
   with_rows(job_of(problem, {}), [&](auto any) {
-    left_over = emulate_backward_chunks_of<any>(problem, output_grads, grads, how);
+    left_over = emulate_backward_chunks_of<any>(problem, output_grads, grads, how, is_short);
   });
   return left_over;
 }

@@ -154,6 +154,32 @@ TEST_F(CudaGpuBackward, DirectOnMatrixUnitsForFloat16) {
   check_any_rows<Float16>(Solver::direct);
 }
 
+TEST_F(CudaGpuBackward, ShortMemoriesMatchTheOracle) {
+  int turn = 0;
+  for (Solver solver : {Solver::chebyshev, Solver::direct}) {
+    for (double ridge : {0.1, 0.02, 0.005, 0.001}) {
+      for (double memory : {3.0, 1.5, 0.6}) {
+        CaseSpec spec = small_case(3);
+        spec.K = spec.V = 128, spec.strided = false, spec.Hv = 0;
+        spec.g = spec.gk = spec.same_gate = spec.alpha = spec.beta = true;
+        spec.h0 = spec.u0 = false;
+        spec.B = 1, spec.T = turn % 2 == 0 ? 130 : kSegmentTokens + 70,
+        spec.seed = 6000 + static_cast<uint64_t>(turn);
+        spec.ridge_ratio = ridge, spec.memory = memory;
+        spec.memory_ratio = turn % 3 == 0 ? 20 : 1;
+        spec.key_correlation = turn++ % 4 < 2 ? 0.0 : 0.9;
+        GkaOptions options;
+        options.solver = solver, options.ridge_ratio = ridge;
+        check<BFloat16, float>(spec, options);
+        if (turn % 6 != 0) continue;
+        spec.ridge_tensor = true, spec.Hk = 1;
+        spec.lengths = {0, 1, 70, 1, 600, 130};
+        check<BFloat16>(spec, options);
+      }
+    }
+  }
+}
+
 // One short case, for tools that watch every access.
 TEST_F(CudaGpuBackward, MatrixUnitsShortly) {
   CaseSpec spec = small_case(0);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "cuda/hopper_state_body.hpp"
 #include "cuda/plan.hpp"
 #include "cuda/segment_body.hpp"
+#include "cuda/short_body.hpp"
 #include "cuda/state_body.hpp"
 #include "cuda/step_wide.hpp"
 #include "cuda/token_run.hpp"
@@ -145,10 +147,39 @@ inline void emulate_first_tokens(GkaJob job, int64_t num_pieces, const Emulation
   }
 }
 
+// Which pieces and heads are of short memory: into job.short_plans.
+inline void emulate_short_plan(const GkaJob& job, bool backward, const Emulation& how) {
+  for (int64_t piece = 0; piece < job.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.H; ++head) {
+      Poisoned shared(sizeof(ShortPlanShared));
+      HostGroup<ShortPlanRegisters> group(ShortPlanLayout::kThreads, how.backwards);
+      run_short_plan(group, *reinterpret_cast<ShortPlanShared*>(shared.data()), job, piece, head,
+                     backward);
+    }
+  }
+}
+
+template <int kRows>
+void emulate_short(const GkaJob& job, const Emulation& how) {
+  const int64_t blocks = how.backwards ? 1 : 3;
+  for (int64_t block = 0; block < blocks; ++block) {
+    Poisoned shared(sizeof(ShortShared<1>));
+    HostGroup<ShortRegisters<kRows, 1>> group(ShortLayout::kThreads, how.backwards);
+    run_short<kRows>(group, *reinterpret_cast<ShortShared<1>*>(shared.data()), job, block, blocks);
+  }
+}
+
+// What part of the pieces and heads are.
+inline double share_of_short(const std::vector<ShortPlan>& plans) {
+  double sum = 0;
+  for (const ShortPlan& plan : plans) sum += plan.is_short > 0 ? 1 : 0;
+  return plans.empty() ? 0.0 : sum / static_cast<double>(plans.size());
+}
+
 // The matrix-unit kernels, and the token kernel for what they leave over.
-// (returns how much that is, of all pieces and heads).
+// (returns how much that is, of all pieces and heads; `is_short`, how much is of short memory).
 inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& outputs,
-                             const Emulation& how) {
+                             const Emulation& how, double* is_short = nullptr) {
   const std::vector<Piece> pieces = chunk_pieces_of(problem);
   GkaJob job = job_of(problem, outputs);
   job.pieces = pieces.data();
@@ -166,8 +197,17 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
       emulate_states<any>(job, how);
       emulate_segment_sums<float>(job);
     }
-    emulate_chunk_blocks<any>(job, how);
   });
+  std::vector<ShortPlan> plans(left_over.size());
+  if (!plans.empty()) std::memset(plans.data(), 0xff, plans.size() * sizeof(ShortPlan));
+  if (may_be_short(problem)) {
+    job.short_plans = plans.data();
+    emulate_short_plan(job, false, how);
+    emulate_short<1>(job, how);
+    emulate_short<2>(job, how);
+  }
+  if (is_short != nullptr) *is_short = share_of_short(plans);
+  with_rows(job, [&](auto any) { emulate_chunk_blocks<any>(job, how); });
   if (problem.K <= 64) {
     emulate_tokens<float, 64>(job, how);
   } else {

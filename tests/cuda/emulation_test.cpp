@@ -79,9 +79,10 @@ TEST(CudaEmulation, PackedSequences) {
 }
 
 // T tokens by the matrix-unit kernels; relative errors of o by token against the oracle.
+// is_short: what part of pieces and heads is of short memory, if that is known.
 template <class T, class G>
 void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound, double left_over,
-                     bool hopper) {
+                     bool hopper, double is_short) {
   GkaOptions options = with;
   options.backend = Backend::cuda;
   Case<T, G> c(spec), other(spec);
@@ -90,7 +91,11 @@ void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound,
     outputs.x = outputs.residual = View();
     const core::GkaProblem problem = core::validate_forward(into.inputs(), outputs, options);
     ASSERT_TRUE(cuda::fits_chunks(problem, outputs)) << describe(spec);
-    EXPECT_EQ(cuda::emulate_chunks(problem, outputs, how), left_over) << describe(spec);
+    double found = 0;
+    EXPECT_EQ(cuda::emulate_chunks(problem, outputs, how, &found), left_over) << describe(spec);
+    if (is_short >= 0) {
+      EXPECT_EQ(found, is_short) << describe(spec);
+    }
   };
   emulate(c, {.hopper = hopper});
   emulate(other, {.backwards = true, .hopper = hopper});
@@ -123,11 +128,11 @@ void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound,
 }
 template <class G, class T = BFloat16>
 void check_chunks(const CaseSpec& spec, const GkaOptions& options, double bound,
-                  double left_over = 0) {
-  check_chunks_on<T, G>(spec, options, bound, left_over, false);
+                  double left_over = 0, double is_short = -1) {
+  check_chunks_on<T, G>(spec, options, bound, left_over, false, is_short);
   // (Of chebyshev that chip has the states before pieces alone.)
   if (options.solver == Solver::direct || spec.T > kSegmentTokens) {
-    check_chunks_on<T, G>(spec, options, bound, left_over, true);
+    check_chunks_on<T, G>(spec, options, bound, left_over, true, is_short);
   }
 }
 
@@ -233,6 +238,74 @@ TEST(CudaEmulation, DirectChunksOfFloat16OfAnySize) {
     spec.T = kSegmentTokens + 40, spec.key_size = size;
     check_chunks<float, Float16>(spec, options, 8e-4);
   }
+}
+
+// Gates of a layer that was not trained yet: every token in the space of its last keys.
+CaseSpec short_case(int turn) {
+  CaseSpec spec = small_case(3);
+  spec.K = spec.V = 128, spec.B = 1, spec.H = 1, spec.Hv = 0;
+  spec.strided = false, spec.g = spec.gk = spec.same_gate = spec.alpha = spec.beta = true;
+  spec.h0 = spec.u0 = false;
+  spec.seed = 800 + static_cast<uint64_t>(turn);
+  return spec;
+}
+
+TEST(CudaEmulation, ShortMemoriesMatchTheOracle) {
+  int turn = 0;
+  for (Solver solver : {Solver::chebyshev, Solver::direct}) {
+    for (double ridge : {0.1, 0.02, 0.005, 0.001}) {
+      for (double memory : {3.0, 1.5, 0.6}) {
+        CaseSpec spec = short_case(turn++);
+        spec.T = 64 * (turn % 3) + 37, spec.ridge_ratio = ridge, spec.memory = memory;
+        spec.gate_spread = 0.3, spec.key_correlation = turn % 2 == 0 ? 0.0 : 0.9;
+        GkaOptions options;
+        options.solver = solver;
+        options.ridge_ratio = ridge;
+        check_chunks<float>(spec, options, 2e-3, 0, 1);
+      }
+    }
+  }
+}
+
+TEST(CudaEmulation, ShortMemoriesBesideLongOnes) {
+  GkaOptions direct;
+  direct.solver = Solver::direct;
+  for (const GkaOptions& options : {GkaOptions(), direct}) {
+    CaseSpec spec = short_case(50);
+    spec.T = kSegmentTokens + 70, spec.H = 2, spec.Hk = 1, spec.gate_spread = 0.3;
+    spec.memory = 1.5, spec.memory_ratio = 20;
+    check_chunks<float>(spec, options, 2e-3, 0, 0.5);
+    spec.memory_ratio = 1, spec.H = 1, spec.ridge_tensor = true;
+    spec.lengths = {0, 1, 70, 1, 130};
+    check_chunks<BFloat16>(spec, options, 2e-3, 0, -1);
+    spec.lengths = {};
+    spec.T = 100, spec.h0 = spec.u0 = true;  // no sums of keys alone
+    spec.memory = 8;
+    check_chunks<float>(spec, options, 2e-3, 0, 0);
+  }
+}
+
+// Keys that came to nothing in the meantime: what is left of the ones before them counts, however
+// far back they are.
+TEST(CudaEmulation, ShortMemoriesThatAreNotForgotten) {
+  CaseSpec spec = short_case(60);
+  spec.T = 200, spec.memory = 2, spec.gate_spread = 0.3;
+  Case<BFloat16, float> c(spec);
+  c.beta.fill([](int64_t i) { return i >= 70 && i < 110 ? 1e-9 : 0.7; });
+  GkaOptions options;
+  options.backend = Backend::cuda;
+  GkaOutputs outputs = c.outputs();
+  outputs.x = outputs.residual = View();
+  const core::GkaProblem problem = core::validate_forward(c.inputs(), outputs, options);
+  double found = 1;
+  cuda::emulate_chunks(problem, outputs, {}, &found);
+  EXPECT_EQ(found, 0);
+  Case<double> d = to_double(c);
+  d.clear_results();
+  options.backend = Backend::reference;
+  gka_forward(d.inputs(), d.outputs(), options);
+  const Where where{"emulated forward", "keys of no length", describe(spec)};
+  EXPECT_TRUE(within(where, "o", c.o.view(), d.o.view(), 2e-3));
 }
 
 // Solver auto: chebyshev up to as many steps as a direct solve costs, then direct.

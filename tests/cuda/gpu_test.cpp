@@ -218,16 +218,45 @@ TEST_F(CudaGpu, MatrixUnitsShortly) {
   check_chunks<float>(spec, {}, 2 * 1.7e-3);
 }
 
+// Heads of a memory of a few tokens, all of them and beside others.
+TEST_F(CudaGpu, ShortMemoriesMatchTheOracleAndTheTokenKernel) {
+  int turn = 0;
+  for (Solver solver : {Solver::chebyshev, Solver::direct}) {
+    for (double ridge : {0.1, 0.02, 0.005, 0.001}) {
+      for (double memory : {3.0, 1.5, 0.6}) {
+        CaseSpec spec = small_case(3);
+        spec.K = spec.V = 128, spec.strided = false, spec.Hv = 0;
+        spec.g = spec.gk = spec.same_gate = spec.alpha = spec.beta = true;
+        spec.h0 = spec.u0 = false;
+        spec.B = 1, spec.T = turn % 2 == 0 ? 130 : 512 + 70,
+        spec.seed = 5000 + static_cast<uint64_t>(turn);
+        spec.ridge_ratio = ridge, spec.memory = memory;
+        spec.memory_ratio = turn % 3 == 0 ? 20 : 1;
+        spec.key_correlation = turn++ % 4 < 2 ? 0.0 : 0.9;
+        GkaOptions options;
+        options.solver = solver, options.ridge_ratio = ridge;
+        check_chunks<float>(spec, options, 2 * 1.7e-3);
+        if (turn % 6 != 0) continue;
+        spec.ridge_tensor = true;
+        spec.lengths = {0, 1, 70, 1, 600, 130};
+        check_chunks<BFloat16>(spec, options, 2 * 1.7e-3);
+      }
+    }
+  }
+}
+
 // A piece that a matrix-unit kernel gives up is the token kernel's, which answers as well and takes
 // dozens of times as long: an error that sets it off would not show in any answer.
 template <class T>
-void check_not_left_over(int64_t K, int64_t V, std::vector<Solver> solvers) {
+void check_not_left_over(int64_t K, int64_t V,
+                         const std::vector<std::pair<Solver, double>>& cases) {  // memories
   CaseSpec spec = small_case(3);
   spec.B = 1, spec.T = 4096, spec.H = 16, spec.Hq = spec.Hk = spec.Hv = 0, spec.K = K, spec.V = V;
   spec.strided = false, spec.g = spec.gk = spec.same_gate = true;
   spec.alpha = spec.beta = spec.h0 = spec.u0 = false;
-  spec.ridge_ratio = 0.02, spec.memory = 30;
-  for (Solver solver : solvers) {
+  spec.ridge_ratio = 0.02;
+  for (const auto& [solver, memory] : cases) {
+    spec.memory = memory;
     GkaOptions options;
     options.backend = Backend::cuda;
     options.solver = solver;
@@ -249,18 +278,20 @@ void check_not_left_over(int64_t K, int64_t V, std::vector<Solver> solvers) {
       return seconds[2];
     };
     const double tokens = median(true), chunks = median(false);
-    std::printf("%s %s K=%lld V=%lld: token kernel %.2f ms, chunks %.2f ms\n", name(solver),
-                name(DTypeOf<T>::value), static_cast<long long>(K), static_cast<long long>(V),
-                1e3 * tokens, 1e3 * chunks);
+    std::printf("%s %s K=%lld V=%lld, memory %g: token kernel %.2f ms, chunks %.2f ms\n",
+                name(solver), name(DTypeOf<T>::value), static_cast<long long>(K),
+                static_cast<long long>(V), memory, 1e3 * tokens, 1e3 * chunks);
     EXPECT_LT(chunks, 0.5 * tokens) << name(solver) << " " << describe(spec);
   }
 }
 TEST_F(CudaGpu, OrdinaryPiecesAreNotLeftToTheTokenKernel) {
-  check_not_left_over<BFloat16>(128, 128, {Solver::chebyshev, Solver::direct});
-  check_not_left_over<BFloat16>(64, 64, {Solver::chebyshev, Solver::direct});
-  check_not_left_over<BFloat16>(96, 72, {Solver::direct});
-  check_not_left_over<Float16>(128, 128, {Solver::direct});
-  check_not_left_over<Float16>(64, 64, {Solver::direct});
+  const Solver chebyshev = Solver::chebyshev, direct = Solver::direct;
+  check_not_left_over<BFloat16>(
+      128, 128, {{chebyshev, 30.0}, {direct, 30.0}, {chebyshev, 0.5}, {direct, 2.0}});
+  check_not_left_over<BFloat16>(64, 64, {{chebyshev, 30.0}, {direct, 30.0}});
+  check_not_left_over<BFloat16>(96, 72, {{direct, 30.0}});
+  check_not_left_over<Float16>(128, 128, {{direct, 30.0}});
+  check_not_left_over<Float16>(64, 64, {{direct, 30.0}});
 }
 
 TEST_F(CudaGpu, MatrixUnitsMatchTheOracleAndTheTokenKernel) {

@@ -24,6 +24,7 @@ struct CaseSpec {
   bool h0 = false, u0 = false;
   double ridge_ratio = 0.02;
   double memory = 32;        // typical decay length of the gates in tokens; 0: gates of all zeros
+  double memory_ratio = 1;   // of a head's memory to that of the head before it
   double gate_spread = 0.5;  // of the logarithm of a token's decay (a normal deviate's)
   std::vector<int64_t> lengths;  // packed sequences; B is 1 and T their sum then
   bool strided = false;          // awkward layouts with gaps (tensor.hpp), each tensor its own
@@ -57,6 +58,7 @@ inline std::string describe(const CaseSpec& s) {
   }
   if (s.g || s.gk) out << " memory=" << s.memory;
   if (s.row_gap != 0) out << " row_gap=" << s.row_gap;
+  if (s.memory_ratio != 1) out << " memory_ratio=" << s.memory_ratio;
   if (s.gate_spread != 0.5) out << " gate_spread=" << s.gate_spread;
   if (s.key_correlation != 0) out << " key_correlation=" << s.key_correlation;
   if (s.key_size != 1) out << " key_size=" << s.key_size;
@@ -111,9 +113,10 @@ struct Case {
         .assign(vectors(B * L, spec.num_k_heads(), K, spec.key_correlation, random, spec.key_size));
     make(v, {B, L, spec.num_v_heads(), V}).fill([&](int64_t) { return random.normal(); });
     // Around 1/memory: by default mostly within a factor of e either way.
-    const auto decay = [&](int64_t) {
+    const auto decay = [&](int64_t i) {
       const double spread = std::exp(spec.gate_spread * random.normal());
-      return spec.memory > 0 ? -spread / spec.memory : 0.0;
+      const double memory = spec.memory * std::pow(spec.memory_ratio, static_cast<double>(i % H));
+      return spec.memory > 0 ? -spread / memory : 0.0;
     };
     if (spec.g) make(g, scalar).fill(decay);
     if (spec.gk && !spec.same_gate) make(gk, scalar).fill(decay);
