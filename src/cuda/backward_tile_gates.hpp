@@ -104,15 +104,15 @@ struct TileGates : BackwardTiles<Group> {
     if (u) this->fetch(job.v, head / job.v_group, 1);
     group.with_warp(0, [&] { this->load_gates(u ? 1 : 0, true); });
     group.barrier();
-    this->put(0, shared.k);
-    if (u) this->put(1, shared.v);
+    this->put(0, this->keys());
+    if (u) this->put(1, this->values());
     this->put_weighted_keys(this->now().to_end, this->m());
     this->each_of_state([](Registers& r, int, int mm, int tile) {
       KALMANET_UNROLL
       for (int i = 0; i < 4; ++i) r.other[mm][tile][i] = 0.0f;
     });
     group.barrier();
-    this->template add_outer<true, false>(this->m(), u ? this->values() : this->keys(), Start());
+    this->template add_outer<true, Base::kLows>(this->m(), u ? this->values() : this->keys(), Start());
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
       store4(chunk_state(0) + Base::scratch_at(thread, mm, tile), r.other[mm][tile]);
     });
