@@ -1,7 +1,7 @@
 // The CUDA backend's times on one GPU: the copy rate, decode steps and whole sequences, each a
 // median of runs timed by events, steps replayed as a graph. Prints one line of JSON a case.
 //
-//   gka_cuda [step] [forward] [backward] (default: these) [fresh] [sizes] [few] [quick]
+//   gka_cuda [step] [forward] [backward] (default: these) [fresh [two_gates]] [sizes] [few] [quick]
 //   [quick-backward] [steps_once], or first [direct] (fresh: gates of a layer that was not trained
 //   yet, some of whose heads have a memory of a few tokens; sizes: fewer dims than 128, and float16;
 //   few: the backward's first two sizes; quick.., steps_once: for a profiler; first: the process's
@@ -81,6 +81,7 @@ struct Problem {
   int64_t B, T, H, K;
   DType dtype;
   bool fresh;
+  bool two_gates = false;  // gk is a copy of g: without the kernels of short memory
   std::vector<uint16_t> q, k, v;
   std::vector<float> g;
 
@@ -205,7 +206,10 @@ void report(const char* what, const Problem& p, const GkaOptions& options, doubl
       "\"error\": %.2e%s}\n",
       what, name(options.solver), name(options.arithmetic), static_cast<long>(p.B),
       static_cast<long>(p.T), static_cast<long>(p.H), static_cast<long>(p.K), name(p.dtype),
-      p.fresh ? "fresh" : "memory 30", options.ridge_ratio, ms, error, more.c_str());
+      !p.fresh      ? "memory 30"
+      : p.two_gates ? "fresh, two tensors"
+                    : "fresh",
+      options.ridge_ratio, ms, error, more.c_str());
   std::fflush(stdout);
 }
 
@@ -280,11 +284,12 @@ void time_step(const Problem& p, GkaOptions options, double copy, StepKind kind 
 }
 
 void time_forward(const Problem& p, GkaOptions options, int times) {
-  Device q(p.q), k(p.k), v(p.v), g(p.g), o(p.v.size() * 2);
+  Device q(p.q), k(p.k), v(p.v), g(p.g), gk(p.g), o(p.v.size() * 2);
   const auto view = [&](const Device& d) { return dense(d.data, p.dtype, {p.B, p.T, p.H, p.K}); };
   GkaInputs in;
   in.q = view(q), in.k = view(k), in.v = view(v);
   in.g = in.gk = dense(static_cast<float*>(g.data), {p.B, p.T, p.H});
+  if (p.two_gates) in.gk = dense(static_cast<float*>(gk.data), {p.B, p.T, p.H});
   GkaOutputs out;
   out.o = view(o);
   const double error = error_of(p, p.few_tokens(), options, false);
@@ -302,7 +307,7 @@ void time_forward(const Problem& p, GkaOptions options, int times) {
 
 // The gradients that training asks for, of a loss with a random gradient of o.
 struct Backward {
-  Device q, k, v, g, d_o, dq, dk, dv, dg, dgk, o;
+  Device q, k, v, g, gk, d_o, dq, dk, dv, dg, dgk, o;
   GkaInputs in;
   GkaOutputs out;
   GkaOutputGrads of;
@@ -313,6 +318,7 @@ struct Backward {
         k(p.k),
         v(p.v),
         g(p.g),
+        gk(p.g),
         d_o(output_gradient(p)),
         dq(p.q.size() * 2),
         dk(p.q.size() * 2),
@@ -324,7 +330,8 @@ struct Backward {
     const auto gates = [&](const Device& d) {
       return dense(static_cast<float*>(d.data), {p.B, p.T, p.H});
     };
-    in.q = rows(q), in.k = rows(k), in.v = rows(v), in.g = in.gk = gates(g);
+    in.q = rows(q), in.k = rows(k), in.v = rows(v), in.g = gates(g);
+    in.gk = gates(p.two_gates ? gk : g);
     out.o = rows(o), of.d_o = rows(d_o);
     to.dq = rows(dq), to.dk = rows(dk), to.dv = rows(dv), to.dg = gates(dg), to.dgk = gates(dgk);
   }
@@ -505,6 +512,14 @@ int main(int argc, char** argv) {
           time_forward(p, with, 5);
           time_backward(p, with, 3);
         }
+      }
+    }
+    if (asked("two_gates")) {
+      p.two_gates = true;
+      options.ridge_ratio = direct.ridge_ratio = 0.02;
+      for (const GkaOptions& with : {options, direct}) {
+        time_forward(p, with, 3);
+        time_backward(p, with, 3);
       }
     }
   }

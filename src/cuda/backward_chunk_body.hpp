@@ -196,7 +196,8 @@ struct BackwardChunkBody : BackwardProducts<Group> {
   }
 };
 
-// The work of block (piece_index, head).
+// The work of block (piece_index, head). After the direct solver's kernel: of what that left over,
+// which happens where its chunks are cut short.
 template <class Group>
 KALMANET_KERNEL void run_backward_chunks(Group& group, BackwardChunkShared& shared,
                                          const BackwardJob& backward, int64_t piece_index,
@@ -204,13 +205,16 @@ KALMANET_KERNEL void run_backward_chunks(Group& group, BackwardChunkShared& shar
   if (is_short(backward.in, piece_index, head)) return;
   const GkaJob& job = backward.in;
   const int64_t block = piece_index * job.H + head;
+  if (job.direct && job.left_over[block] == 0) return;
   float* const states = static_cast<float*>(job.chunk_scratch) + block * (2 * 128 * 128);
   BackwardChunkBody<Group> body{
       {{{{group, shared}, job, piece_of(job, piece_index), head, states}}, backward},
       shared.value_rows};
   const bool left_over = body.run();
   group.each([&](int thread, ChunkRegisters&) {
-    if (thread == 0) job.left_over[block] = left_over ? kLeftOver : 0;
+    if (thread != 0) return;
+    job.left_over[block] = left_over ? kLeftOver : 0;
+    if (job.direct) *solved_again(job, piece_index, head) = 1;
   });
 }
 

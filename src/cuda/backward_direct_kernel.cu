@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(direct32::DirectLayout::kThreads, 2)
   WithRows<kAny, DeviceGroup<direct32::BackwardDirectRegisters>> group;
   direct32::run_backward_direct(group,
                                 *reinterpret_cast<direct32::BackwardDirectShared*>(shared_memory),
-                                job, blockIdx.x, blockIdx.y);
+                                job, blockIdx.x, head_of_block(job.in, blockIdx.y));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/backward_job.hpp"
+#include "cuda/short_plan.hpp"
 #include "cuda/token_body.hpp"
 
 namespace kalmanet::cuda {
@@ -341,15 +342,16 @@ inline constexpr KALMANET_BOTH int64_t backward_first_bytes(int64_t K, int64_t V
 }
 
 // The work of block (piece_index, head); `memory`: backward_first_bytes, at a multiple of 8.
-// left_over: only if the token kernel did the piece. (Beside the direct solver on matrix units,
-// which leaves these tokens out, such blocks run at the same time as its own.)
+// left_over: only if another kernel did the piece after the usual one. (Beside the direct solver on
+// matrix units, which leaves these tokens out, such blocks run at the same time as its own.)
 template <class Group>
 KALMANET_KERNEL void run_backward_first(Group& group, char* memory, const BackwardJob& backward,
                                         int64_t piece_index, int64_t head, bool left_over) {
   using L = BackwardFirstLayout;
   const GkaJob& job = backward.in;
   const Piece piece = piece_of(job, piece_index);
-  if (left_over && is_done(job, piece_index, head)) return;
+  const bool again = job.short_plans != nullptr && *solved_again(job, piece_index, head) != 0;
+  if (left_over && !again && is_done(job, piece_index, head)) return;
   if (!piece.first || job.h0.data != nullptr || piece.begin == piece.end) return;
   double* const dm = reinterpret_cast<double*>(memory + sizeof(BackwardFirstShared));
   float* const rows = reinterpret_cast<float*>(dm + L::kTokens * job.K);

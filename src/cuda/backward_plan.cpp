@@ -171,7 +171,7 @@ void run_heads(const core::GkaProblem& problem, BackwardJob job, const BackwardB
     if (bytes.states != 0 && !chunks) launch_segments(job.in, float64, stream);
     if (bytes.short_plans != 0) launch_backward_short(job, stream);
     if (chunks && job.in.direct) launch_backward_direct(job, stream);
-    if (chunks && !job.in.direct) launch_backward_chunks(job, stream);
+    if (chunks && (!job.in.direct || bytes.short_plans != 0)) launch_backward_chunks(job, stream);
     launch_backward_solve(job, float64, stream);
     if (!float64 && !problem.inputs.h0.defined()) launch_backward_first(job, stream);
   }

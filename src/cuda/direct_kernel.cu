@@ -2,6 +2,7 @@
 #include "cuda/check.hpp"
 #include "cuda/direct_body.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/short_plan.hpp"
 
 namespace kalmanet::cuda {
 namespace {
@@ -12,7 +13,8 @@ __global__ void __launch_bounds__(DirectLayout::kThreads, 2)
     gka_direct(const __grid_constant__ GkaJob job) {
   extern __shared__ __align__(128) char shared_memory[];
   WithRows<kAny, DeviceGroup<DirectRegisters>> group;
-  run_direct(group, *reinterpret_cast<DirectShared*>(shared_memory), job, blockIdx.x, blockIdx.y);
+  run_direct(group, *reinterpret_cast<DirectShared*>(shared_memory), job, blockIdx.x,
+             head_of_block(job, blockIdx.y));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "cuda/hopper_direct_body.hpp"
 #include "cuda/hopper_state_body.hpp"
 #include "cuda/launch.hpp"
+#include "cuda/short_plan.hpp"
 
 namespace kalmanet::cuda {
 namespace {
@@ -14,7 +15,7 @@ __global__ void __launch_bounds__(HopperLayout::kThreads, 2)
   extern __shared__ __align__(128) char shared_memory[];
   WithRows<kAny, DeviceGroup<HopperRegisters>> group;
   run_hopper_direct(group, *reinterpret_cast<HopperShared*>(shared_memory), job, blockIdx.x,
-                    blockIdx.y);
+                    head_of_block(job, blockIdx.y));
 #endif
 }
 

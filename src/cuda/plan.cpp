@@ -79,7 +79,8 @@ bool may_be_short(const core::GkaProblem& problem) {
 }
 
 int64_t short_plan_bytes(int64_t num_pieces, int64_t heads) {
-  return num_pieces * heads * static_cast<int64_t>(sizeof(ShortPlan));
+  return num_pieces * heads * static_cast<int64_t>(sizeof(ShortPlan) + 2 * sizeof(int32_t)) +
+         heads * static_cast<int64_t>(sizeof(int32_t));
 }
 
 std::vector<Piece> pieces_of(const core::GkaProblem& problem, bool whole, int64_t tokens) {

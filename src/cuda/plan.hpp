@@ -37,6 +37,7 @@ int64_t chunk_scratch_bytes();  // a block
 // Whether heads of such a problem can be of short memory (short_plan.hpp): bfloat16 of K = V = 128,
 // and one gate for H and U.
 bool may_be_short(const core::GkaProblem& problem);
+// Of the plans and what lies behind them.
 int64_t short_plan_bytes(int64_t num_pieces, int64_t heads);
 
 Array array_of(const ConstView& view);

@@ -13,6 +13,13 @@ __global__ void __launch_bounds__(ShortPlanLayout::kThreads)
   run_short_plan(group, shared, job, blockIdx.x, blockIdx.y, backward);
 }
 
+__global__ void __launch_bounds__(ShortPlanLayout::kThreads)
+    gka_head_order(const __grid_constant__ GkaJob job) {
+  __shared__ HeadOrderShared shared;
+  DeviceGroup<HeadOrderRegisters> group;
+  run_head_order(group, shared, job);
+}
+
 // Of up to 32 keys a token two blocks share a multiprocessor.
 template <int kRows>
 __global__ void __launch_bounds__(ShortLayout::kThreads, kRows == 1 ? 2 : 1)
@@ -47,6 +54,9 @@ void launch_short_plan(const GkaJob& job, bool backward, Stream stream) {
   const dim3 grid(static_cast<unsigned>(job.num_pieces), static_cast<unsigned>(job.H));
   gka_short_plan<<<grid, ShortPlanLayout::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       job, backward);
+  if (job.direct) {
+    gka_head_order<<<1, ShortPlanLayout::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(job);
+  }
   check(cudaGetLastError(), "launch of gka_short_plan");
 }
 

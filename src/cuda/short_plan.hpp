@@ -11,13 +11,33 @@
 
 namespace kalmanet::cuda {
 
-// Of x: an eighth of what rounding o to bfloat16 does to it.
-inline constexpr float kShortTruncation = 0x1p-13f;
+// Of x, at most: half of what rounding o to bfloat16 does to it.
+inline constexpr float kShortTruncation = 0x1p-10f;
 // Gates that forget less a token are not looked at: the other kernels do not cut their chunks, or
 // into few.
 inline constexpr float kShortestFade = 0.15f;
 // What a chunk of the gradients' kernels may forget: e^{-G_j} must stay a float32.
 inline constexpr float kMostChunkFade = 75.0f;
+
+// What lies behind the plans: [piece][H] what the pieces that are not short forget, and whether
+// another kernel than the usual one solved for x and z (backward); then the heads in the order in
+// which blocks take them: those first whose chunks are cut most often, which take longest.
+KALMANET_KERNEL float* fade_of(const GkaJob& job, int64_t piece_index, int64_t head) {
+  const int64_t all = job.num_pieces * job.H, at = piece_index * job.H + head;
+  return reinterpret_cast<float*>(job.short_plans + all) + at;
+}
+KALMANET_KERNEL int32_t* solved_again(const GkaJob& job, int64_t piece_index, int64_t head) {
+  const int64_t all = job.num_pieces * job.H, at = piece_index * job.H + head;
+  return reinterpret_cast<int32_t*>(job.short_plans + all) + all + at;
+}
+KALMANET_KERNEL int32_t* head_order(const GkaJob& job) {
+  const int64_t all = job.num_pieces * job.H;
+  return reinterpret_cast<int32_t*>(job.short_plans + all) + 2 * all;
+}
+// The head of a direct kernel's blocks `y`.
+KALMANET_KERNEL int64_t head_of_block(const GkaJob& job, int64_t y) {
+  return job.short_plans == nullptr ? y : head_order(job)[y];
+}
 
 struct ShortPlanLayout {
   static constexpr int kThreads = 256;
@@ -214,9 +234,9 @@ struct ShortPlanBody {
 
   // `before`: the piece before this one, which is not its sequence's first.
   KALMANET_KERNEL bool run(const Piece& before) {
+    if (!forgets()) return false;
     // (With states to start from the first tokens are no sums of keys.)
     if (piece.first && (job.h0.data != nullptr || job.u0.data != nullptr)) return false;
-    if (!forgets()) return false;
     from = piece.first ? piece.begin : before.begin;
     count = static_cast<int>(piece.end - from);
     if (!piece.first) {
@@ -259,6 +279,41 @@ KALMANET_KERNEL void run_short_plan(Group& group, ShortPlanShared& shared, const
     if (thread != 0) return;
     plan->is_short = may_be && body.decide(backward) ? 1 : 0;
     if (plan->is_short != 0) job.left_over[at] = 0;
+    // (A fade that is not a number is none: all that count are in one order.)
+    *fade_of(job, piece_index, head) =
+        plan->is_short == 0 && shared.fade > 0.0f ? shared.fade : 0.0f;
+    *solved_again(job, piece_index, head) = 0;
+  });
+}
+
+struct HeadOrderShared {
+  static constexpr int kMost = 1024;  // heads; more are left in their own order
+  float fade[kMost];
+};
+struct HeadOrderRegisters {};
+
+// The order of heads, by one block, after all plans.
+template <class Group>
+KALMANET_KERNEL void run_head_order(Group& group, HeadOrderShared& shared, const GkaJob& job) {
+  const auto heads = static_cast<int>(job.H);
+  const bool sorts = heads <= HeadOrderShared::kMost;
+  group.each([&](int thread, HeadOrderRegisters&) {
+    for (int h = thread; h < heads && sorts; h += ShortPlanLayout::kThreads) {
+      float sum = 0.0f;  // (of some pieces: a head is what it is)
+      for (int64_t i = 0; i < job.num_pieces && i < 64; ++i) sum += *fade_of(job, i, h);
+      shared.fade[h] = sum;
+    }
+  });
+  group.barrier();
+  group.each([&](int thread, HeadOrderRegisters&) {
+    for (int h = thread; h < heads; h += ShortPlanLayout::kThreads) {
+      int place = sorts ? 0 : h;
+      for (int other = 0; other < heads && sorts; ++other) {
+        const float a = shared.fade[other], b = shared.fade[h];
+        if (a > b || (!(a < b) && other < h)) ++place;
+      }
+      head_order(job)[place] = h;
+    }
   });
 }
 

@@ -66,7 +66,7 @@ struct ShortTiles : TileProducts<Group, ShortRegisters<kRows, kSides>> {
   int64_t head, t0;  // the first of the tokens
   int window;        // keys a token
   int n = tokens_of(piece, t0);
-  int64_t low = piece.first ? piece.begin : t0 - L::kTokens;  // the first token that is read
+  int64_t earliest = piece.first ? piece.begin : t0 - L::kTokens;  // the first token that is read
 
   static KALMANET_KERNEL int tokens_of(const Piece& piece, int64_t t0) {
     return static_cast<int>(piece.end - t0 < L::kTokens ? piece.end - t0 : L::kTokens);
@@ -93,7 +93,7 @@ struct ShortTiles : TileProducts<Group, ShortRegisters<kRows, kSides>> {
       for (int i = 0; i < 4; ++i) {
         KALMANET_UNROLL
         for (int j = 0; j < 4; ++j) r.raw[i][j] = 0;
-        if (t < low || t >= piece.end) continue;
+        if (t < earliest || t >= piece.end) continue;
         load16(static_cast<const uint16_t*>(a.data) + offset_of(a, piece.row, t, a_head) +
                    column_of_piece(thread, i),
                r.raw[i]);
@@ -117,7 +117,7 @@ struct ShortTiles : TileProducts<Group, ShortRegisters<kRows, kSides>> {
     group.each([&](int thread, Registers&) {
       if (thread >= L::kKeys) return;
       const int64_t t = t0 - L::kTokens + thread;
-      const bool real = t >= low && t < piece.end;
+      const bool real = t >= earliest && t < piece.end;
       const float beta = real ? scalar_at<float>(job.beta, piece.row, t, head, 1.0) : 0.0f;
       const float gate = real ? scalar_at<float>(job.gk, piece.row, t, head, 0.0) : 0.0f;
       shared.beta2[thread] = beta * beta;

@@ -155,6 +155,18 @@ inline void emulate_backward(const core::GkaProblem& problem, const GkaOutputGra
   }
 }
 
+template <bool kAny>
+void emulate_backward_chunk_blocks(const BackwardJob& job, const Emulation& how) {
+  for (int64_t piece = 0; piece < job.in.num_pieces; ++piece) {
+    for (int64_t head = 0; head < job.in.H; ++head) {
+      Poisoned shared(sizeof(BackwardChunkShared));
+      WithRows<kAny, HostGroup<ChunkRegisters>> group(ChunkLayout::kThreads, how.backwards);
+      run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
+                          head);
+    }
+  }
+}
+
 template <int kRows>
 void emulate_backward_short(const BackwardJob& job, const Emulation& how) {
   const int64_t blocks = how.backwards ? 1 : 3;
@@ -184,15 +196,14 @@ double emulate_backward_chunks_of(const core::GkaProblem& problem,
     emulate_states<kAny>(job.in, how);
     emulate_segment_sums<float>(job.in);
   }
-  std::vector<ShortPlan> plans(left_over.size());
-  if (!plans.empty()) std::memset(plans.data(), 0xff, plans.size() * sizeof(ShortPlan));
+  Poisoned plans(short_plan_bytes(own, problem.H));
   if (may_be_short(problem)) {
-    job.in.short_plans = plans.data();
+    job.in.short_plans = reinterpret_cast<ShortPlan*>(plans.data());
     emulate_short_plan(job.in, true, how);
     emulate_backward_short<1>(job, how);
     emulate_backward_short<2>(job, how);
   }
-  if (is_short != nullptr) *is_short = share_of_short(plans);
+  if (is_short != nullptr) *is_short = share_of_short(job.in);
   for (int64_t piece = 0; piece < own; ++piece) {
     for (int64_t head = 0; head < problem.H; ++head) {
       if (job.in.direct) {
@@ -202,15 +213,13 @@ double emulate_backward_chunks_of(const core::GkaProblem& problem,
         direct32::run_backward_direct(
             group, *reinterpret_cast<direct32::BackwardDirectShared*>(shared.data()), job, piece,
             head);
-        continue;
       }
-      Poisoned shared(sizeof(BackwardChunkShared));
-      WithRows<kAny, HostGroup<ChunkRegisters>> group(ChunkLayout::kThreads, how.backwards);
-      run_backward_chunks(group, *reinterpret_cast<BackwardChunkShared*>(shared.data()), job, piece,
-                          head);
     }
   }
   if (job.in.direct) emulate_backward_first(job, how);
+  if (!job.in.direct || job.in.short_plans != nullptr) {
+    emulate_backward_chunk_blocks<kAny>(job, how);
+  }
   if (problem.K <= 64) {
     emulate_backward_solve<float, 64>(job, how);
   } else {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -157,6 +156,9 @@ inline void emulate_short_plan(const GkaJob& job, bool backward, const Emulation
                      backward);
     }
   }
+  Poisoned shared(sizeof(HeadOrderShared));
+  HostGroup<HeadOrderRegisters> group(ShortPlanLayout::kThreads, how.backwards);
+  run_head_order(group, *reinterpret_cast<HeadOrderShared*>(shared.data()), job);
 }
 
 template <int kRows>
@@ -170,10 +172,11 @@ void emulate_short(const GkaJob& job, const Emulation& how) {
 }
 
 // What part of the pieces and heads are.
-inline double share_of_short(const std::vector<ShortPlan>& plans) {
+inline double share_of_short(const GkaJob& job) {
+  if (job.short_plans == nullptr || job.num_pieces == 0) return 0.0;
   double sum = 0;
-  for (const ShortPlan& plan : plans) sum += plan.is_short > 0 ? 1 : 0;
-  return plans.empty() ? 0.0 : sum / static_cast<double>(plans.size());
+  for (int64_t i = 0; i < job.num_pieces * job.H; ++i) sum += job.short_plans[i].is_short;
+  return sum / static_cast<double>(job.num_pieces * job.H);
 }
 
 // The matrix-unit kernels, and the token kernel for what they leave over.
@@ -198,15 +201,14 @@ inline double emulate_chunks(const core::GkaProblem& problem, const GkaOutputs& 
       emulate_segment_sums<float>(job);
     }
   });
-  std::vector<ShortPlan> plans(left_over.size());
-  if (!plans.empty()) std::memset(plans.data(), 0xff, plans.size() * sizeof(ShortPlan));
+  Poisoned plans(short_plan_bytes(job.num_pieces, job.H));
   if (may_be_short(problem)) {
-    job.short_plans = plans.data();
+    job.short_plans = reinterpret_cast<ShortPlan*>(plans.data());
     emulate_short_plan(job, false, how);
     emulate_short<1>(job, how);
     emulate_short<2>(job, how);
   }
-  if (is_short != nullptr) *is_short = share_of_short(plans);
+  if (is_short != nullptr) *is_short = share_of_short(job);
   with_rows(job, [&](auto any) { emulate_chunk_blocks<any>(job, how); });
   if (problem.K <= 64) {
     emulate_tokens<float, 64>(job, how);
