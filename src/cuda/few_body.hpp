@@ -145,8 +145,8 @@ struct FewBody : FewStates<Group> {
   // the states before its tokens.
   //
   // kLong: more tokens than fit at once, or accepted ones before tokens that are none: H is then
-  // made again of its two parts. Else each of its numbers is, where it is brought past the tokens
-  // and stored.
+  // made again of its two parts. Else it need not wait in registers for what comes after the solve,
+  // but is read once more.
   template <bool kLong>
   KALMANET_KERNEL bool run(int64_t row) {
     const float* const h_from = dense_state(job.h0, row, head);
@@ -166,7 +166,7 @@ struct FewBody : FewStates<Group> {
       }
       group.barrier();  // (the tokens before are done with)
       this->template take<true>();
-      this->advance(kStepUDecay, shared.v, shared.u);
+      this->template advance<false>(kStepUDecay, shared.v, shared.u, nullptr);
       advance_h();
     }
     int64_t t0 = 0;
@@ -200,13 +200,14 @@ struct FewBody : FewStates<Group> {
       t0 += n;
       if (t0 == job.T && job.is_draft) return false;
       if constexpr (kLong) {
-        this->advance(kStepUDecay, shared.v, shared.u);
+        this->template advance<false>(kStepUDecay, shared.v, shared.u, nullptr);
         this->unsplit_h();
         advance_h();
       } else {
         find_results(shared.row);
-        this->advance_split_h();
-        this->advance(kStepUDecay, shared.v, u_to);
+        this->template advance<true>(kStepUDecay, shared.v, u_to,
+                                     dense_state(job.h0, shared.row, head));
+        if (h_to != nullptr) this->template advance<false>(kStepDecay, shared.k, h_to, nullptr);
       }
     } while (kLong && t0 < job.T);
     if constexpr (kLong) {

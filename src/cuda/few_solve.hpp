@@ -93,16 +93,11 @@ struct FewSolve {
     high = pack_float16(a, b);
     low = pack_float16(a - low_float16(high), b - high_float16(high));
   }
-  KALMANET_KERNEL static void unsplit(uint32_t high, uint32_t low, float& a, float& b) {
-    a = low_float16(high) + low_float16(low);
-    b = high_float16(high) + high_float16(low);
-  }
-  // (0, which the compiler does not know: it would keep the halves of each word apart, in twice as
-  // many registers, from split_h on.)
-  KALMANET_KERNEL uint32_t nothing() const { return static_cast<uint32_t>(n) >> 8; }
   KALMANET_KERNEL void unsplit_h() {
     const float back = power_inverse(scale);
-    const uint32_t zero = nothing();
+    // (0, which the compiler does not know: it would keep the halves of each word apart, in twice
+    // as many registers, from split_h on.)
+    const uint32_t nothing = static_cast<uint32_t>(n) >> 8;
     group.each([&](int, Registers& r) {
       KALMANET_UNROLL
       for (int m = 0; m < L::kRowTiles; ++m) {
@@ -110,9 +105,10 @@ struct FewSolve {
         for (int tile = 0; tile < L::kTiles; ++tile) {
           KALMANET_UNROLL
           for (int i = 0; i < 4; ++i) {
+            const uint32_t high = r.high[m][tile][i] ^ nothing, low = r.low[m][tile][i] ^ nothing;
             float* const to = r.raw[m][tile][i % 2] + i / 2 * 2;
-            unsplit(r.high[m][tile][i] ^ zero, r.low[m][tile][i] ^ zero, to[0], to[1]);
-            to[0] *= back, to[1] *= back;
+            to[0] = (low_float16(high) + low_float16(low)) * back;
+            to[1] = (high_float16(high) + high_float16(low)) * back;
           }
         }
       }

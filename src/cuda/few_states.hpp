@@ -169,47 +169,8 @@ struct FewStates : FewSolve<Group> {
     }
   }
 
-  // The two parts of H past all tokens at work, to h_to: the registers keep them.
-  KALMANET_KERNEL void advance_split_h() {
-    if (h_to == nullptr) return;
-    const float back = power_inverse(this->scale);
-    const uint32_t nothing = this->nothing();
-    group.each([&](int thread, Registers& r) {
-      float weight[L::kTokens], rows[L::kTokens][4];
-      const float keep = weights(kStepDecay, L::kTokens - 1, weight) * back;
-      KALMANET_UNROLL
-      for (int t = 0; t < L::kTokens; ++t) {
-        load4(shared.k[t] + L::first_row(thread), rows[t]);
-        KALMANET_UNROLL
-        for (int e = 0; e < 4; ++e) rows[t][e] *= weight[t];
-      }
-      KALMANET_UNROLL
-      for (int tile = 0; tile < L::kTiles; ++tile) {
-        float k[L::kTokens][4];
-        KALMANET_UNROLL
-        for (int t = 0; t < L::kTokens; ++t) load4(shared.k[t] + L::column(thread, tile), k[t]);
-        KALMANET_UNROLL
-        for (int e = 0; e < 4; ++e) {  // its rows: two of each row tile
-          float h[4];
-          KALMANET_UNROLL
-          for (int pair = 0; pair < 2; ++pair) {
-            const int word = e % 2 + 2 * pair;
-            Base::unsplit(r.high[e / 2][tile][word] ^ nothing, r.low[e / 2][tile][word] ^ nothing,
-                          h[2 * pair], h[2 * pair + 1]);
-          }
-          KALMANET_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            h[j] *= keep;
-            KALMANET_UNROLL
-            for (int t = 0; t < L::kTokens; ++t) h[j] += rows[t][e] * k[t][j];
-          }
-          store4(h_to + (L::first_row(thread) + e) * L::kDim + L::column(thread, tile), h);
-        }
-      }
-    });
-  }
-
-  // ---- U in shared memory: a thread works on what it brought
+  // ---- a state in shared memory (U; H, once there is no need of it in registers): a thread works
+  // on what it brought
 
   KALMANET_KERNEL static int at(int thread, int i, int half) {
     return (L::state_row(thread) + i) * L::kDim + L::half_column(thread, half);
@@ -250,11 +211,12 @@ struct FewStates : FewSolve<Group> {
     });
   }
   // The state in shared memory past all tokens at work: by the decays of `which`, outer products
-  // of keys and `right`. To `to`, which may be shared memory itself.
+  // of keys and `right`. To `to`, which may be shared memory itself. kBrings: and `next` begun in
+  // its place.
+  template <bool kBrings>
   KALMANET_KERNEL void advance(StepScalar which, const float (&right)[L::kTokens][L::kDim],
-                               float* to) {
+                               float* to, const float* next) {
     wait_copies();
-    if (to == nullptr) return;
     group.each([&](int thread, Registers&) {
       float weight[L::kTokens], columns[L::kTokens][8];
       const float decay = weights(which, L::kTokens - 1, weight);
@@ -290,7 +252,9 @@ struct FewStates : FewSolve<Group> {
               KALMANET_UNROLL
               for (int t = 0; t < L::kTokens; ++t) e += k[t] * columns[t][half * 4 + j];
             }
-            store4(to + at(thread, i0 + i, half), s[i][half]);
+            const int place = at(thread, i0 + i, half);
+            if (to != nullptr) store4(to + place, s[i][half]);
+            if (kBrings) bring(shared.u + place, next == nullptr ? nullptr : next + place);
           }
         }
       }
