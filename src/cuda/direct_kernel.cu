@@ -10,11 +10,13 @@ namespace {
 // Two blocks a multiprocessor: while one inverts, the other multiplies.
 template <bool kAny>
 __global__ void __launch_bounds__(DirectLayout::kThreads, 2)
-    gka_direct(const __grid_constant__ GkaJob job) {
+    gka_direct([[maybe_unused]] const __grid_constant__ GkaJob job) {
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL  // (that chip has a kernel of its own: hopper_kernel.cu)
   extern __shared__ __align__(128) char shared_memory[];
   WithRows<kAny, DeviceGroup<DirectRegisters>> group;
   run_direct(group, *reinterpret_cast<DirectShared*>(shared_memory), job, blockIdx.x,
              head_of_block(job, blockIdx.y));
+#endif
 }
 
 }  // namespace
