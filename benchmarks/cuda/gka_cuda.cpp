@@ -3,9 +3,9 @@
 //
 //   gka_cuda [step] [forward] [backward] (default: these) [fresh [two_gates]] [sizes] [few] [quick]
 //   [quick-backward] [steps_once], or first [direct] (fresh: gates of a layer that was not trained
-//   yet, some of whose heads have a memory of a few tokens; sizes: fewer dims than 128, and float16;
-//   few: the backward's first two sizes; quick.., steps_once: for a profiler; first: the process's
-//   first calls, by the clock: first_call.cpp)
+//   yet, some of whose heads have a memory of a few tokens; sizes: fewer dims than 128, and
+//   float16; few: the backward's first two sizes; quick.., steps_once: for a profiler; first: the
+//   process's first calls, by the clock: first_call.cpp)
 //
 // Inputs as bench's peers have them: unit queries and keys, normal values, gates of a memory of
 // about 30 tokens, all bfloat16 (or float16) but the gates. A case is timed only after its outputs
@@ -24,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "device_memory.hpp"
 #include "first_call.hpp"
 #include "gka_problem.hpp"
 #include "kalmanet/kalmanet.hpp"
@@ -32,25 +33,6 @@ namespace {
 
 using namespace kalmanet;
 using namespace kalmanet::benchmark;
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
-
-// Memory of the GPU, and what it was filled with.
-struct Device {
-  void* data = nullptr;
-  explicit Device(size_t bytes) { check(cudaMalloc(&data, bytes), "cudaMalloc"); }
-  template <class T>
-  explicit Device(const std::vector<T>& from) : Device(from.size() * sizeof(T)) {
-    check(cudaMemcpy(data, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
-  }
-  ~Device() { cudaFree(data); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
-};
 
 double median_ms(const std::function<void()>& run, cudaStream_t stream, int times) {
   cudaEvent_t begin, end;

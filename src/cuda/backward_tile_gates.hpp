@@ -112,7 +112,8 @@ struct TileGates : BackwardTiles<Group> {
       for (int i = 0; i < 4; ++i) r.other[mm][tile][i] = 0.0f;
     });
     group.barrier();
-    this->template add_outer<true, Base::kLows>(this->m(), u ? this->values() : this->keys(), Start());
+    this->template add_outer<true, Base::kLows>(this->m(), u ? this->values() : this->keys(),
+                                                Start());
     this->each_of_state([&](Registers& r, int thread, int mm, int tile) {
       store4(chunk_state(0) + Base::scratch_at(thread, mm, tile), r.other[mm][tile]);
     });
