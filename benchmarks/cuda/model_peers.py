@@ -185,6 +185,8 @@ def main():
             batches.append(rows.long().cuda())
         for run in runs:
             run.turn(batches)
+            if done == 0:
+                print(f"{run.name}: {run.seconds[0]:.1f} s for the first step", flush=True)
         said = ", ".join(f"{run.name} {run.losses[-1]:.3f}" for run in runs)
         print(f"step {done + len(batches):4}: {said}", flush=True)
     lines = [run.figures() for run in runs]
