@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "first_call.hpp"
+#include "half_numbers.hpp"
 #include "kalmanet/kalmanet.hpp"
 
 namespace {
@@ -34,31 +35,6 @@ void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
   std::exit(1);
-}
-
-uint16_t to_bfloat16(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-double from_bfloat16(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t to_float16(float f) {
-  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
-  const float a = std::fabs(f);
-  const int exponent = a < 0x1p-14f ? -14 : std::ilogb(a);
-  const auto units = static_cast<int>(std::nearbyint(std::ldexp(a, 10 - exponent)));
-  return static_cast<uint16_t>(sign | ((exponent + 14) * 1024 + units));
-}
-double from_float16(uint16_t h) {
-  const int exponent = h >> 10 & 31, units = (h & 1023) + (exponent == 0 ? 0 : 1024);
-  if (exponent == 31) return NAN;  // (or infinite)
-  return std::ldexp(h & 0x8000 ? -units : units, (exponent == 0 ? 1 : exponent) - 25);
 }
 
 // Memory of the GPU, and what it was filled with.
@@ -445,12 +421,9 @@ int main(int argc, char** argv) {
   }
   if (asked("sizes")) {
     const auto time_both = [&](const Problem& p, const GkaOptions& with) {
-      time_forward(p, with, 9);
-      time_backward(p, with, 5);
+      time_forward(p, with, 9), time_backward(p, with, 5);
     };
-    const Problem few(1, 8192, 32, 64);
-    time_both(few, direct);
-    time_both(few, options);
+    for (const GkaOptions& with : {direct, options}) time_both(Problem(1, 8192, 32, 64), with);
     time_both(Problem(1, 8192, 32, 96), direct);
     time_both(Problem(1, 8192, 32, 128, DType::float16), direct);
     time_both(Problem(1, 8192, 32, 128), direct);  // beside them
