@@ -133,6 +133,10 @@ class Run:
             if isinstance(t, self.torch.Tensor) and t.is_cuda
         )
 
+    def said(self):
+        tokens = self.args.batch * self.args.context / statistics.median(self.seconds[-TURN:])
+        return f"{self.name} loss {self.losses[-1]:.3f}, {tokens:.0f} tokens/s"
+
     def figures(self):
         seconds = statistics.median(self.seconds[len(self.seconds) // 10 :])
         last = self.losses[-max(1, len(self.losses) // 10) :]
@@ -187,7 +191,7 @@ def main():
             run.turn(batches)
             if done == 0:
                 print(f"{run.name}: {run.seconds[0]:.1f} s for the first step", flush=True)
-        said = ", ".join(f"{run.name} {run.losses[-1]:.3f}" for run in runs)
+        said = ", ".join(run.said() for run in runs)
         print(f"step {done + len(batches):4}: {said}", flush=True)
     lines = [run.figures() for run in runs]
     for line in lines:
