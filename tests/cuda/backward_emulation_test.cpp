@@ -136,6 +136,7 @@ template <class G, class T = BFloat16>
 void check_chunks(const CaseSpec& spec, GkaOptions options, double bound, double left_over = 0,
                   double is_short = -1) {
   options.backend = Backend::cuda;
+  options.ridge_ratio = spec.ridge_ratio;
   Case<T, G> c(spec), other(spec);
   const auto emulate = [&](Case<T, G>& into, const cuda::Emulation& how) {
     const GkaInputGrads grads = into.grads();

@@ -28,7 +28,8 @@ GkaReport run(Case<T, G>& c, GkaOptions options) {
 }
 
 template <class T, class G = T>
-void check(const CaseSpec& spec, const GkaOptions& options, bool by_chunks = false) {
+void check(const CaseSpec& spec, GkaOptions options, bool by_chunks = false) {
+  options.ridge_ratio = spec.ridge_ratio;
   Case<T, G> c(spec), again(spec);
   const Where where{"gka_backward", "cuda",
                     describe(spec) + ", " + name(options.solver) + ", " + name(DTypeOf<T>::value)};

@@ -85,6 +85,7 @@ void check_chunks_on(const CaseSpec& spec, const GkaOptions& with, double bound,
                      bool hopper, double is_short) {
   GkaOptions options = with;
   options.backend = Backend::cuda;
+  options.ridge_ratio = spec.ridge_ratio;
   Case<T, G> c(spec), other(spec);
   const auto emulate = [&](Case<T, G>& into, const cuda::Emulation& how) {
     GkaOutputs outputs = into.outputs();

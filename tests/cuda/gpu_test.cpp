@@ -122,6 +122,7 @@ TEST_F(CudaGpu, NoAnswerDependsOnItsNeighbours) {
 template <class G, class T = BFloat16>
 void check_chunks(const CaseSpec& spec, GkaOptions options, double bound) {
   options.backend = Backend::cuda;
+  options.ridge_ratio = spec.ridge_ratio;
   Case<T, G> c(spec), again(spec), twin(spec);
   for (Case<T, G>* to : {&c, &again}) {
     DeviceCase<T, G> on_gpu(*to);
