@@ -41,10 +41,11 @@ struct DirectLayout {
   static constexpr int kMostSteps = 20;
 };
 
-// A shift ratio that needs more steps is left over, as is a matrix whose norm is so many times mu: dk
-// is a small difference of products of x and z, each the more magnified, and apart from one rounding
-// its error was found to be 5e-4 at 1000, 6e-3 at 2400 and 0.2 at 7400 (emulated, ratios of 0.02 to
-// 0.001, memories of 6 to 5000 tokens; 1000 is a ratio of 0.001 or, at a memory of 10, of 0.005).
+// A shift ratio that needs more steps is left over, as is a matrix whose norm is so many times mu:
+// dk is a small difference of products of x and z, each the more magnified, and apart from one
+// rounding its error was found to be 5e-4 at 1000, 6e-3 at 2400 and 0.2 at 7400 (emulated, ratios
+// of 0.02 to 0.001, memories of 6 to 5000 tokens; 1000 is a ratio of 0.001 or, at a memory of 10,
+// of 0.005).
 inline constexpr float kLargestEntry = 1e3f;
 // P is kept 2^8 times as large, Z 2^4: the low parts of what is 1e-3 of the largest stay normal.
 inline constexpr float kInverseScale = 256.0f, kGainScale = 16.0f;

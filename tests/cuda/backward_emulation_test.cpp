@@ -199,6 +199,20 @@ TEST(CudaBackwardEmulation, DirectChunksMatchTheOracle) {
   }
 }
 
+// What would magnify dk's error goes to chebyshev's kernel (backward_direct_kernel.hpp).
+TEST(CudaBackwardEmulation, DirectChunksAtSmallRidges) {
+  GkaOptions options;
+  options.solver = Solver::direct;
+  for (const auto& [ridge, memory] : {std::pair{0.001, 6.0}, {0.002, 20.0}}) {
+    CaseSpec spec = small_case(3);
+    spec.T = 70, spec.K = spec.V = 128, spec.B = 1, spec.H = 1, spec.Hq = spec.Hk = spec.Hv = 0;
+    spec.strided = false, spec.g = spec.gk = spec.same_gate = spec.alpha = spec.beta = true;
+    spec.h0 = spec.u0 = false;
+    spec.ridge_ratio = ridge, spec.memory = memory, spec.seed = 900;
+    check_chunks<float>(spec, options, 1e-3);
+  }
+}
+
 // Fewer dims than 128, rows with gaps, and float16 (cuda/any_rows.hpp).
 template <class T>
 void check_any_rows(Solver solver) {
